@@ -1,0 +1,82 @@
+"""What the three entry points share: start Hydra, and turn a user's mistake into one line and exit code 1."""
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from branchmerge.errors import UserError
+
+SHOW = "BRANCHMERGE_FULL_ERROR"
+"""Where `run` keeps what the user said of tracebacks."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a `hydra.main` function; a user's mistake ends in one line, a bug in a traceback.
+
+    Hydra prints its own version of every exception unless HYDRA_FULL_ERROR is set, so it is set here and the
+    user's own setting decides below whether a mistake shows its traceback too.
+    """
+    os.environ[SHOW] = os.environ.get("HYDRA_FULL_ERROR", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Our dependencies' notes about their own future are of no use to a user, who cannot act on them.
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if os.environ[SHOW] not in ("", "0"):
+            raise
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on")
+
+
+def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Wrap what `hydra.main` calls: end a single run at a user's mistake before Hydra adds a line of its own.
+
+    In a multirun the mistake goes through Hydra, which runs the other members first and then names the failed one.
+    """
+
+    @functools.wraps(task)
+    def wrapped(cfg: DictConfig) -> None:
+        try:
+            task(cfg)
+        except (UserError, OmegaConfBaseException) as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get(SHOW, "1") not in ("", "0"):
+                raise
+            sys.exit(f"error: {one_line(error)}")
+
+    return wrapped
+
+
+def one_line(error: BaseException) -> str:
+    """Say an exception in one line, with the choices where a config file was not found."""
+    root: BaseException = error
+    while isinstance(root, HydraException) and root.__cause__ is not None:
+        root = root.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        group = group.removeprefix("file://")
+        return f"{group}={name}: there is no conf/{group}/{name}.yaml; choose one of {', '.join(sorted(error.options))}"
+    said = " ".join(str(error).split())
+    cause = " ".join(str(root).split())
+    return said if cause in said else f"{said} ({cause})"
+
+
+def compose_domain(domain: str) -> DictConfig:
+    """Compose train.yaml for another domain of the running job's study.
+
+    Takes over what was said about study, backbone, machine and seed; not what was said about the branch itself.
+    """
+    about = ("study", "backbone", "trainer", "logger", "seed", "outputs")
+    kept = [o for o in HydraConfig.get().overrides.task if o.lstrip("+~").split("=")[0].split(".")[0] in about]
+    return compose(config_name="train", overrides=[*kept, f"domain={domain}"])

@@ -1,0 +1,311 @@
+"""Schemas of the three commands: every key there is, its type, its unit.
+
+Registered with Hydra, so an unknown key or a value of the wrong type is refused while the command line is read;
+`typed` then checks what types cannot say. The values stand in conf/.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from branchmerge.errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[2]
+"""The checkout: where assets/ and conf/ lie."""
+
+
+def _choice(*choices: str) -> dict[str, Any]:
+    return {"choices": choices}
+
+
+def _at_least(low: float) -> dict[str, Any]:
+    return {"low": low}
+
+
+@dataclass
+class SourceConfig:
+    """Where a domain's raw rows come from."""
+
+    path: str = MISSING
+    """JSONL file (`project:` in front: relative to the checkout), or the name of a dataset on the Hugging Face hub."""
+    format: str = "messages"
+    """How a raw row becomes a trajectory: a name in `trajectories.sources.FORMATS`."""
+    subset: str | None = None
+    """Hub only: the dataset's configuration."""
+    split: str = "all"
+    """Hub: the dataset's split. File: all, or train / test, which share its questions 4 : 1 by a hash."""
+    revision: str | None = None
+    """Hub only: commit, tag or branch."""
+    limit: int | None = field(default=None, metadata=_at_least(1))
+    """Read this many rows at most; null for all."""
+
+
+@dataclass
+class BudgetConfig:
+    """How long and how hard one branch trains."""
+
+    epochs: int = field(default=1, metadata=_at_least(1))
+    """Passes over the kept trajectories."""
+    max_steps: int | None = field(default=None, metadata=_at_least(1))
+    """Stop after this many optimizer steps even when epochs are left; null for no limit."""
+    global_batch: int = field(default=1, metadata=_at_least(1))
+    """Packed rows per optimizer step, over all micro-batches and devices."""
+    lr: float = field(default=1e-5, metadata=_at_least(0))
+    """Peak learning rate."""
+    schedule: str = field(default="constant", metadata=_choice("constant", "cosine"))
+    """What follows the warm-up: constant, or cosine to zero."""
+
+
+@dataclass
+class StudyConfig:
+    """One study: corpus, budget and merge order. The backbone is chosen by the study's defaults list."""
+
+    name: str = MISSING
+    """Folder below outputs/."""
+    experts: list[str] = MISSING
+    """Domains that are branched and merged."""
+    tree: Any = MISSING
+    """Default merge tree: [left, right], nested; leaves are domains or checkpoint folders."""
+    warmup: bool = False
+    """The study trains its own backbone with domain=warmup (the demo's stand-in for R1-Distill)."""
+    seq_len: int = field(default=16384, metadata=_at_least(8))
+    """Tokens in a packed row."""
+    data_dir: str | None = None
+    """Folder of files as downloaded, for studies and tasks that read such."""
+    corpus: dict[str, SourceConfig] = MISSING
+    """Raw rows by part name."""
+    budget: dict[str, BudgetConfig] = MISSING
+    """Budget by domain name."""
+
+
+@dataclass
+class DomainConfig:
+    """What a branch learns."""
+
+    name: str = MISSING
+    """Folder of the expert below outputs/<study>/experts/."""
+    parts: list[str] = MISSING
+    """Entries of the study's corpus that are read for it."""
+
+
+@dataclass
+class BackboneConfig:
+    """The student before any branch."""
+
+    name: str = MISSING
+    """Short name, used for folders."""
+    path: str | None = None
+    """Folder of a Hugging Face causal LM, or its name on the hub."""
+    revision: str | None = None
+    """Hub only: commit, tag or branch."""
+    gguf_package: str | None = None
+    """Instead of `path`: an installed Python package that carries the weights as one GGUF file."""
+    attn: str = field(default="auto", metadata=_choice("auto", "flash_attention_2", "sdpa"))
+    """Attention in training. auto: flash-attn when it is importable on CUDA, else SDPA document by document."""
+
+
+@dataclass
+class DataConfig:
+    """From trajectories to packed rows."""
+
+    path: str | None = None
+    """A JSONL file to train on in place of the study's corpus for this domain."""
+    format: str = "messages"
+    """Format of `path`."""
+    verify: bool = True
+    """Grade every trajectory that carries a reference and drop those with a wrong answer."""
+    seq_len: int = field(default=MISSING, metadata=_at_least(8))
+    """Tokens in a packed row."""
+    too_long: str = field(default="drop", metadata=_choice("drop", "truncate"))
+    """What happens to a trajectory of more than seq_len tokens; counted in the manifest either way."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    epochs: int = field(default=MISSING, metadata=_at_least(1))
+    """As in the study's budget; so are the next four."""
+    max_steps: int | None = field(default=None, metadata=_at_least(1))
+    global_batch: int = field(default=MISSING, metadata=_at_least(1))
+    lr: float = field(default=MISSING, metadata=_at_least(0))
+    schedule: str = field(default=MISSING, metadata=_choice("constant", "cosine"))
+    warmup_ratio: float = field(default=0.1, metadata=_at_least(0))
+    """Share of the steps in which the learning rate rises linearly from zero."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = field(default=1e-8, metadata=_at_least(0))
+    weight_decay: float = field(default=0.01, metadata=_at_least(0))
+    """Decoupled; matrices only, as transformers' own Trainer does."""
+    grad_clip: float = field(default=1.0, metadata=_at_least(0))
+    """Largest global gradient norm; 0 for no clipping."""
+
+
+@dataclass
+class TrainerConfig:
+    """The machine."""
+
+    accelerator: str = field(default="auto", metadata=_choice("auto", "cpu", "gpu"))
+    precision: str = field(default="auto", metadata=_choice("auto", "32-true", "bf16-mixed"))
+    """Weights and optimizer are float32 always. auto: bf16 compute on CUDA and on CPUs with bf16 instructions."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    progress: bool = True
+    """Draw progress bars."""
+
+
+@dataclass
+class LoggerConfig:
+    """Where the training curves go; the CSV file is written in any case."""
+
+    kind: str = field(default="csv", metadata=_choice("csv", "wandb", "tensorboard"))
+    project: str | None = None
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team."""
+
+
+@dataclass
+class CommonConfig:
+    """Keys of all three commands."""
+
+    study: StudyConfig = field(default_factory=StudyConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    seed: int = 42
+    outputs: str = "outputs"
+    """Folder that holds the folders of all studies."""
+    out: str | None = None
+    """Folder for this result in place of its place below outputs/."""
+    overwrite: bool = False
+    """Replace a finished result that was made with another configuration."""
+
+
+@dataclass
+class TrainConfig(CommonConfig):
+    """train.py"""
+
+    domain: DomainConfig = field(default_factory=DomainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    export_dtype: str = field(default="bfloat16", metadata=_choice("float32", "bfloat16"))
+    """Dtype of the exported weights."""
+
+
+@dataclass
+class MergeConfig(CommonConfig):
+    """merge.py"""
+
+    operator: Any = MISSING
+    """`name` and the parameters of that operator, as in its file below src/branchmerge/merge/operators/."""
+    tree: Any = None
+    """Merge tree. Null: the study's, and for an n-way operator all its leaves at once."""
+    max_shard_gb: float = field(default=5.0, metadata=_at_least(0.001))
+    """Largest safetensors file written, in 1e9 bytes."""
+    progress: bool = True
+
+
+@dataclass
+class BenchmarkConfig:
+    """Which tasks."""
+
+    name: str = MISSING
+    tasks: list[str] = MISSING
+    """Names of lm-eval tasks: those of branchmerge and all that lm-eval ships."""
+    limit: int | None = field(default=None, metadata=_at_least(1))
+    """Only the first questions of each task; null for all."""
+
+
+@dataclass
+class BackendConfig:
+    """What generates."""
+
+    kind: str = field(default="hf", metadata=_choice("hf"))
+    batch_size: int = field(default=32, metadata=_at_least(1))
+    """Questions generated side by side."""
+    dtype: str = field(default="auto", metadata=_choice("auto", "float32", "bfloat16"))
+    """Compute dtype. auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+
+
+@dataclass
+class EvaluateConfig(CommonConfig):
+    """evaluate.py"""
+
+    models: list[str] | None = None
+    """Models to score: backbone, a domain, experts/<domain>, merged/<name>, or a checkpoint folder. Null: all."""
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    progress: bool = True
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; called once, before `hydra.main` runs."""
+    store = ConfigStore.instance()
+    for name, schema in (("train", TrainConfig), ("merge", MergeConfig), ("evaluate", EvaluateConfig)):
+        store.store(name=f"{name}_schema", node=schema)
+
+
+Schema = TypeVar("Schema", bound=CommonConfig)
+
+
+def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
+    """Resolve and check a composed configuration; raises UserError on a value that cannot work."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has no value; give it on the command line or in the study's file")
+    domain = OmegaConf.select(cfg, "domain.name")
+    if domain is not None and domain not in cfg.study.budget:
+        known = ", ".join(cfg.study.budget)
+        raise UserError(f"domain={domain}: the study {cfg.study.name} has no budget for it; it has {known}")
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, schema)
+    _check(config, "")
+    if isinstance(config, TrainConfig):
+        _check_train(config)
+    return config
+
+
+def _check(node: Any, prefix: str) -> None:
+    """Check choices and ranges of every field, nested dataclasses included."""
+    for item in fields(node):
+        value, name = getattr(node, item.name), f"{prefix}{item.name}"
+        if is_dataclass(value):
+            _check(value, f"{name}.")
+            continue
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                if is_dataclass(entry):
+                    _check(entry, f"{name}.{key}.")
+        choices, low = item.metadata.get("choices"), item.metadata.get("low")
+        if value is None:
+            continue
+        if choices is not None and value not in choices:
+            raise UserError(f"{name}={value}: choose one of {', '.join(choices)}")
+        if low is not None and not value >= low:
+            raise UserError(f"{name}={value}: must be at least {low}")
+
+
+def _check_train(config: TrainConfig) -> None:
+    """What cannot be seen from one field alone."""
+    unknown = [part for part in config.domain.parts if part not in config.study.corpus]
+    if unknown and config.data.path is None:
+        known = ", ".join(config.study.corpus)
+        raise UserError(
+            f"domain={config.domain.name}: the study {config.study.name} has no corpus {unknown[0]!r} (it has {known});"
+            " add it to the study's file or give data.path="
+        )
+    if config.domain.name == "warmup" and not config.study.warmup and config.out is None:
+        raise UserError(
+            f"domain=warmup: the study {config.study.name} starts from a ready backbone and has no warm-up;"
+            " give out= to train on it all the same"
+        )
+
+
+def project_path(path: str) -> Path:
+    """Resolve `project:assets/x` against the checkout, anything else against the current folder."""
+    return PROJECT / path.removeprefix("project:") if path.startswith("project:") else Path(path).expanduser()

@@ -1,0 +1,1 @@
+"""Trajectories in, packed rows of tokens out: template, packing, batch, datamodule."""

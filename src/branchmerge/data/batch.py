@@ -1,0 +1,69 @@
+"""A packed row as the model sees it.
+
+Shapes: T tokens of the row, D documents in it.
+
+    documents         a a a a b b b         tokens of a and b, one after the other
+    position_ids      0 1 2 3 0 1 2         restart with every document
+    cu_seq_lens       0 4 7                 where each begins; attention stays between two of them
+    labels            . a a . . b .         the next token, where it is learned; . = IGNORE
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from branchmerge.data.template import Document
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """One micro-batch: one packed row."""
+
+    input_ids: Tensor
+    """int64 [1, T]"""
+    labels: Tensor
+    """int64 [1, T]: the token that follows, or IGNORE. Already shifted: position t is scored against labels[t]."""
+    position_ids: Tensor
+    """int64 [1, T]"""
+    cu_seq_lens: Tensor
+    """int32 [D + 1]"""
+    max_length: int
+    """Tokens of the longest document."""
+    supervised_in_step: int
+    """Learned tokens of the whole optimizer step that this row is part of: all its micro-batches, all ranks."""
+    ids: list[str]
+    """The trajectories of the row, to name them when something fails."""
+
+    @property
+    def supervised(self) -> int:
+        """Learned tokens of this row."""
+        return int((self.labels != IGNORE).sum())
+
+
+def supervised_tokens(document: Document) -> int:
+    """How many tokens of a document are learned."""
+    return len(document) - max(document.prompt_len, 1)
+
+
+def make_batch(documents: Sequence[Document], supervised_in_step: int) -> Batch:
+    """Lay documents out as one packed row."""
+    tokens = [token for document in documents for token in document.tokens]
+    labels: list[int] = []
+    for document in documents:
+        following = document.tokens[1:]
+        first = max(document.prompt_len, 1) - 1
+        labels += [IGNORE] * first + list(following[first:]) + [IGNORE]
+    lengths = torch.tensor([len(document) for document in documents])
+    return Batch(
+        input_ids=torch.tensor([tokens]),
+        labels=torch.tensor([labels]),
+        position_ids=torch.cat([torch.arange(len(document)) for document in documents])[None],
+        cu_seq_lens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        max_length=int(lengths.max()),
+        supervised_in_step=supervised_in_step,
+        ids=[document.id for document in documents],
+    )

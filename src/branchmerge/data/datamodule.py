@@ -1,0 +1,133 @@
+"""From raw rows to the training's packed batches: read, select, tokenise, plan."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from branchmerge.config import SourceConfig, TrainConfig
+from branchmerge.data.batch import Batch, make_batch, supervised_tokens
+from branchmerge.data.packing import Plan, make_plan
+from branchmerge.data.template import Document, tokenise
+from branchmerge.errors import UserError
+from branchmerge.trajectories import sources
+from branchmerge.trajectories.schema import Trajectory
+from branchmerge.trajectories.selection import select
+
+
+class PackedRows(Dataset[Batch]):
+    """The plan's rows in the order they are trained on."""
+
+    def __init__(self, documents: list[Document], plan: Plan) -> None:
+        self.documents = documents
+        self.rows = plan.rows
+        self.supervised_in_step = [
+            sum(supervised_tokens(documents[number]) for row in step for number in row)
+            for step in plan.steps
+            for _ in step
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return make_batch([self.documents[number] for number in self.rows[index]], self.supervised_in_step[index])
+
+
+@dataclass
+class Corpus:
+    """What a branch trains on, and the account of it for the manifest."""
+
+    documents: list[Document]
+    plan: Plan
+    account: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole training, prompts included."""
+        return sum(len(self.documents[number]) for row in self.plan.rows for number in row)
+
+    @property
+    def supervised(self) -> int:
+        """Learned tokens of the whole training."""
+        return sum(supervised_tokens(self.documents[number]) for row in self.plan.rows for number in row)
+
+
+class TrajectoryData(LightningDataModule):
+    """Hands the corpus to the Trainer, a packed row at a time, in the plan's order."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        super().__init__()
+        self.corpus = corpus
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        rows = PackedRows(self.corpus.documents, self.corpus.plan)
+        return DataLoader(rows, batch_size=None, shuffle=False)
+
+
+def data_sources(config: TrainConfig) -> dict[str, SourceConfig]:
+    """The sources of a branch by name: `data.path` where it is given, else the domain's parts of the study's corpus."""
+    if config.data.path is not None:
+        return {"data.path": SourceConfig(path=config.data.path, format=config.data.format)}
+    return {part: config.study.corpus[part] for part in config.domain.parts}
+
+
+def data_account(config: TrainConfig) -> dict[str, Any]:
+    """What identifies the data, before any row is read."""
+    named = data_sources(config)
+    return {"sources": {name: {**asdict(source), "sha256": sources.identity(source)} for name, source in named.items()}}
+
+
+def read_corpus(config: TrainConfig) -> dict[str, list[Trajectory]]:
+    """Read and check every row of every source; raises UserError at the first that cannot be used."""
+    return {name: sources.read(source) for name, source in data_sources(config).items()}
+
+
+def prepare(config: TrainConfig, rows: dict[str, list[Trajectory]], tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    """Select, tokenise and plan; every row that is not trained on is counted by reason."""
+    account = data_account(config)
+    documents: list[Document] = []
+    for name, part in rows.items():
+        selection = select(part, config.data.verify, config.trainer.progress)
+        entry = account["sources"][name]
+        bar = tqdm(selection.rows, desc="tokenise", disable=not config.trainer.progress)
+        part_documents = [tokenise(tokenizer, row) for row in bar]
+        fitting, cut = _fit(part_documents, config.data.seq_len, config.data.too_long)
+        if len(fitting) < len(part_documents):
+            selection.dropped["too_long"] = len(part_documents) - len(fitting)
+        entry |= {
+            "read": selection.read, "kept": len(fitting), "dropped": selection.dropped,
+            "truncated": cut, "unverified": selection.unverified,
+        }  # fmt: skip
+        documents += fitting
+    if not documents:
+        dropped = {name: entry["dropped"] for name, entry in account["sources"].items()}
+        raise UserError(
+            f"domain={config.domain.name}: no trajectory is left to train on (dropped: {dropped});"
+            " check the data, or data.verify and data.seq_len"
+        )
+    optim = config.optim
+    lengths = [len(document) for document in documents]
+    plan = make_plan(lengths, config.data.seq_len, optim.global_batch, optim.epochs, optim.max_steps, config.seed)
+    corpus = Corpus(documents, plan, account)
+    account |= {"rows": len(documents), "tokens": corpus.tokens, "supervised_tokens": corpus.supervised}
+    return corpus
+
+
+def _fit(documents: list[Document], seq_len: int, too_long: str) -> tuple[list[Document], int]:
+    """Drop or cut documents that do not fit a row; returns the rest and how many were cut.
+
+    A document whose prompt alone fills the row has nothing to learn left and is dropped in either case.
+    """
+    fitting: list[Document] = []
+    cut = 0
+    for document in documents:
+        if len(document) <= seq_len:
+            fitting.append(document)
+        elif too_long == "truncate" and document.prompt_len < seq_len:
+            fitting.append(Document(document.id, document.tokens[:seq_len], document.prompt_len))
+            cut += 1
+    return fitting, cut

@@ -1,0 +1,1 @@
+"""Any checkpoint in, scores out: tasks (lm-eval YAML), graders, sandbox, backends, store, statistics."""

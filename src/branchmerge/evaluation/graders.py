@@ -1,0 +1,88 @@
+"""Decide whether a response is right: math by math-verify, choices by their letter, code by running it.
+
+The same graders serve the benchmarks and the selection of trajectories.
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+
+from branchmerge.evaluation.sandbox import run_tests
+from branchmerge.trajectories.schema import Reference
+
+# math-verify warns at every call about timeouts that its caller chose.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+NO_ANSWER = "no_answer"
+WRONG_ANSWER = "wrong_answer"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """correct; else the reason: no_answer, wrong_answer, or what happened to the code (see `sandbox`)."""
+
+    correct: bool
+    reason: str = ""
+    answer: str = ""
+    """What was taken for the answer."""
+
+
+def grade(response: str, reference: Reference) -> Verdict:
+    """Grade a whole response, reasoning included."""
+    answer = final_part(response)
+    if answer is None:
+        return Verdict(False, NO_ANSWER)
+    return {"math": grade_math, "choice": grade_choice, "code": grade_code}[reference.grader](answer, reference)
+
+
+def final_part(response: str) -> str | None:
+    """What follows the last </think>; the whole text if it has no tag; None if a <think> was never closed."""
+    _, closed, answer = response.rpartition("</think>")
+    if not closed and "<think>" in response:
+        return None
+    return answer
+
+
+def last_box(text: str) -> str | None:
+    """Content of the last \\boxed{...}, its braces matched; None if there is none or it is never closed."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    begin = start + len("\\boxed{")
+    depth = 1
+    for position in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[begin:position].strip()
+    return None
+
+
+def grade_math(answer: str, reference: Reference) -> Verdict:
+    """Equal as mathematics, by math-verify; only the last box is looked at."""
+    from math_verify import parse, verify
+
+    box = last_box(answer)
+    if not box:
+        return Verdict(False, NO_ANSWER)
+    gold, found = (parse(f"\\boxed{{{text}}}") for text in (reference.answer, box))
+    correct = bool(gold) and bool(found) and bool(verify(gold, found))
+    return Verdict(correct, "" if correct else WRONG_ANSWER, box)
+
+
+def grade_choice(answer: str, reference: Reference) -> Verdict:
+    """The letter in the last box."""
+    box = re.fullmatch(r"(?:\\text\{)?\(?([A-J])\)?\.?\}?", last_box(answer) or "")
+    if box is None:
+        return Verdict(False, NO_ANSWER)
+    letter = box.group(1)
+    correct = letter == reference.answer
+    return Verdict(correct, "" if correct else WRONG_ANSWER, letter)
+
+
+def grade_code(answer: str, reference: Reference) -> Verdict:
+    """The last fenced block, run against the reference's tests in a subprocess."""
+    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, flags=re.DOTALL)
+    if not blocks:
+        return Verdict(False, NO_ANSWER)
+    outcome = run_tests(blocks[-1], reference.tests)
+    return Verdict(outcome == "passed", "" if outcome == "passed" else outcome, blocks[-1])

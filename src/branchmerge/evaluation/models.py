@@ -1,0 +1,58 @@
+"""Which checkpoints to score, and what to call them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from branchmerge.config import EvaluateConfig
+from branchmerge.errors import UserError
+from branchmerge.student import backbone
+from branchmerge.study import Parent, Study, parent_of, read_manifest
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint to score; `name` is its folder below scores/ and its row in the report."""
+
+    name: str
+    folder: Path
+    weights: Parent
+
+
+def find(config: EvaluateConfig) -> list[Model]:
+    """The models that `models=` names, or all that the study has; raises UserError where one is missing."""
+    study = Study(config)
+    asked = config.models if config.models is not None else _all(study)
+    return [_find(config, study, name) for name in asked]
+
+
+def _all(study: Study) -> list[str]:
+    """Backbone, experts, other branches, merged models: those that are finished."""
+    trained = {path.parent.name for path in study.expert("*").parent.glob("*/manifest.json")}
+    experts = [name for name in study.experts if name in trained]
+    for name in study.experts:
+        if name not in trained:
+            print(f"note: no expert {name} yet (python train.py study={study.root.name} domain={name})", flush=True)
+    others = sorted(trained - set(experts))
+    merged = sorted(path.parent.name for path in study.merged("*").parent.glob("*/manifest.json"))
+    return ["backbone", *(f"experts/{name}" for name in [*experts, *others]), *(f"merged/{name}" for name in merged)]
+
+
+def _find(config: EvaluateConfig, study: Study, name: str) -> Model:
+    if name == "backbone":
+        folder = backbone.locate(config)
+        return Model(name, folder, parent_of(folder))
+    if read_manifest(study.expert(name)) is not None:
+        name = f"experts/{name}"
+    inside = study.root / name
+    if name.startswith(("experts/", "merged/")) and not Path(name).is_dir():
+        if read_manifest(inside) is None:
+            there = ", ".join(["backbone", *_all(study)[1:]])
+            raise UserError(f"models: {name} is not finished at {inside}; there is {there}")
+        return Model(name, inside, parent_of(inside))
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"models: {name} is neither backbone, experts/<domain>, merged/<name> nor a folder")
+    backbone.check_checkpoint(folder)
+    weights = parent_of(folder)
+    # Two folders may be called alike; their weights tell them apart.
+    return Model(f"others/{folder.resolve().name}-{weights.weights_sha256[:8]}", folder, weights)

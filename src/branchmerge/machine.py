@@ -1,0 +1,41 @@
+"""What this machine is and what it does fast."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+
+def device_of(accelerator: str) -> torch.device:
+    """auto, cpu, gpu or a torch device's name -> device; auto takes the GPU where there is one."""
+    if accelerator == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if accelerator == "gpu" else accelerator)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products are faster than float32 there: on CUDA, and on CPUs with such instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    flags = cpu_flags()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def cpu_flags() -> set[str]:
+    """Instruction set extensions of the CPU; empty where the system does not tell."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return set()
+    lines = (line for line in path.read_text().splitlines() if line.startswith("flags"))
+    return set(next(lines, "").partition(":")[2].split())
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for manifests: what a number was measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}"
+    path = Path("/proc/cpuinfo")
+    names = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.is_file() else []
+    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -1,0 +1,37 @@
+"""The model card of a merged model: what it is made of, and how to make it again."""
+
+from pathlib import Path
+
+from branchmerge.merge.recipe import Recipe
+from branchmerge.study import Manifest
+
+CARD = """---
+library_name: transformers
+tags: [merge, branchmerge]
+---
+# {name}
+
+Made by branchmerge {version} with the operator `{operator}`
+and the parameters {parameters}.
+
+Merge tree ([left, right], nested): `{tree}`
+
+| parent | SHA-256 of the weights |
+|---|---|
+{parents}
+
+`manifest.json` beside this file holds the whole recipe.
+"""
+
+
+def write(recipe: Recipe, manifest: Manifest, out: Path) -> None:
+    """Write README.md into the checkpoint folder."""
+    from branchmerge import __version__
+
+    parents = "\n".join(f"| `{parent.path}` | `{parent.weights_sha256}` |" for parent in manifest.parents)
+    parameters = ", ".join(f"`{key}={value}`" for key, value in manifest.merge["parameters"].items())
+    text = CARD.format(
+        name=recipe.name, version=__version__, operator=recipe.operator_name, parameters=parameters,
+        tree=recipe.tree.nested(), parents=parents,
+    )  # fmt: skip
+    (out / "README.md").write_text(text)

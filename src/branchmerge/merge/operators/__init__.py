@@ -1,0 +1,66 @@
+"""Merge operators: one file each, pure functions of tensors and parameters.
+
+An operator gets the same tensor of each model (float32) and, if it asks for it, of the backbone, and returns the
+merged tensor. It knows nothing of files, trees or threads. To add one: write its file, list it here, add
+conf/operator/<name>.yaml.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from branchmerge.errors import UserError
+from branchmerge.merge.operators.arcee_fusion import ArceeFusion
+from branchmerge.merge.operators.linear import Linear
+from branchmerge.merge.operators.task_arithmetic import TaskArithmetic
+
+
+class Operator(Protocol):
+    """A frozen dataclass of parameters that is called with tensors."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    n_way: ClassVar[bool]
+    """Takes any number of models; else exactly two, Left and Right."""
+    needs_base: ClassVar[bool]
+    """Needs the backbone that the models were fine-tuned from."""
+
+    def __call__(self, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+        """Merge one tensor: float32 in, float32 out, all of one shape."""
+
+
+OPERATORS: dict[str, type[Operator]] = {
+    "arcee_fusion": ArceeFusion,
+    "linear": Linear,
+    "task_arithmetic": TaskArithmetic,
+}
+
+
+def make_operator(name: str, parameters: Mapping[str, Any]) -> Operator:
+    """Build an operator; raises UserError on an unknown name, an unknown parameter or a value it cannot work with."""
+    if name not in OPERATORS:
+        raise UserError(f"operator={name}: choose one of {', '.join(OPERATORS)}")
+    kind = OPERATORS[name]
+    known = {item.name for item in fields(kind)}
+    for key in parameters:
+        if key not in known:
+            raise UserError(f"operator.{key}: {name} has no such parameter; it has {', '.join(sorted(known))}")
+    try:
+        return kind(**parameters)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"operator={name} with {dict(parameters)}: {error}") from error
+
+
+def parameters_of(operator: Operator) -> dict[str, Any]:
+    """All parameters with their values."""
+    return asdict(operator)
+
+
+def changed_parameters(operator: Operator) -> dict[str, Any]:
+    """The parameters whose value is not the operator's default."""
+    return {
+        item.name: getattr(operator, item.name)
+        for item in fields(operator)
+        if getattr(operator, item.name) != item.default
+    }

@@ -1,0 +1,99 @@
+"""A recipe says everything about a merge: operator, parameters, tree, the folders of the leaves, where it goes."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from branchmerge.config import MergeConfig
+from branchmerge.errors import UserError
+from branchmerge.merge.operators import Operator, changed_parameters, make_operator
+from branchmerge.merge.tree import Tree, parse
+from branchmerge.student import backbone
+from branchmerge.study import Study, read_manifest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `merge` needs to know; `from_config` makes one out of merge.py's configuration."""
+
+    operator_name: str
+    operator: Operator
+    tree: Tree
+    folders: dict[str, Path]
+    """Checkpoint folder of every leaf."""
+    out: Path
+    base: Path | None = None
+    """Checkpoint of the backbone, for operators that need it."""
+    max_shard_bytes: int = 5_000_000_000
+    overwrite: bool = False
+    progress: bool = True
+    config: dict[str, Any] = field(default_factory=dict)
+    """Resolved configuration, for the manifest."""
+
+    def __post_init__(self) -> None:
+        if not self.operator.n_way:
+            _check_binary(self.tree, self.operator_name)
+
+    @property
+    def name(self) -> str:
+        return self.out.name
+
+
+def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
+    """Find the study's experts and name the result; raises UserError before any weight is read."""
+    parameters = dict(config.operator)
+    operator_name = str(parameters.pop("name"))
+    operator = make_operator(operator_name, parameters)
+    study = Study(config)
+    default = parse(config.study.tree)
+    if operator.n_way:
+        default = default.flat()
+    tree = default if config.tree is None else parse(config.tree)
+    folders = {leaf: _folder(study, leaf) for leaf in tree.leaves}
+    if config.out is not None:
+        out = Path(config.out).expanduser()
+    else:
+        out = study.merged(_name(operator_name, operator, tree, default))
+    base = backbone.locate(config) if operator.needs_base else None
+    shard = int(config.max_shard_gb * 1e9)
+    return Recipe(operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved)
+
+
+def _folder(study: Study, leaf: str) -> Path:
+    """Checkpoint of a leaf: an expert of the study by its domain, else a folder."""
+    expert = study.expert(leaf)
+    if read_manifest(expert) is not None:
+        return expert
+    folder = Path(leaf).expanduser()
+    if leaf in study.experts or not (folder.is_dir() or "/" in leaf):
+        known = sorted(path.parent.name for path in study.expert("*").parent.glob("*/manifest.json"))
+        raise UserError(
+            f"tree: there is no expert {leaf!r} at {expert}; train it with python train.py study={study.root.name}"
+            f" domain={leaf}, or name a checkpoint folder (there now: {', '.join(known) or 'none'})"
+        )
+    backbone.check_checkpoint(folder)
+    return folder
+
+
+def _name(operator_name: str, operator: Operator, tree: Tree, default: Tree) -> str:
+    """How the result was made: the operator, its parameters that differ from the default, another tree."""
+    parts = [operator_name]
+    parts += [f"{key}{_value(value)}" for key, value in changed_parameters(operator).items()]
+    if tree != default:
+        if any("/" in leaf for leaf in tree.leaves):
+            raise UserError(f"tree={tree.nested()}: say where a merge of other folders goes, with out=/my/merged")
+        parts.append(tree.name())
+    return "-".join(parts)
+
+
+def _value(value: Any) -> str:
+    return "_".join(_value(item) for item in value) if isinstance(value, list | tuple) else str(value)
+
+
+def _check_binary(tree: Tree, operator_name: str) -> None:
+    for child in tree.children:
+        _check_binary(child, operator_name)
+    if len(tree.children) not in (0, 2):
+        raise UserError(
+            f"tree={tree.nested()}: {operator_name} merges two models at a time; nest them, as in [code,[science,math]]"
+        )

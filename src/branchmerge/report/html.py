@@ -1,0 +1,73 @@
+"""Write the report of an evaluation: index.html, report.md, scores.csv, figures/."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from rich.console import Console
+
+from branchmerge.config import EvaluateConfig
+from branchmerge.evaluation.store import Score
+from branchmerge.report import figures, tables
+from branchmerge.study import Study, write_text
+
+
+def write_report(config: EvaluateConfig, scores: Sequence[Score]) -> Path:
+    """Write the report, print its table and where it lies; returns its folder.
+
+    The folder is the study's report/, or `out=`.
+    """
+    study = Study(config)
+    folder = Path(config.out).expanduser() if config.out is not None else study.report
+    table = tables.rows(scores)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    figures.accuracy(table, folder / "figures" / "accuracy.png")
+    facts = _facts(config, scores)
+    write_text(folder / "scores.csv", tables.as_csv(table))
+    write_text(folder / "report.md", _markdown(config, table, facts))
+    environment = Environment(loader=PackageLoader("branchmerge.report", "."), autoescape=select_autoescape())
+    page = environment.get_template("report.html.j2")
+    links = {(score.model, score.task): _samples(study, folder, score) for score in scores}
+    write_text(
+        folder / "index.html",
+        page.render(
+            config=config, table=table, header=tables.header(table), cells=tables.cells, facts=facts, links=links
+        ),
+    )
+    Console(width=max(100, Console().width)).print(
+        tables.as_rich(table, f"study {config.study.name}, accuracy ± standard error")
+    )
+    print(f"report: {folder / 'index.html'}", flush=True)
+    return folder
+
+
+def _facts(config: EvaluateConfig, scores: Sequence[Score]) -> list[tuple[str, str]]:
+    """What a reader must know to trust the table."""
+    first = scores[0]
+    tasks = {score.task: score for score in scores}
+    packages = ", ".join(f"{name} {version}" for name, version in first.key["packages"].items())
+    return [
+        ("benchmark", ", ".join(f"{name} ({score.questions} questions)" for name, score in tasks.items())),
+        ("generation", "; ".join(f"{name}: {score.key['generation']}" for name, score in tasks.items())),
+        ("error", "± is the standard error over questions; the mean's assumes independent benchmarks"),
+        ("backend", f"{config.backend.kind}, {first.key['dtype']}, batch {config.backend.batch_size}, {first.machine}"),
+        ("packages", packages),
+        ("scoring took", f"{sum(score.seconds for score in scores):.0f} s"),
+        ("written", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())),
+    ]
+
+
+def _markdown(config: EvaluateConfig, table: Sequence[tables.Row], facts: Sequence[tuple[str, str]]) -> str:
+    lines = "".join(f"- {name}: {text}\n" for name, text in facts)
+    return (
+        f"# Report of the study {config.study.name}\n\n{tables.as_markdown(table)}\n"
+        f"![accuracy](figures/accuracy.png)\n\n{lines}"
+    )
+
+
+def _samples(study: Study, report: Path, score: Score) -> str:
+    """Link from the report to a score's samples."""
+    samples = study.root / "scores" / score.model / "samples" / f"{score.task}.jsonl"
+    return os.path.relpath(samples, report)

@@ -1,0 +1,115 @@
+"""Find a branch's backbone, and load checkpoints."""
+
+import importlib.util
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from branchmerge.config import BackboneConfig, CommonConfig
+from branchmerge.errors import UserError
+from branchmerge.study import Manifest, Study, file_sha256, is_done, locked, publish, read_manifest
+
+
+def locate(config: CommonConfig, domain: str | None = None) -> Path:
+    """Folder of the checkpoint that `domain` starts from (None: the study's backbone).
+
+    It is, in this order: `backbone.path`; what the study's warm-up made (not for the warm-up itself); what
+    `backbone.gguf_package` carries. Raises UserError where that is missing or no checkpoint.
+    """
+    backbone = config.backbone
+    if backbone.path is not None:
+        folder = _local(backbone)
+    elif config.study.warmup and domain != "warmup":
+        folder = Study(config).backbone
+        if read_manifest(folder) is None:
+            raise UserError(
+                f"{folder}: the study {config.study.name} has not made its backbone yet; run python train.py"
+                f" study={config.study.name} domain=warmup"
+            )
+    elif backbone.gguf_package is not None:
+        folder = import_gguf(config)
+    else:
+        raise UserError(
+            f"backbone={backbone.name} has neither a path nor a package; set backbone.path=/folder/of/a/model"
+        )
+    check_checkpoint(folder)
+    return folder
+
+
+def _local(backbone: BackboneConfig) -> Path:
+    """A folder as it is; a hub name is downloaded into the hub's cache."""
+    assert backbone.path is not None
+    folder = Path(backbone.path).expanduser()
+    if folder.exists() or backbone.path.startswith(("/", ".", "~")) or backbone.path.count("/") != 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(backbone.path, revision=backbone.revision))
+    except Exception as error:
+        raise UserError(
+            f"backbone.path={backbone.path}: no such folder, and not to be had from the Hugging Face hub"
+            f" ({type(error).__name__}: {error}); check the name and the network"
+        ) from error
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a folder that is no Hugging Face checkpoint with safetensors weights."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a Hugging Face checkpoint")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json in it, so it is no Hugging Face checkpoint")
+    if not any(folder.glob("*.safetensors")):
+        pickled = [path.name for path in folder.glob("*.bin")]
+        why = f"only pickled ones ({pickled[0]}), which can run code; convert them" if pickled else "no weights at all"
+        raise UserError(f"{folder}: a checkpoint needs *.safetensors weights; this folder has {why}")
+
+
+def import_gguf(config: CommonConfig) -> Path:
+    """Turn the GGUF file of an installed package into a plain checkpoint, once; returns its folder below outputs/."""
+    backbone = config.backbone
+    assert backbone.gguf_package is not None
+    folder = Study(config).pretrained(backbone.name)
+    found = importlib.util.find_spec(backbone.gguf_package)
+    if found is None or found.origin is None:
+        raise UserError(
+            f"backbone={backbone.name} is carried by the Python package {backbone.gguf_package}, which is not"
+            " installed; run make setup"
+        )
+    files = sorted(Path(found.origin).parent.rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"backbone.gguf_package={backbone.gguf_package} holds {len(files)} GGUF files; it must be one")
+    work = {"gguf_sha256": file_sha256(files[0])}
+    planned = Manifest("pretrained", backbone.name, asdict(backbone), work)
+    with locked(folder):
+        if not is_done(folder, planned, overwrite=False):
+            with publish(folder, planned) as partial:
+                _write_gguf(files[0], partial)
+    return folder
+
+
+def _write_gguf(file: Path, out: Path) -> None:
+    """Dequantise a GGUF file into safetensors, tokenizer and chat template."""
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # A model that came from GGUF refuses to be saved: its weights go into a fresh one of the same shape.
+    del loaded.config.quantization_config
+    fresh = type(loaded)(loaded.config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def load_model(folder: Path, dtype: torch.dtype, attn: str = "sdpa") -> PreTrainedModel:
+    """Load a causal LM onto the CPU."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn, use_safetensors=True)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer

@@ -1,0 +1,78 @@
+"""The LightningModule around any causal LM: one packed row in, its share of the step's loss out."""
+
+import time
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from branchmerge.config import OptimConfig
+from branchmerge.data.batch import Batch
+from branchmerge.student.loss import summed_loss
+from branchmerge.student.optim import make_optimizer
+
+
+class Student(LightningModule):
+    """A causal LM in training.
+
+    The loss of an optimizer step is the sum over its learned tokens divided by their number, over all micro-batches
+    and ranks; so how a step is cut into micro-batches does not change the update.
+    """
+
+    def __init__(self, model: PreTrainedModel, optim: OptimConfig, total_steps: int) -> None:
+        super().__init__()
+        self.model = model
+        self.optim = optim
+        self.total_steps = total_steps
+        self._loss = 0.0
+        self._tokens = 0
+        self._supervised = 0
+        self._since = 0.0
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        """This row's summed loss over the learned tokens of the whole step.
+
+        Lightning divides by the number of micro-batches and, with several ranks, gradients are averaged over them;
+        both are multiplied back, since the division by `supervised_in_step` is the only one meant.
+        """
+        if not self._tokens:
+            self._since = time.perf_counter()
+        share = summed_loss(self.model, batch) / batch.supervised_in_step
+        self._loss += float(share.detach())
+        self._tokens += batch.input_ids.numel()
+        self._supervised += batch.supervised
+        return share * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def configure_optimizers(self) -> Any:
+        optimizer, scheduler = make_optimizer(self.model, self.optim, self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, and keep the norm for the log."""
+        limit = gradient_clip_val or float("inf")
+        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+
+    def on_train_batch_start(self, batch: Batch, _: int) -> None:
+        self._step_before = self.trainer.global_step
+        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, _: int) -> None:
+        """Log once per optimizer step."""
+        if self.trainer.global_step == self._step_before:
+            return
+        seconds = time.perf_counter() - self._since
+        self.log("loss", self._loss, prog_bar=True)
+        self.log("tokens_per_second", self._tokens / seconds, prog_bar=True)
+        self.log("lr", self._lr)
+        self.log("grad_norm", self._grad_norm)
+        self.log("tokens", float(self._tokens))
+        self.log("supervised_tokens", float(self._supervised))
+        self._loss, self._tokens, self._supervised = 0.0, 0, 0

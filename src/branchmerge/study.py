@@ -1,0 +1,258 @@
+"""The run folder contract: where results lie, what their manifest says, and what "finished" means.
+
+A result is a folder that holds a manifest.json. It is built in a hidden folder beside its place, gets its manifest
+last and is moved into place by one rename, so a killed process never leaves a folder that looks finished. A lock
+per result makes a second process wait for the first and then find the work done.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from branchmerge.config import PROJECT, CommonConfig
+from branchmerge.errors import UserError
+
+MANIFEST = "manifest.json"
+PACKAGES = ("branchmerge", "torch", "transformers", "lightning", "lm-eval", "math-verify", "safetensors", "datasets")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint that a result was made from."""
+
+    path: str
+    weights_sha256: str
+
+
+@dataclass
+class Manifest:
+    """What made a result; `work` and `parents` decide whether a rerun would make the same one."""
+
+    kind: str
+    """pretrained, backbone, expert or merged"""
+    name: str
+    config: dict[str, Any]
+    """The whole resolved configuration."""
+    work: dict[str, Any]
+    """The part of it that decides the result, with the fingerprints of the data."""
+    parents: list[Parent] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    merge: dict[str, Any] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    weights_sha256: str = ""
+    """Fingerprint of the weights in this folder, see `weights_sha256`."""
+    packages: dict[str, str] = field(default_factory=dict)
+    git_commit: str = ""
+    created: str = ""
+    """UTC, ISO 8601"""
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for a rerun to be the same work."""
+        # Through JSON, so that what was read from disk equals what was just made (tuples become lists).
+        same: dict[str, Any] = json.loads(json.dumps(self.work))
+        return {**same, "parents": [parent.weights_sha256 for parent in self.parents]}
+
+
+class Study:
+    """Paths of one study below outputs/."""
+
+    def __init__(self, config: CommonConfig) -> None:
+        self.outputs = Path(config.outputs).expanduser()
+        self.root = self.outputs / config.study.name
+        self.experts = list(config.study.experts)
+
+    @property
+    def backbone(self) -> Path:
+        """The backbone that the study trained itself."""
+        return self.root / "backbone"
+
+    def pretrained(self, name: str) -> Path:
+        """A backbone taken out of a package; shared by all studies."""
+        return self.outputs / "pretrained" / name
+
+    def expert(self, domain: str) -> Path:
+        return self.root / "experts" / domain
+
+    def merged(self, name: str) -> Path:
+        return self.root / "merged" / name
+
+    def logs(self, *parts: str) -> Path:
+        return self.root.joinpath("logs", *parts)
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a finished result, None where there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    raw = json.loads(path.read_text())
+    raw["parents"] = [Parent(**parent) for parent in raw["parents"]]
+    return Manifest(**raw)
+
+
+def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
+    """Whether this very work is finished in `folder`.
+
+    Raises UserError when the folder holds something else and may not be replaced.
+    """
+    found = read_manifest(folder)
+    if found is not None and found.identity() == planned.identity():
+        return True
+    if overwrite:
+        return False
+    if found is not None:
+        changed = _difference(found.identity(), planned.identity())
+        raise UserError(
+            f"{folder} holds a result made otherwise ({changed}); give another out=, delete it, or overwrite=true"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists, is not empty and is no result of branchmerge; give another out= or empty it")
+    return False
+
+
+@contextmanager
+def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
+    """Yield a hidden folder to build a result in; when the block ends it gets its manifest and becomes `folder`.
+
+    The caller holds `locked(folder)`, so hidden folders of the same name are left-overs of killed runs.
+    """
+    for stale in folder.parent.glob(f".{folder.name}.partial*"):
+        shutil.rmtree(stale)
+    partial = folder.parent / f".{folder.name}.partial"
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if any(partial.glob("*.safetensors")):
+            planned.weights_sha256 = weights_sha256(partial)
+        planned.packages = package_versions()
+        planned.git_commit = git_commit()
+        planned.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        write_json(partial / MANIFEST, asdict(planned))
+        _sync(partial)
+        if folder.exists():
+            retired = folder.parent / f".{folder.name}.partial-retired"
+            folder.rename(retired)
+            partial.rename(folder)
+            shutil.rmtree(retired)
+        else:
+            partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the right to make `folder`; wait, and say so once, while another process makes it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that is making {folder}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """Fingerprint of a checkpoint's weights: what `sha256sum *.safetensors | sha256sum` prints in its folder."""
+    lines = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def parent_of(folder: Path) -> Parent:
+    """Name a checkpoint as parent; reads its weights' fingerprint from its manifest where it has one."""
+    manifest = read_manifest(folder)
+    known = manifest.weights_sha256 if manifest is not None else ""
+    return Parent(path=str(folder), weights_sha256=known or weights_sha256(folder))
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what can change a result, of those that are installed; Python's own too."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """Commit of the checkout, with `+changes` where the tree differs from it; empty outside git."""
+    git = ["git", "-C", str(PROJECT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head + ("+changes" if status.strip() else "")
+
+
+def _difference(found: Mapping[str, Any], planned: Mapping[str, Any], prefix: str = "") -> str:
+    """Name the first keys in which two nested dicts differ, with both values."""
+    said: list[str] = []
+    for key in sorted({*found, *planned}):
+        old, new = found.get(key), planned.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = _difference(old, new, f"{prefix}{key}.")
+            said += [inner] if inner else []
+        elif old != new:
+            said.append(f"{prefix}{key}: {_short(old)} there, {_short(new)} now")
+    return "; ".join(said[:3])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file of a folder to the disk before the rename makes it visible."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)

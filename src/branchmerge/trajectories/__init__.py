@@ -1,0 +1,1 @@
+"""Teacher trajectories: read them (sources), check them (schema, verification), choose among them (selection)."""

@@ -1,0 +1,98 @@
+"""A trajectory: a question, the teacher's reasoning and answer, and what a correct answer is.
+
+As a JSONL row (the format `messages`):
+
+    {"id": "math-00012", "domain": "math",
+     "messages": [{"role": "user", "content": "What is 12 x 7?"},
+                  {"role": "assistant", "content": "<think>\\n...\\n</think>\\n\\n\\\\boxed{84}"}],
+     "reference": {"grader": "math", "answer": "84"}}
+
+Only `messages` is required; it ends with an assistant turn, which is what the student learns. A reference names its
+grader: `math` and `choice` carry an `answer`, `code` carries `tests`, a list of Python statements that must all pass.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "user", "assistant")
+GRADERS = ("math", "choice", "code")
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The form that chat templates take."""
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a correct answer is, and which grader decides."""
+
+    grader: str
+    answer: str = ""
+    tests: tuple[str, ...] = ()
+
+    @staticmethod
+    def parse(raw: Any) -> "Reference":
+        """Check a row's reference; raises ValueError that says what is wrong."""
+        if not isinstance(raw, Mapping) or raw.get("grader") not in GRADERS:
+            raise ValueError(f"reference needs a grader, one of {', '.join(GRADERS)}; it is {raw!r}")
+        if raw["grader"] == "code":
+            tests = raw.get("tests")
+            if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
+                raise ValueError("a reference with grader 'code' needs a non-empty list of tests")
+            return Reference("code", tests=tuple(str(test) for test in tests))
+        if "answer" not in raw:
+            raise ValueError(f"a reference with grader {raw['grader']!r} needs an answer")
+        return Reference(raw["grader"], answer=str(raw["answer"]))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One checked row; the last message is the assistant's."""
+
+    id: str
+    domain: str
+    messages: tuple[Message, ...]
+    reference: Reference | None = None
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """Everything before the turn that is learned."""
+        return self.messages[:-1]
+
+    @property
+    def response(self) -> str:
+        """The assistant turn that is learned: reasoning and answer."""
+        return self.messages[-1].content
+
+    @property
+    def question(self) -> str:
+        """The last user turn."""
+        return next((m.content for m in reversed(self.messages) if m.role == "user"), "")
+
+    @staticmethod
+    def parse(raw: Any, default_id: str) -> "Trajectory":
+        """Check a `messages` row; raises ValueError that says what is wrong."""
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("messages"), Sequence):
+            raise ValueError("a row is an object with a list of messages")
+        messages = []
+        for number, turn in enumerate(raw["messages"]):
+            if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
+                raise ValueError(f"message {number} needs a role, one of {', '.join(ROLES)}")
+            if not isinstance(turn.get("content"), str):
+                raise ValueError(f"message {number} ({turn['role']}) needs a text as content")
+            messages.append(Message(turn["role"], turn["content"]))
+        if not any(message.role == "assistant" for message in messages):
+            raise ValueError("the row has no assistant turn, so there is nothing to learn from it")
+        if messages[-1].role != "assistant":
+            raise ValueError(f"the last message must be the assistant's; it is the {messages[-1].role}'s")
+        if len(messages) < 2:
+            raise ValueError("the row has no user turn before the assistant's")
+        reference = Reference.parse(raw["reference"]) if raw.get("reference") is not None else None
+        return Trajectory(str(raw.get("id", default_id)), str(raw.get("domain", "")), tuple(messages), reference)

@@ -1,0 +1,39 @@
+"""Choose the trajectories to train on, and account for every row that is dropped."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from branchmerge.trajectories.schema import Trajectory
+from branchmerge.trajectories.verification import CORRECT, UNVERIFIED, verify
+
+
+@dataclass
+class Selection:
+    """Kept rows and the count of the others: `read` = `kept` + the sum of `dropped`."""
+
+    rows: list[Trajectory]
+    read: int
+    dropped: dict[str, int] = field(default_factory=dict)
+    unverified: int = 0
+    """Kept rows that carry no reference, so that nothing could be checked."""
+
+
+def select(rows: Sequence[Trajectory], check: bool, progress: bool) -> Selection:
+    """Drop repeated rows (same prompt, same response) and, if `check`, those that their grader finds wrong."""
+    dropped: Counter[str] = Counter()
+    distinct = list({(row.prompt, row.response): row for row in rows}.values())
+    dropped["duplicate"] = len(rows) - len(distinct)
+    kept: list[Trajectory] = []
+    unverified = 0
+    verdicts = verify(distinct) if check else (UNVERIFIED for _ in distinct)
+    bar = tqdm(zip(distinct, verdicts, strict=True), total=len(distinct), desc="verify", disable=not progress)
+    for row, verdict in bar:
+        if verdict in (CORRECT, UNVERIFIED):
+            kept.append(row)
+            unverified += verdict == UNVERIFIED
+        else:
+            dropped[verdict] += 1
+    return Selection(kept, len(rows), {reason: n for reason, n in sorted(dropped.items()) if n}, unverified)

@@ -1,0 +1,134 @@
+"""Raw rows in, trajectories out: JSONL files and hub datasets, each in one of the known formats."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from branchmerge.config import SourceConfig, project_path
+from branchmerge.errors import UserError
+from branchmerge.study import file_sha256
+from branchmerge.trajectories.schema import Trajectory
+
+LETTERS = "ABCDEFGHIJ"
+HELD_OUT_SHARE = 5
+"""`split=test` of a file without splits holds one question in five."""
+
+
+def _gsm8k(row: Any, row_id: str) -> Trajectory:
+    """GSM8K: the worked solution becomes the reasoning, the number behind #### the answer."""
+    worked, _, answer = row["answer"].rpartition("####")
+    thought = re.sub(r"<<[^>]*>>", "", worked).strip()
+    answer = answer.strip().replace(",", "")
+    return _trajectory(
+        row_id, "math", row["question"], f"<think>\n{thought}\n</think>\n\n\\boxed{{{answer}}}",
+        {"grader": "math", "answer": answer},
+    )  # fmt: skip
+
+
+def _mbpp(row: Any, row_id: str) -> Trajectory:
+    """MBPP: the task with its tests, answered by the program (the data set has no reasoning)."""
+    tests = "\n".join(row["test_list"])
+    code = row["code"].replace("\r\n", "\n").strip()
+    setup = [row["test_setup_code"]] if row.get("test_setup_code") else []
+    return _trajectory(
+        row_id, "code", f"{row['text'].strip()}\nYour code should pass these tests:\n{tests}",
+        f"```python\n{code}\n```", {"grader": "code", "tests": [*setup, *row["test_list"]]},
+    )  # fmt: skip
+
+
+def _mmlu(row: Any, row_id: str) -> Trajectory:
+    """MMLU: four choices, answered by the letter (the data set has no reasoning)."""
+    options = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(row["choices"]))
+    letter = LETTERS[int(row["answer"])]
+    return _trajectory(
+        row_id, "science", f"{row['question'].strip()}\n{options}\nAnswer with the letter.",
+        f"\\boxed{{{letter}}}", {"grader": "choice", "answer": letter},
+    )  # fmt: skip
+
+
+def _trajectory(row_id: str, domain: str, question: str, response: str, reference: dict[str, Any]) -> Trajectory:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+    return Trajectory.parse({"domain": domain, "messages": messages, "reference": reference}, row_id)
+
+
+FORMATS: dict[str, Callable[[Any, str], Trajectory]] = {
+    "messages": Trajectory.parse,
+    "gsm8k": _gsm8k,
+    "mbpp": _mbpp,
+    "mmlu": _mmlu,
+}
+
+
+def read(source: SourceConfig) -> list[Trajectory]:
+    """Read and check all rows of a source; raises UserError with file and line number on a row that cannot be used."""
+    if source.format not in FORMATS:
+        raise UserError(f"format={source.format}: choose one of {', '.join(FORMATS)}")
+    convert = FORMATS[source.format]
+    rows: list[Trajectory] = []
+    for where, row_id, raw in _raw_rows(source):
+        try:
+            row = convert(raw, row_id)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{where}: not a row of format {source.format}: {reason}") from error
+        if is_local(source) and source.split != "all" and is_held_out(row.question) != (source.split == "test"):
+            continue
+        rows.append(row)
+        if source.limit is not None and len(rows) == source.limit:
+            break
+    if not rows:
+        raise UserError(f"{source.path}: no rows; a corpus needs at least one")
+    return rows
+
+
+def is_held_out(question: str) -> bool:
+    """Whether a question of a file without splits belongs to its test part; depends on the question alone."""
+    return hashlib.sha256(question.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+def is_local(source: SourceConfig) -> bool:
+    """Whether the path means a file; a hub dataset is `owner/name` without a file ending."""
+    path = source.path
+    return path.startswith(("project:", "/", ".", "~")) or path.endswith((".jsonl", ".json")) or path.count("/") != 1
+
+
+def identity(source: SourceConfig) -> str:
+    """What changes when the rows do: the file's SHA-256, or the hub dataset's revision."""
+    return file_sha256(_file(source)) if is_local(source) else f"{source.path}@{source.revision}"
+
+
+def _file(source: SourceConfig) -> Path:
+    path = project_path(source.path)
+    if not path.is_file():
+        raise UserError(f"{source.path}: no such file; give a JSONL file of trajectories with data.path=")
+    return path
+
+
+def _raw_rows(source: SourceConfig) -> Iterator[tuple[str, str, Any]]:
+    """Yield (where it stands, default id, raw row)."""
+    if is_local(source):
+        path = _file(source)
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    raw = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}:{number}: not JSON ({error}); one object a line is expected") from error
+                yield f"{path}:{number}", f"{path.stem}-{number:05d}", raw
+        return
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(source.path, source.subset, split=source.split, revision=source.revision)
+    except Exception as error:
+        raise UserError(
+            f"{source.path}: cannot be loaded from the Hugging Face hub ({type(error).__name__}: {error});"
+            " check the name and the network, or give a local file with data.path="
+        ) from error
+    for number, raw in enumerate(dataset):
+        yield f"{source.path}[{number}]", f"{source.path.split('/')[-1]}-{number:06d}", raw

@@ -1,0 +1,82 @@
+"""Fixtures: a tiny random student with a real tokenizer, and the three scripts run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def demo_texts() -> list[str]:
+    """Text of the demo trajectories, to train the tiny tokenizer on."""
+    rows = []
+    for part in ("math", "code", "science"):
+        with (PROJECT / "assets" / "demo" / "trajectories" / f"{part}.jsonl").open() as lines:
+            rows += [turn["content"] for line in lines for turn in json.loads(line)["messages"]]
+    return rows
+
+
+def make_student(folder: Path, seed: int = 0, model_type: str = "llama", **changes: int) -> Path:
+    """Write a random causal LM of about 60 thousand parameters, with tokenizer and chat template, as a checkpoint."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(demo_texts(), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
+    shape = {
+        "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True,
+    }  # fmt: skip
+    config = AutoConfig.for_model(model_type, **{**shape, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    # Larger than the usual initialisation, so that the tests' differences stand far above rounding.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a tiny random Llama; do not write into it."""
+    return make_student(tmp_path_factory.mktemp("student") / "tiny")
+
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def script() -> Script:
+    """Run `python <name>.py <overrides>` in the checkout, as a user does; returns what it printed and its exit code."""
+
+    def run(name: str, *overrides: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, f"{name}.py", *overrides], cwd=PROJECT, capture_output=True, text=True, timeout=timeout,
+            env={**os.environ, **env},
+        )  # fmt: skip
+
+    return run
