@@ -73,8 +73,10 @@ class StudyConfig:
     """The study trains its own backbone with domain=warmup (the demo's stand-in for R1-Distill)."""
     seq_len: int = field(default=16384, metadata=_at_least(8))
     """Tokens in a packed row."""
-    data_dir: str | None = None
-    """Folder of files as downloaded, for studies and tasks that read such."""
+    data_dir: str | None = MISSING
+    """Folder of files as downloaded, for studies and tasks that read such; null for the others."""
+    export_dtype: str = field(default="bfloat16", metadata=_choice("float32", "bfloat16"))
+    """Dtype of the exported weights."""
     corpus: dict[str, SourceConfig] = MISSING
     """Raw rows by part name."""
     budget: dict[str, BudgetConfig] = MISSING
@@ -98,11 +100,12 @@ class BackboneConfig:
     name: str = MISSING
     """Short name, used for folders."""
     path: str | None = None
-    """Folder of a Hugging Face causal LM, or its name on the hub."""
+    """Start the branches from this Hugging Face causal LM (a folder, or a name on the hub), without any warm-up."""
+    pretrained: str | None = None
+    """The backbone where `path` is null, or what the study's warm-up makes it from: a folder, a name on the hub, or
+    `gguf:<package>`, an installed Python package that carries the weights as one GGUF file."""
     revision: str | None = None
     """Hub only: commit, tag or branch."""
-    gguf_package: str | None = None
-    """Instead of `path`: an installed Python package that carries the weights as one GGUF file."""
     attn: str = field(default="auto", metadata=_choice("auto", "flash_attention_2", "sdpa"))
     """Attention in training. auto: flash-attn when it is importable on CUDA, else SDPA document by document."""
 
@@ -191,7 +194,7 @@ class TrainConfig(CommonConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    export_dtype: str = field(default="bfloat16", metadata=_choice("float32", "bfloat16"))
+    export_dtype: str = field(default=MISSING, metadata=_choice("float32", "bfloat16"))
     """Dtype of the exported weights."""
 
 
@@ -255,9 +258,9 @@ Schema = TypeVar("Schema", bound=CommonConfig)
 
 def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
     """Resolve and check a composed configuration; raises UserError on a value that cannot work."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    missing = _first_missing(cfg, "")
     if missing:
-        raise UserError(f"{missing[0]} has no value; give it on the command line or in the study's file")
+        raise UserError(f"{missing} has no value; give it on the command line or in the study's file")
     domain = OmegaConf.select(cfg, "domain.name")
     if domain is not None and domain not in cfg.study.budget:
         known = ", ".join(cfg.study.budget)
@@ -268,6 +271,20 @@ def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
     if isinstance(config, TrainConfig):
         _check_train(config)
     return config
+
+
+def _first_missing(node: DictConfig, prefix: str) -> str:
+    """Name the first key that has no value, interpolations aside; empty where there is none."""
+    for key in map(str, node):
+        if OmegaConf.is_interpolation(node, key):
+            continue
+        if OmegaConf.is_missing(node, key):
+            return f"{prefix}{key}"
+        if isinstance(node[key], DictConfig):
+            found = _first_missing(node[key], f"{prefix}{key}.")
+            if found:
+                return found
+    return ""
 
 
 def _check(node: Any, prefix: str) -> None:

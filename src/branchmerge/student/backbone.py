@@ -7,20 +7,22 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from branchmerge.config import BackboneConfig, CommonConfig
+from branchmerge.config import CommonConfig
 from branchmerge.errors import UserError
 from branchmerge.study import Manifest, Study, file_sha256, is_done, locked, publish, read_manifest
+
+GGUF = "gguf:"
 
 
 def locate(config: CommonConfig, domain: str | None = None) -> Path:
     """Folder of the checkpoint that `domain` starts from (None: the study's backbone).
 
-    It is, in this order: `backbone.path`; what the study's warm-up made (not for the warm-up itself); what
-    `backbone.gguf_package` carries. Raises UserError where that is missing or no checkpoint.
+    It is, in this order: `backbone.path`; what the study's warm-up made (not for the warm-up itself);
+    `backbone.pretrained`. Raises UserError where that is missing or no checkpoint.
     """
     backbone = config.backbone
     if backbone.path is not None:
-        folder = _local(backbone)
+        folder = _resolve(config, backbone.path)
     elif config.study.warmup and domain != "warmup":
         folder = Study(config).backbone
         if read_manifest(folder) is None:
@@ -28,29 +30,30 @@ def locate(config: CommonConfig, domain: str | None = None) -> Path:
                 f"{folder}: the study {config.study.name} has not made its backbone yet; run python train.py"
                 f" study={config.study.name} domain=warmup"
             )
-    elif backbone.gguf_package is not None:
-        folder = import_gguf(config)
+    elif backbone.pretrained is not None:
+        folder = _resolve(config, backbone.pretrained)
     else:
         raise UserError(
-            f"backbone={backbone.name} has neither a path nor a package; set backbone.path=/folder/of/a/model"
+            f"backbone={backbone.name} has neither path nor pretrained; set backbone.path=/folder/of/a/model"
         )
     check_checkpoint(folder)
     return folder
 
 
-def _local(backbone: BackboneConfig) -> Path:
-    """A folder as it is; a hub name is downloaded into the hub's cache."""
-    assert backbone.path is not None
-    folder = Path(backbone.path).expanduser()
-    if folder.exists() or backbone.path.startswith(("/", ".", "~")) or backbone.path.count("/") != 1:
+def _resolve(config: CommonConfig, name: str) -> Path:
+    """A folder as it is; gguf:<package> is imported once; a hub name is downloaded into the hub's cache."""
+    if name.startswith(GGUF):
+        return import_gguf(config, name.removeprefix(GGUF))
+    folder = Path(name).expanduser()
+    if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
         return folder
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(backbone.path, revision=backbone.revision))
+        return Path(snapshot_download(name, revision=config.backbone.revision))
     except Exception as error:
         raise UserError(
-            f"backbone.path={backbone.path}: no such folder, and not to be had from the Hugging Face hub"
+            f"{name}: no such folder, and not to be had from the Hugging Face hub"
             f" ({type(error).__name__}: {error}); check the name and the network"
         ) from error
 
@@ -67,20 +70,19 @@ def check_checkpoint(folder: Path) -> None:
         raise UserError(f"{folder}: a checkpoint needs *.safetensors weights; this folder has {why}")
 
 
-def import_gguf(config: CommonConfig) -> Path:
+def import_gguf(config: CommonConfig, package: str) -> Path:
     """Turn the GGUF file of an installed package into a plain checkpoint, once; returns its folder below outputs/."""
     backbone = config.backbone
-    assert backbone.gguf_package is not None
     folder = Study(config).pretrained(backbone.name)
-    found = importlib.util.find_spec(backbone.gguf_package)
+    found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise UserError(
-            f"backbone={backbone.name} is carried by the Python package {backbone.gguf_package}, which is not"
+            f"backbone={backbone.name} is carried by the Python package {package}, which is not"
             " installed; run make setup"
         )
     files = sorted(Path(found.origin).parent.rglob("*.gguf"))
     if len(files) != 1:
-        raise UserError(f"backbone.gguf_package={backbone.gguf_package} holds {len(files)} GGUF files; it must be one")
+        raise UserError(f"backbone.pretrained: the package {package} holds {len(files)} GGUF files; it must be one")
     work = {"gguf_sha256": file_sha256(files[0])}
     planned = Manifest("pretrained", backbone.name, asdict(backbone), work)
     with locked(folder):

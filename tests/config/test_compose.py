@@ -1,0 +1,115 @@
+"""Every configuration file composes, and what is wrong is refused while the command line is read."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from branchmerge import config
+from branchmerge.cli import one_line
+from branchmerge.errors import UserError
+from branchmerge.merge.operators import OPERATORS, make_operator, parameters_of
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+SCHEMAS = {"train": config.TrainConfig, "merge": config.MergeConfig, "evaluate": config.EvaluateConfig}
+GROUPS = {
+    "train": ["study", "domain", "backbone", "trainer", "logger"],
+    "merge": ["study", "backbone", "operator"],
+    "evaluate": ["study", "backbone", "benchmark", "backend"],
+}
+EVERY_FILE = [
+    (primary, f"{group}={path.stem}")
+    for primary, groups in GROUPS.items()
+    for group in groups
+    for path in sorted((CONF / group).glob("*.yaml"))
+]
+
+config.register()
+
+
+def composed(primary: str, *overrides: str) -> config.CommonConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(primary, overrides=list(overrides))
+        return config.typed(cfg, SCHEMAS[primary])
+
+
+@pytest.mark.parametrize(("primary", "override"), EVERY_FILE)
+def test_every_file_composes(primary: str, override: str) -> None:
+    own = "study=smollm2_real" in override
+    extra = ["study.data_dir=/rows"] if own else []
+    assert isinstance(composed(primary, override, *extra), SCHEMAS[primary])
+
+
+def test_no_group_is_left_out() -> None:
+    listed = {group for groups in GROUPS.values() for group in groups}
+    assert listed == {path.name for path in CONF.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("study", [path.stem for path in (CONF / "study").glob("*.yaml")])
+def test_every_study_has_corpus_and_budget_for_its_experts(study: str) -> None:
+    found = composed("train", f"study={study}", "study.data_dir=/rows").study
+    assert set(found.experts) <= set(found.budget)
+    assert set(found.experts) <= set(found.corpus)
+    assert "mixture" in found.budget
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_every_operator_has_a_file_with_all_its_parameters_at_their_defaults(name: str) -> None:
+    values = OmegaConf.to_container(OmegaConf.load(CONF / "operator" / f"{name}.yaml"))
+    assert isinstance(values, dict)
+    assert values.pop("name") == name
+    assert make_operator(name, {str(key): value for key, value in values.items()}) == OPERATORS[name]()
+    assert set(values) == set(parameters_of(OPERATORS[name]()))
+
+
+def test_the_budget_follows_the_domain() -> None:
+    branch = composed("train", "domain=science")
+    assert isinstance(branch, config.TrainConfig)
+    budget = branch.study.budget["science"]
+    assert (branch.optim.lr, branch.optim.max_steps) == (budget.lr, budget.max_steps)
+
+
+def test_the_command_line_outranks_the_budget() -> None:
+    branch = composed("train", "domain=math", "optim.lr=0.5")
+    assert isinstance(branch, config.TrainConfig)
+    assert branch.optim.lr == 0.5
+
+
+def test_the_mixture_control_has_the_budget_of_all_experts_together() -> None:
+    study = composed("train", "study=demo").study
+    assert study.budget["mixture"].max_steps == sum(study.budget[name].max_steps or 0 for name in study.experts)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.schedule=square", "choose one of constant, cosine"),
+        ("optim.lr=-1", "optim.lr=-1.0: must be at least 0"),
+        ("data.too_long=ignore", "choose one of drop, truncate"),
+        ("study.budget.math.epochs=0", "must be at least 1"),
+        ("study.corpus.science.limit=0", "must be at least 1"),
+        ("backbone.attn=fast", "choose one of auto, flash_attention_2, sdpa"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        composed("train", override)
+
+
+def test_a_study_without_a_value_it_needs_says_which() -> None:
+    with pytest.raises(UserError, match=r"study\.data_dir has no value"):
+        composed("train", "study=smollm2_real")
+
+
+def test_warmup_of_a_study_that_has_none_is_refused() -> None:
+    with pytest.raises(UserError, match="no budget"):
+        composed("train", "study=smollm2_real", "study.data_dir=/rows", "domain=warmup")
+
+
+@pytest.mark.parametrize("override", ["optim.lrr=1", "optim.lr=much", "domain=maths", "operator=ties"])
+def test_unknown_keys_names_and_types_are_one_line(override: str) -> None:
+    with pytest.raises(ConfigCompositionException) as caught:
+        composed("train", override)
+    assert "\n" not in one_line(caught.value)

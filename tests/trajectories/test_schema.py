@@ -1,0 +1,86 @@
+from typing import Any
+
+import pytest
+
+from branchmerge.trajectories.schema import Message, Reference, Trajectory
+
+USER = {"role": "user", "content": "What is 12 x 7?"}
+ASSISTANT = {"role": "assistant", "content": "\\boxed{84}"}
+
+
+def row(*messages: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **more}
+
+
+def test_full_row_is_parsed() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    reference = {"grader": "math", "answer": 84}
+    parsed = Trajectory.parse(row(system, USER, ASSISTANT, id="m-1", domain="math", reference=reference), "x")
+    turns = (Message("system", "Be brief."), Message("user", "What is 12 x 7?"), Message("assistant", "\\boxed{84}"))
+    assert parsed == Trajectory("m-1", "math", turns, Reference("math", answer="84"))
+
+
+def test_only_messages_are_required() -> None:
+    parsed = Trajectory.parse(row(USER, ASSISTANT), "file-00003")
+    assert (parsed.id, parsed.domain, parsed.reference) == ("file-00003", "", None)
+
+
+def test_null_reference_is_no_reference() -> None:
+    assert Trajectory.parse(row(USER, ASSISTANT, reference=None), "x").reference is None
+
+
+def test_only_the_last_turn_is_the_response() -> None:
+    second = {"role": "user", "content": "And 12 x 8?"}
+    answer = {"role": "assistant", "content": "\\boxed{96}"}
+    parsed = Trajectory.parse(row(USER, ASSISTANT, second, answer), "x")
+    assert parsed.response == "\\boxed{96}"
+    assert parsed.question == "And 12 x 8?"
+    assert [message.as_dict() for message in parsed.prompt] == [USER, ASSISTANT, second]
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        ("text", "list of messages"),
+        ([USER, ASSISTANT], "list of messages"),
+        ({"prompt": "x"}, "list of messages"),
+        (row(), "no assistant turn"),
+        (row(USER), "no assistant turn"),
+        (row(USER, ASSISTANT, USER), "last message must be the assistant's; it is the user's"),
+        (row(ASSISTANT), "no user turn"),
+        (row(USER, {"role": "tool", "content": "x"}, ASSISTANT), "message 1 needs a role, one of system, user"),
+        (row({"content": "x"}, ASSISTANT), "message 0 needs a role"),
+        (row("hello", ASSISTANT), "message 0 needs a role"),
+        (row(USER, {"role": "assistant"}), r"message 1 \(assistant\) needs a text"),
+        (row(USER, {"role": "assistant", "content": None}), "needs a text"),
+        (row({"role": "user", "content": [{"type": "text", "text": "x"}]}, ASSISTANT), "needs a text"),
+    ],
+)
+def test_unusable_row_is_refused_with_its_reason(raw: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Trajectory.parse(raw, "x")
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("84", "needs a grader"),
+        ({}, "needs a grader"),
+        ({"answer": "84"}, "needs a grader, one of math, choice, code"),
+        ({"grader": "essay", "answer": "84"}, "needs a grader.*essay"),
+        ({"grader": "math"}, "'math' needs an answer"),
+        ({"grader": "choice"}, "'choice' needs an answer"),
+        ({"grader": "math", "tests": ["assert True"]}, "'math' needs an answer"),
+        ({"grader": "code", "answer": "84"}, "non-empty list of tests"),
+        ({"grader": "code", "tests": []}, "non-empty list of tests"),
+        ({"grader": "code", "tests": "assert True"}, "non-empty list of tests"),
+    ],
+)
+def test_unusable_reference_is_refused_with_its_reason(reference: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Trajectory.parse(row(USER, ASSISTANT, reference=reference), "x")
+
+
+def test_code_reference_keeps_its_tests_in_order() -> None:
+    tests = ["assert f(1) == 2", "assert f(0) == 1"]
+    assert Reference.parse({"grader": "code", "tests": tests}) == Reference("code", tests=tuple(tests))
