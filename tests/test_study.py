@@ -43,7 +43,9 @@ def test_a_published_folder_holds_files_and_manifest(tmp_path: Path) -> None:
 def test_the_fingerprint_is_what_sha256sum_prints(tmp_path: Path) -> None:
     for name in ("model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"):
         (tmp_path / name).write_bytes(name.encode())
-    shell = subprocess.run("sha256sum *.safetensors | sha256sum", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    shell = subprocess.run(
+        "sha256sum *.safetensors | sha256sum", shell=True, cwd=tmp_path, capture_output=True, text=True
+    )
     assert weights_sha256(tmp_path) == shell.stdout.split()[0]
 
 

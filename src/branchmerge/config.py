@@ -69,6 +69,8 @@ class StudyConfig:
     """Domains that are branched and merged."""
     tree: Any = MISSING
     """Default merge tree: [left, right], nested; leaves are domains or checkpoint folders."""
+    operators: dict[str, Any] = field(default_factory=dict)
+    """Parameters of merge operators that this study uses in place of their defaults: {arcee_fusion: {lam: 0.5}}."""
     warmup: bool = False
     """The study trains its own backbone with domain=warmup (the demo's stand-in for R1-Distill)."""
     seq_len: int = field(default=16384, metadata=_at_least(8))
@@ -227,7 +229,7 @@ class BackendConfig:
     """What generates."""
 
     kind: str = field(default="hf", metadata=_choice("hf"))
-    batch_size: int = field(default=32, metadata=_at_least(1))
+    batch_size: int = field(default=50, metadata=_at_least(1))
     """Questions generated side by side."""
     dtype: str = field(default="auto", metadata=_choice("auto", "float32", "bfloat16"))
     """Compute dtype. auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32."""

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
 
 from branchmerge import config
 from branchmerge.cli import one_line
@@ -57,11 +56,18 @@ def test_every_study_has_corpus_and_budget_for_its_experts(study: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_every_operator_has_a_file_with_all_its_parameters_at_their_defaults(name: str) -> None:
-    values = OmegaConf.to_container(OmegaConf.load(CONF / "operator" / f"{name}.yaml"))
-    assert isinstance(values, dict)
+    settings = composed("merge", f"operator={name}", "study=smollm2_real", "study.data_dir=/rows")
+    assert isinstance(settings, config.MergeConfig)
+    values = dict(settings.operator)
     assert values.pop("name") == name
-    assert make_operator(name, {str(key): value for key, value in values.items()}) == OPERATORS[name]()
+    assert make_operator(name, values) == OPERATORS[name]()
     assert set(values) == set(parameters_of(OPERATORS[name]()))
+
+
+def test_a_study_may_set_parameters_of_an_operator() -> None:
+    settings = composed("merge", "+study.operators.arcee_fusion={lam: 0.7}")
+    assert isinstance(settings, config.MergeConfig)
+    assert settings.operator["lam"] == 0.7
 
 
 def test_the_budget_follows_the_domain() -> None:

@@ -1,11 +1,26 @@
 """What generates: a checkpoint as an lm-eval model."""
 
 from pathlib import Path
+from typing import Any
 
-from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
 
 from branchmerge import machine
 from branchmerge.config import BackendConfig
+from branchmerge.data.template import PREFILL
+from branchmerge.evaluation.decode_attention import DECODE_SDPA
+
+
+class Transformers(HFLM):
+    """lm-eval's transformers model, whose responses begin with the <think> that the chat template opened.
+
+    Without it a response that was cut off while it still reasoned would look like one without reasoning.
+    """
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        responses = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        opened = (PREFILL if request.args[0].endswith(PREFILL) else "" for request in requests)
+        return [opening + response for opening, response in zip(opened, responses, strict=True)]
 
 
 def dtype_of(backend: BackendConfig) -> str:
@@ -15,13 +30,10 @@ def dtype_of(backend: BackendConfig) -> str:
     return "bfloat16" if machine.computes_bf16(machine.device_of(backend.device)) else "float32"
 
 
-def load(backend: BackendConfig, folder: Path) -> LM:
+def load(backend: BackendConfig, folder: Path) -> Transformers:
     """Load a checkpoint into transformers, ready to generate."""
-    from lm_eval.models.huggingface import HFLM
-
-    return HFLM(
-        pretrained=str(folder),
-        dtype=dtype_of(backend),
-        device=str(machine.device_of(backend.device)),
-        batch_size=backend.batch_size,
+    device = machine.device_of(backend.device)
+    attention = {"attn_implementation": DECODE_SDPA} if device.type == "cpu" else {}
+    return Transformers(
+        pretrained=str(folder), dtype=dtype_of(backend), device=str(device), batch_size=backend.batch_size, **attention
     )

@@ -7,7 +7,7 @@ import logging
 import re
 from dataclasses import dataclass
 
-from branchmerge.evaluation.sandbox import run_tests
+from branchmerge.evaluation.sandbox import PASSED, run_tests
 from branchmerge.trajectories.schema import Reference
 
 # math-verify warns at every call about timeouts that its caller chose.
@@ -36,11 +36,12 @@ def grade(response: str, reference: Reference) -> Verdict:
 
 
 def final_part(response: str) -> str | None:
-    """What follows the last </think>; the whole text if it has no tag; None if a <think> was never closed."""
-    _, closed, answer = response.rpartition("</think>")
-    if not closed and "<think>" in response:
-        return None
-    return answer
+    """What follows the last </think>; the whole text if it has no tag; None if a <think> was never closed.
+
+    Where the chat template opens the reasoning, the caller puts that <think> in front of the response.
+    """
+    answer = response.rpartition("</think>")[2]
+    return None if "<think>" in answer else answer
 
 
 def last_box(text: str) -> str | None:
@@ -80,9 +81,11 @@ def grade_choice(answer: str, reference: Reference) -> Verdict:
 
 
 def grade_code(answer: str, reference: Reference) -> Verdict:
-    """The last fenced block, run against the reference's tests in a subprocess."""
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", answer, flags=re.DOTALL)
-    if not blocks:
+    """The last fenced block of Python (or of no language), run against the reference's tests in a subprocess."""
+    # Fences are paired from the top, so that the end of one block is never taken for the beginning of another.
+    blocks = re.findall(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", answer, flags=re.DOTALL | re.MULTILINE)
+    programs = [block for language, block in blocks if language.lower() in ("", "py", "python", "python3")]
+    if not programs:
         return Verdict(False, NO_ANSWER)
-    outcome = run_tests(blocks[-1], reference.tests)
-    return Verdict(outcome == "passed", "" if outcome == "passed" else outcome, blocks[-1])
+    outcome = run_tests(programs[-1], reference.tests)
+    return Verdict(outcome == PASSED, "" if outcome == PASSED else outcome, programs[-1])

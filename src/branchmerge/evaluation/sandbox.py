@@ -1,17 +1,19 @@
 """Run a program somebody's model wrote, with limits on time, memory, file size and output, in a process of its own.
 
 What it holds: endless loops, memory hogs, output floods, crashes, early exits. What it does not: a program that means
-harm can still read files and open connections as this user. Don't run code of models you distrust outside a
-container.
+harm can read files, open connections and leave detached processes as this user, and one written against this very
+sandbox can find the word that means success. Don't run code of models you distrust outside a container.
 """
 
 import json
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,26 +34,45 @@ def run_tests(program: str, tests: Sequence[str], seconds: float = SECONDS, memo
     """
     if not tests:
         raise ValueError("a program without tests cannot pass or fail")
-    # The worker says how it ended by this word on its real standard output; a program that exits early, or prints
-    # "passed", does not know it.
+    # The worker says how it ended by this word; a program that exits early, or prints "passed", does not say it.
     token = secrets.token_hex(16)
     task = {"program": program, "tests": list(tests), "token": token, "memory": memory_bytes, "seconds": seconds}
-    with tempfile.TemporaryDirectory(prefix="branchmerge-") as folder:
-        worker = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(WORKER)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            cwd=folder, env={"PATH": os.defpath, "HOME": folder}, start_new_session=True,
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="branchmerge-") as folder, tempfile.TemporaryFile() as given:
+        given.write(json.dumps(task).encode())
+        given.seek(0)
+        reading, writing = os.pipe()
         try:
-            said, _ = worker.communicate(json.dumps(task).encode(), timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return TIMEOUT
-        finally:
+            worker = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(WORKER)],
+                stdin=given, stdout=writing, stderr=subprocess.DEVNULL,
+                cwd=folder, env={"PATH": os.defpath, "HOME": folder}, start_new_session=True,
+            )  # fmt: skip
+            said = _read(reading, len(token) + len(FAILED), worker, seconds)
+            timed_out = said is None and worker.poll() is None
             _kill_group(worker)
+        finally:
+            os.close(reading)
+            os.close(writing)
     for outcome in (PASSED, FAILED):
         if said == f"{token}{outcome}".encode():
             return outcome
-    return TIMEOUT if worker.returncode == -signal.SIGXCPU else CRASHED
+    return TIMEOUT if timed_out or worker.returncode == -signal.SIGXCPU else CRASHED
+
+
+def _read(pipe: int, most: int, worker: subprocess.Popen[bytes], seconds: float) -> bytes | None:
+    """What the worker says, up to `most` bytes, in one piece; None if it ends or the time does without a word.
+
+    Waits for the word or the worker's end, not for the end of the pipe: a process that the program started may hold
+    that open for ever.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        ended = worker.poll() is not None
+        ready, _, _ = select.select([pipe], [], [], 0 if ended else min(0.05, max(0.0, deadline - time.monotonic())))
+        if ready:
+            return os.read(pipe, most) or None
+        if ended or time.monotonic() >= deadline:
+            return None
 
 
 def _kill_group(worker: subprocess.Popen[bytes]) -> None:
@@ -59,6 +80,3 @@ def _kill_group(worker: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
-    for pipe in (worker.stdin, worker.stdout):
-        if pipe is not None:
-            pipe.close()

@@ -44,6 +44,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     parameters = dict(config.operator)
     operator_name = str(parameters.pop("name"))
     operator = make_operator(operator_name, parameters)
+    usual = make_operator(operator_name, config.study.operators.get(operator_name, {}))
     study = Study(config)
     default = parse(config.study.tree)
     if operator.n_way:
@@ -53,7 +54,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     if config.out is not None:
         out = Path(config.out).expanduser()
     else:
-        out = study.merged(_name(operator_name, operator, tree, default))
+        out = study.merged(_name(operator_name, operator, usual, tree, default))
     base = backbone.locate(config) if operator.needs_base else None
     shard = int(config.max_shard_gb * 1e9)
     return Recipe(operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved)
@@ -75,10 +76,9 @@ def _folder(study: Study, leaf: str) -> Path:
     return folder
 
 
-def _name(operator_name: str, operator: Operator, tree: Tree, default: Tree) -> str:
-    """How the result was made: the operator, its parameters that differ from the default, another tree."""
-    parts = [operator_name]
-    parts += [f"{key}{_value(value)}" for key, value in changed_parameters(operator).items()]
+def _name(operator_name: str, operator: Operator, usual: Operator, tree: Tree, default: Tree) -> str:
+    """How the result was made: the operator, its parameters that are not the study's usual ones, another tree."""
+    parts = [operator_name, *(f"{key}{_value(value)}" for key, value in changed_parameters(operator, usual).items())]
     if tree != default:
         if any("/" in leaf for leaf in tree.leaves):
             raise UserError(f"tree={tree.nested()}: say where a merge of other folders goes, with out=/my/merged")

@@ -17,15 +17,18 @@ Below ``--out`` it writes
 - ``benchmark/{test,dev}/{math,code,science}.jsonl``: held-out questions with references.
 
 No question occurs twice anywhere: all files are drawn from one stream per domain, without replacement of the
-question's parameters.  Like a real teacher this one errs: in exactly ``round(ERROR_SHARE * rows)`` rows of every
+question's parameters.  What a benchmark question of math asks to work out (47 * 6, say) is worked out nowhere else.
+Like a real teacher this one errs: in exactly ``round(ERROR_SHARE * rows)`` rows of every
 trajectories file the reasoning goes wrong and the final answer contradicts the reference, so that verification
 against the reference has something to drop.  The same seed writes the same bytes.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -36,9 +39,11 @@ TEST_ROWS = 100  # per domain
 DEV_ROWS = 60  # per domain
 BRANCH_ROWS = 300  # per domain
 WARMUP_ROWS = 130  # per domain
+MOST_DRAWS = 10_000  # for one new question
 
 DOMAINS = ("math", "code", "science")
 LETTERS = "ABCD"
+THINGS = ("pens", "cards", "eggs", "nails")
 FUNCTION_NAMES = ("f", "g", "h", "calc", "solve", "run", "apply", "task", "work", "compute")
 
 
@@ -55,9 +60,10 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with the teacher's right and wrong solution; ``key`` names its kind and parameters."""
+    """A question with the teacher's right and wrong solution."""
 
     key: tuple[object, ...]
+    """Kind and parameters; for math, what is to be worked out, which two kinds share."""
     question: str
     right: Solution
     wrong: Solution
@@ -73,7 +79,7 @@ Kind = Callable[[Random], Problem]
 def _number(key: tuple[object, ...], question: str, think: Callable[[int], str], answer: int, slip: int) -> Problem:
     """A question with a whole number as its answer; ``think`` writes the reasoning that ends in a given result."""
     right, wrong = (Solution(think(n), f"\\boxed{{{n}}}") for n in (answer, answer + slip))
-    return Problem(key, question, right, wrong, {"answer": str(answer)})
+    return Problem(key, question, right, wrong, {"grader": "math", "answer": str(answer)})
 
 
 def _times(a: int, b: int) -> str:
@@ -82,22 +88,22 @@ def _times(a: int, b: int) -> str:
 
 
 def product(rng: Random) -> Problem:
-    a, b = rng.randint(12, 59), rng.randint(2, 6)
+    a, b = rng.randint(12, 69), rng.randint(2, 6)
     think, slip = _times(a, b), rng.choice((-10, 1, 10))
-    return _number(("product", a, b), f"What is {a} * {b}?", lambda n: f"{think}{n}", a * b, slip)
+    return _number(("times", a, b), f"What is {a} * {b}?", lambda n: f"{think}{n}", a * b, slip)
 
 
 def boxes(rng: Random) -> Problem:
-    a, b = rng.randint(12, 59), rng.randint(2, 6)
-    think, slip, thing = _times(a, b), rng.choice((-10, 1, 10)), rng.choice(("pens", "cards", "eggs", "nails"))
+    a, b = rng.randint(12, 69), rng.randint(2, 6)
+    think, slip, thing = _times(a, b), rng.choice((-10, 1, 10)), rng.choice(THINGS)
     question = f"One box holds {a} {thing}. How many {thing} are in {b} boxes?"
-    return _number(("boxes", a, b), question, lambda n: f"{think}{n}", a * b, slip)
+    return _number(("times", a, b), question, lambda n: f"{think}{n}", a * b, slip)
 
 
 def total(rng: Random) -> Problem:
     a, b = rng.randint(12, 69), rng.randint(12, 69)
     think, slip = f"{a} + {b} = ", rng.choice((-10, 1, 10))
-    return _number(("total", a, b), f"What is {a} + {b}?", lambda n: f"{think}{n}", a + b, slip)
+    return _number(("plus", a, b), f"What is {a} + {b}?", lambda n: f"{think}{n}", a + b, slip)
 
 
 # ------------------------------------------------------------------------------------------------------------- code
@@ -122,7 +128,7 @@ def _function(
 
     tests = [f"assert {name}({literal}) == {value!r}" for literal, value in calls.items()]
     question = f"Write a Python function {name}({argument}) that {task}."
-    return Problem(key, question, solution(right), solution(wrong), {"tests": tests})
+    return Problem(key, question, solution(right), solution(wrong), {"grader": "code", "tests": tests})
 
 
 def add_then_multiply(rng: Random) -> Problem:
@@ -204,7 +210,7 @@ def _choice(
         read = " ".join(f"{letter} {m}" for letter, m in zip(LETTERS, options[: found + 1], strict=False))
         return Solution(f"{formula} = {terms} = {n} {unit}\n{read}", f"\\boxed{{{LETTERS[found]}}}")
 
-    reference = {"answer": LETTERS[options.index(value)]}
+    reference = {"grader": "choice", "answer": LETTERS[options.index(value)]}
     return Problem(key, f"{question}\n{lines}", solution(value), solution(slip), reference)
 
 
@@ -232,17 +238,32 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
-def problems(domain: str, seed: int = SEED) -> Iterator[Problem]:
-    """The domain's endless stream of problems, kinds in turn, no parameters and no question text twice."""
-    rng = Random(f"{seed}-{domain}")
-    seen: set[object] = set()
-    while True:
-        for kind in KINDS[domain]:
+def problems(domain: str) -> Iterator[Problem]:
+    """The domain's stream of problems, kinds in turn; ends when a kind has no new question left.
+
+    The first TEST_ROWS + DEV_ROWS are the benchmark: their keys never come again. Later ones may share a key (47 * 6
+    as a bare product and in a story) but no question.
+    """
+    rng = Random(f"{SEED}-{domain}")
+    held_out: set[object] = set()
+    asked: set[str] = set()
+    for number, kind in enumerate(cycle(KINDS[domain])):
+        for _ in range(MOST_DRAWS):
             problem = kind(rng)
-            while problem.key in seen or problem.question in seen:
-                problem = kind(rng)
-            seen.update((problem.key, problem.question))
-            yield problem
+            if problem.key not in held_out and _bare(problem) not in asked:
+                break
+        else:
+            raise RuntimeError(f"{domain}: no new question of kind {kind.__name__} after {number}; ask for fewer rows")
+        asked.add(_bare(problem))
+        if number < TEST_ROWS + DEV_ROWS:
+            held_out.add(problem.key)
+        yield problem
+
+
+def _bare(problem: Problem) -> str:
+    """The question without what is drawn only for variety: its options and the things that are counted."""
+    stem = problem.question.splitlines()[0]
+    return re.sub("|".join(THINGS), "things", stem)
 
 
 def erring_rows(name: str, rows: int) -> set[int]:

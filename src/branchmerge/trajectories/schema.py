@@ -92,7 +92,7 @@ class Trajectory:
             raise ValueError("the row has no assistant turn, so there is nothing to learn from it")
         if messages[-1].role != "assistant":
             raise ValueError(f"the last message must be the assistant's; it is the {messages[-1].role}'s")
-        if len(messages) < 2:
+        if not any(message.role == "user" for message in messages[:-1]):
             raise ValueError("the row has no user turn before the assistant's")
         reference = Reference.parse(raw["reference"]) if raw.get("reference") is not None else None
-        return Trajectory(str(raw.get("id", default_id)), str(raw.get("domain", "")), tuple(messages), reference)
+        return Trajectory(str(raw.get("id") or default_id), str(raw.get("domain") or ""), tuple(messages), reference)

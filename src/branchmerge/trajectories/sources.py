@@ -13,13 +13,16 @@ from branchmerge.study import file_sha256
 from branchmerge.trajectories.schema import Trajectory
 
 LETTERS = "ABCDEFGHIJ"
+LOCAL_SPLITS = ("all", "train", "test")
 HELD_OUT_SHARE = 5
 """`split=test` of a file without splits holds one question in five."""
 
 
 def _gsm8k(row: Any, row_id: str) -> Trajectory:
     """GSM8K: the worked solution becomes the reasoning, the number behind #### the answer."""
-    worked, _, answer = row["answer"].rpartition("####")
+    worked, marked, answer = row["answer"].rpartition("####")
+    if not marked:
+        raise ValueError("its answer has no #### before the number")
     thought = re.sub(r"<<[^>]*>>", "", worked).strip()
     answer = answer.strip().replace(",", "")
     return _trajectory(
@@ -41,8 +44,11 @@ def _mbpp(row: Any, row_id: str) -> Trajectory:
 
 def _mmlu(row: Any, row_id: str) -> Trajectory:
     """MMLU: four choices, answered by the letter (the data set has no reasoning)."""
+    number = int(row["answer"])
+    if not 0 <= number < len(row["choices"]) <= len(LETTERS):
+        raise ValueError(f"its answer {number} is none of its {len(row['choices'])} choices")
     options = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(row["choices"]))
-    letter = LETTERS[int(row["answer"])]
+    letter = LETTERS[number]
     return _trajectory(
         row_id, "science", f"{row['question'].strip()}\n{options}\nAnswer with the letter.",
         f"\\boxed{{{letter}}}", {"grader": "choice", "answer": letter},
@@ -66,12 +72,14 @@ def read(source: SourceConfig) -> list[Trajectory]:
     """Read and check all rows of a source; raises UserError with file and line number on a row that cannot be used."""
     if source.format not in FORMATS:
         raise UserError(f"format={source.format}: choose one of {', '.join(FORMATS)}")
+    if is_local(source) and source.split not in LOCAL_SPLITS:
+        raise UserError(f"{source.path}: split={source.split}: of a file, choose one of {', '.join(LOCAL_SPLITS)}")
     convert = FORMATS[source.format]
     rows: list[Trajectory] = []
     for where, row_id, raw in _raw_rows(source):
         try:
             row = convert(raw, row_id)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{where}: not a row of format {source.format}: {reason}") from error
         if is_local(source) and source.split != "all" and is_held_out(row.question) != (source.split == "test"):
@@ -111,12 +119,12 @@ def _raw_rows(source: SourceConfig) -> Iterator[tuple[str, str, Any]]:
     """Yield (where it stands, default id, raw row)."""
     if is_local(source):
         path = _file(source)
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
-                    raw = json.loads(line)
+                    raw = json.loads(line.decode("utf-8"))
                 except ValueError as error:
                     raise UserError(f"{path}:{number}: not JSON ({error}); one object a line is expected") from error
                 yield f"{path}:{number}", f"{path.stem}-{number:05d}", raw

@@ -57,10 +57,7 @@ def parameters_of(operator: Operator) -> dict[str, Any]:
     return asdict(operator)
 
 
-def changed_parameters(operator: Operator) -> dict[str, Any]:
-    """The parameters whose value is not the operator's default."""
-    return {
-        item.name: getattr(operator, item.name)
-        for item in fields(operator)
-        if getattr(operator, item.name) != item.default
-    }
+def changed_parameters(operator: Operator, usual: Operator) -> dict[str, Any]:
+    """The parameters of `operator` that differ from those of `usual`."""
+    before = parameters_of(usual)
+    return {key: value for key, value in parameters_of(operator).items() if value != before[key]}

@@ -1,0 +1,75 @@
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from branchmerge.evaluation.store import Score, read, write
+
+KEY: dict[str, Any] = {"weights_sha256": "ab12", "limit": None, "until": ("<|im_end|>",), "packages": {"torch": "2.10"}}
+SCORE = Score(
+    model="experts/math", task="demo_math", value=0.42, stderr=0.05, questions=100, no_answer=0.01,
+    output_tokens=57.25, key=KEY, seconds=12.5, machine="a CPU", created="2026-01-01T00:00:00Z",
+)  # fmt: skip
+SAMPLES = [{"id": "q1", "response": "é \\boxed{1}\n"}, {"id": "q2", "response": "<think>"}]
+
+
+def test_written_score_is_read_back_for_the_same_key(tmp_path: Path) -> None:
+    write(tmp_path, SCORE, SAMPLES)
+    found = read(tmp_path, "demo_math", KEY)
+    assert found == dataclasses.replace(SCORE, key=json.loads(json.dumps(KEY)))
+
+
+@pytest.mark.parametrize(
+    "other", [{**KEY, "weights_sha256": "cd34"}, {**KEY, "limit": 5}, {**KEY, "more": 1}, {"limit": None}, {}]
+)
+def test_score_of_another_key_is_not_taken(tmp_path: Path, other: dict[str, Any]) -> None:
+    write(tmp_path, SCORE, SAMPLES)
+    assert read(tmp_path, "demo_math", other) is None
+
+
+def test_missing_score_is_none(tmp_path: Path) -> None:
+    write(tmp_path, SCORE, SAMPLES)
+    assert read(tmp_path, "demo_code", KEY) is None
+    assert read(tmp_path / "nowhere", "demo_math", KEY) is None
+
+
+def test_samples_lie_beside_the_score_one_a_line(tmp_path: Path) -> None:
+    write(tmp_path, SCORE, SAMPLES)
+    lines = (tmp_path / "samples" / "demo_math.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line) for line in lines[:-1]] == SAMPLES
+    assert lines[-1] == ""
+
+
+def test_new_score_replaces_the_old_one_and_its_samples(tmp_path: Path) -> None:
+    write(tmp_path, SCORE, SAMPLES)
+    key = {**KEY, "weights_sha256": "cd34"}
+    write(tmp_path, dataclasses.replace(SCORE, value=0.5, key=key), SAMPLES[:1])
+    found = read(tmp_path, "demo_math", key)
+    assert found is not None
+    assert found.value == 0.5
+    assert read(tmp_path, "demo_math", KEY) is None
+    assert len((tmp_path / "samples" / "demo_math.jsonl").read_text().splitlines()) == 1
+
+
+def test_scores_of_two_tasks_stand_side_by_side(tmp_path: Path) -> None:
+    write(tmp_path, SCORE, SAMPLES)
+    write(tmp_path, dataclasses.replace(SCORE, task="demo_code", value=0.1), SAMPLES)
+    found = [read(tmp_path, task, KEY) for task in ("demo_math", "demo_code")]
+    assert [score.value for score in found if score is not None] == [0.42, 0.1]
+
+
+def test_unknown_standard_error_survives(tmp_path: Path) -> None:
+    write(tmp_path, dataclasses.replace(SCORE, stderr=math.nan), SAMPLES)
+    found = read(tmp_path, "demo_math", KEY)
+    assert found is not None
+    assert math.isnan(found.stderr)
+
+
+def test_samples_that_cannot_be_written_leave_no_score(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write(tmp_path, SCORE, [*SAMPLES, {"id": object()}])
+    assert read(tmp_path, "demo_math", KEY) is None
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -1,0 +1,59 @@
+"""The loss of a step does not depend on how the step is cut into micro-batches."""
+
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from branchmerge.data.batch import Batch, make_batch, supervised_tokens
+from branchmerge.data.template import Document
+from branchmerge.student import attention
+from branchmerge.student.backbone import load_model
+from branchmerge.student.loss import summed_loss
+
+# Learned tokens 60, 7, 33 and 3: the uneven counts with which a mean of means goes badly wrong.
+SHAPES = ((70, 10), (40, 33), (50, 17), (9, 6))
+
+
+def documents() -> list[Document]:
+    generator = torch.Generator().manual_seed(6)
+    return [
+        Document(f"d{i}", tuple(torch.randint(3, 512, (length,), generator=generator).tolist()), prompt)
+        for i, (length, prompt) in enumerate(SHAPES)
+    ]
+
+
+def gradient(folder: Path, batches: list[Batch], naive: bool = False) -> torch.Tensor:
+    model = load_model(folder, torch.float32, attention.PACKED_SDPA)
+    for batch in batches:
+        count = batch.supervised * len(batches) if naive else batch.supervised_in_step
+        (summed_loss(model, batch) / count).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+def test_the_gradient_is_the_same_however_the_step_is_cut(tiny_student: Path) -> None:
+    total = sum(supervised_tokens(document) for document in documents())
+    assert total == 60 + 7 + 33 + 3
+    one = gradient(tiny_student, [make_batch(documents(), total)])
+    two = gradient(tiny_student, [make_batch(documents()[:2], total), make_batch(documents()[2:], total)])
+    four = gradient(tiny_student, [make_batch([document], total) for document in documents()])
+    for cut in (two, four):
+        assert float((cut - one).norm() / one.norm()) < 1e-5
+
+
+def test_the_mean_of_means_would_fail_the_same_test(tiny_student: Path) -> None:
+    total = sum(supervised_tokens(document) for document in documents())
+    one = gradient(tiny_student, [make_batch(documents(), total)])
+    naive = gradient(tiny_student, [make_batch([document], total) for document in documents()], naive=True)
+    assert float((naive - one).norm() / one.norm()) > 0.1
+
+
+def test_the_loss_is_the_cross_entropy_of_the_learned_tokens(tiny_student: Path) -> None:
+    model = load_model(tiny_student, torch.float32, attention.PACKED_SDPA)
+    plain = load_model(tiny_student, torch.float32, "eager")
+    expected = torch.zeros(())
+    for document in documents():
+        tokens = torch.tensor([document.tokens])
+        logits = plain(tokens).logits[0, document.prompt_len - 1 : -1]
+        expected = expected + cross_entropy(logits, tokens[0, document.prompt_len :], reduction="sum")
+    torch.testing.assert_close(summed_loss(model, make_batch(documents(), 1)), expected)

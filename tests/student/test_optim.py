@@ -1,0 +1,48 @@
+import math
+
+import pytest
+import torch
+
+from branchmerge.config import OptimConfig
+from branchmerge.student.optim import lr_factor, make_optimizer
+
+
+def test_warm_up_rises_linearly_to_the_peak() -> None:
+    assert [lr_factor(step, 100, 0.1, "constant") for step in range(10)] == pytest.approx(
+        [i / 10 for i in range(1, 11)]
+    )
+
+
+def test_constant_stays_at_the_peak() -> None:
+    assert {lr_factor(step, 100, 0.1, "constant") for step in range(10, 100)} == {1.0}
+
+
+def test_cosine_falls_from_the_peak_towards_zero() -> None:
+    factors = [lr_factor(step, 100, 0.1, "cosine") for step in range(10, 101)]
+    assert factors[0] == 1.0 and factors[-1] == pytest.approx(0.0, abs=1e-12)
+    assert factors[45] == pytest.approx(0.5)
+    assert factors == sorted(factors, reverse=True)
+
+
+def test_without_warm_up_the_first_step_is_at_the_peak() -> None:
+    assert lr_factor(0, 5, 0.0, "cosine") == 1.0
+
+
+def test_only_matrices_decay() -> None:
+    layer = torch.nn.Linear(3, 2)
+    optimizer, _ = make_optimizer(layer, OptimConfig(lr=0.1, schedule="constant", weight_decay=0.5), 10)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay == {id(layer.weight): 0.5, id(layer.bias): 0.0}
+
+
+def test_one_step_is_adamw_by_its_formula() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False)
+    before = layer.weight.detach().clone()
+    config = OptimConfig(lr=0.1, schedule="constant", warmup_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.95), eps=1e-8)
+    optimizer, _ = make_optimizer(layer, config, 10)
+    layer(torch.ones(1, 2)).sum().backward()
+    assert layer.weight.grad is not None
+    g = layer.weight.grad.clone()
+    optimizer.step()
+    step = (0.1 * g / 0.1) / (math.sqrt(0.05) * g.abs() / math.sqrt(0.05) + 1e-8)
+    torch.testing.assert_close(layer.weight.detach(), before - 0.1 * (0.01 * before + step))

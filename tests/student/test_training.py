@@ -1,0 +1,214 @@
+"""A branch, from rows on disk to an expert on disk, in this process."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from branchmerge import config
+from branchmerge.data.batch import make_batch, supervised_tokens
+from branchmerge.data.datamodule import prepare, read_corpus
+from branchmerge.errors import UserError
+from branchmerge.student import attention
+from branchmerge.student.backbone import load_model, load_tokenizer, locate
+from branchmerge.student.loss import summed_loss
+from branchmerge.student.optim import lr_factor
+from branchmerge.student.training import train
+from branchmerge.study import Study, read_manifest
+
+PROJECT = Path(__file__).resolve().parents[2]
+config.register()
+
+
+def branch(student: Path, outputs: Path, *overrides: str) -> config.TrainConfig:
+    quiet = ["trainer=cpu", "trainer.precision=32-true", "trainer.progress=false", f"outputs={outputs}"]
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        search = f"hydra.searchpath=[file://{PROJECT}/tests/conf]"
+        cfg = compose("train", [search, "study=tiny", f"backbone.path={student}", *quiet, *overrides])
+        return config.typed(cfg, config.TrainConfig)
+
+
+def metrics(outputs: Path, domain: str) -> list[dict[str, str]]:
+    with (outputs / "tiny" / "logs" / "train" / domain / "metrics.csv").open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_a_branch_becomes_an_expert_with_manifest_and_curves(tiny_student: Path, tmp_path: Path) -> None:
+    folder = train(branch(tiny_student, tmp_path, "domain=math"))
+    assert folder == tmp_path / "tiny" / "experts" / "math"
+    manifest = read_manifest(folder)
+    assert manifest is not None and manifest.kind == "expert"
+    account = manifest.data["sources"]["math"]
+    assert account["read"] == 40 == account["kept"] + sum(account["dropped"].values())
+    assert account["dropped"] == {"wrong_answer": account["dropped"]["wrong_answer"]}
+    rows = metrics(tmp_path, "math")
+    assert len(rows) == manifest.training["steps"] == 3
+    assert sum(float(row["tokens"]) for row in rows) == manifest.data["tokens"] == manifest.training["tokens"]
+    assert sum(float(row["supervised_tokens"]) for row in rows) == manifest.data["supervised_tokens"]
+    assert all(float(row["tokens_per_second"]) > 0 and float(row["grad_norm"]) > 0 for row in rows)
+    peak = manifest.config["optim"]["lr"]
+    expected = [peak * lr_factor(step, 3, 0.1, "cosine") for step in range(3)]
+    assert [float(row["lr"]) for row in rows] == pytest.approx(expected)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer) == 512
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (folder / name).read_bytes() == (tiny_student / name).read_bytes()
+
+
+def test_training_is_what_a_plain_loop_computes(tiny_student: Path, tmp_path: Path) -> None:
+    """Three steps of two micro-batches against torch alone, written out here: same losses, same weights."""
+    settings = branch(tiny_student, tmp_path, "domain=math")
+    folder = train(settings)
+    corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+    model = load_model(tiny_student, torch.float32, attention.PACKED_SDPA)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95), eps=1e-8,
+    )  # fmt: skip
+    losses = []
+    for number, step in enumerate(corpus.plan.steps):
+        total = sum(supervised_tokens(corpus.documents[i]) for row in step for i in row)
+        losses.append(0.0)
+        for row in step:
+            loss = summed_loss(model, make_batch([corpus.documents[i] for i in row], total)) / total
+            loss.backward()
+            losses[-1] += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.optim.lr * lr_factor(number, 3, 0.1, "cosine")
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [float(row["loss"]) for row in metrics(tmp_path, "math")] == pytest.approx(losses, rel=1e-5)
+    trained = load_file(folder / "model.safetensors")
+    start = load_file(tiny_student / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            torch.testing.assert_close(trained[name], parameter.detach(), atol=2e-6, rtol=1e-5)
+            assert not torch.equal(trained[name], start[name])
+
+
+def test_accumulation_does_not_change_the_update(tiny_student: Path, tmp_path: Path) -> None:
+    """The same documents as one row of 512 tokens or as two shorter ones."""
+    changes: list[dict[str, Any]] = []
+    rows = tmp_path / "rows.jsonl"
+    texts = [("Name a colour.", "blue " * 70), ("Count to three.", "one two three")]
+    rows.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n"
+            for q, a in texts
+        )
+    )
+    for number, cut in enumerate(
+        (("data.seq_len=512", "optim.global_batch=1"), ("data.seq_len=320", "optim.global_batch=2"))
+    ):
+        overrides = ["domain=math", f"data.path={rows}", "optim.max_steps=1", "optim.warmup_ratio=0", *cut]
+        settings = branch(tiny_student, tmp_path, *overrides, f"out={tmp_path / str(number)}")
+        corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+        assert [len(step) for step in corpus.plan.steps] == [number + 1]
+        changes.append(load_file(train(settings) / "model.safetensors"))
+    for name in changes[0]:
+        torch.testing.assert_close(changes[0][name], changes[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny_student: Path, tmp_path: Path) -> None:
+    prints = []
+    for run, seed in (("a", 1), ("b", 1), ("c", 2)):
+        folder = train(branch(tiny_student, tmp_path / run, "domain=code", f"seed={seed}"))
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        prints.append(manifest.weights_sha256)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_finished_work_is_not_done_again(
+    tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(branch(tiny_student, tmp_path, "domain=code"))
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    train(branch(tiny_student, tmp_path, "domain=code"))
+    assert "done already" in capsys.readouterr().out
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"optim\.lr"):
+        train(branch(tiny_student, tmp_path, "domain=code", "optim.lr=0.5"))
+
+
+def test_bfloat16_export_rounds_the_weights(tiny_student: Path, tmp_path: Path) -> None:
+    exact = load_file(train(branch(tiny_student, tmp_path / "a", "domain=code")) / "model.safetensors")
+    rounded = train(branch(tiny_student, tmp_path / "b", "domain=code", "export_dtype=bfloat16"))
+    assert json.loads((rounded / "config.json").read_text())["dtype"] == "bfloat16"
+    for name, tensor in load_file(rounded / "model.safetensors").items():
+        assert torch.equal(tensor, exact[name].bfloat16())
+
+
+def test_the_mixture_reads_all_parts(tiny_student: Path, tmp_path: Path) -> None:
+    settings = branch(tiny_student, tmp_path, "domain=mixture")
+    corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+    assert list(corpus.account["sources"]) == ["math", "code", "science"]
+    assert {document.id.split("-")[0] for document in corpus.documents} == {"math", "code", "science"}
+
+
+def test_activation_checkpointing_does_not_change_the_weights(tiny_student: Path, tmp_path: Path) -> None:
+    plain = load_file(train(branch(tiny_student, tmp_path / "a", "domain=code")) / "model.safetensors")
+    saved = train(branch(tiny_student, tmp_path / "b", "domain=code", "trainer.activation_checkpointing=true"))
+    for name, tensor in load_file(saved / "model.safetensors").items():
+        torch.testing.assert_close(tensor, plain[name])
+
+
+def test_bfloat16_compute_keeps_float32_weights_that_move(tiny_student: Path, tmp_path: Path) -> None:
+    folder = train(branch(tiny_student, tmp_path, "domain=code", "trainer.precision=bf16-mixed", "optim.lr=1e-5"))
+    start = load_file(tiny_student / "model.safetensors")
+    moved = [(tensor != start[name]).float().mean() for name, tensor in load_file(folder / "model.safetensors").items()]
+    assert float(torch.stack(moved).mean()) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("prepare_folder", "said"),
+    [
+        ("", "no such folder"),
+        ("config.json", r"no weights at all"),
+        ("config.json pytorch_model.bin", "only pickled ones"),
+        ("model.safetensors", "no config.json"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, prepare_folder: str, said: str) -> None:
+    folder = tmp_path / "model"
+    for name in prepare_folder.split():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    with pytest.raises(UserError, match=said):
+        locate(branch(folder, tmp_path, "domain=math"), "math")
+
+
+def test_a_study_without_its_backbone_says_how_to_make_it(tmp_path: Path) -> None:
+    settings = branch(tmp_path, tmp_path, "domain=math", "backbone.path=null")
+    with pytest.raises(UserError, match=r"run python train\.py study=tiny domain=warmup"):
+        locate(settings, "math")
+
+
+def test_the_warm_up_starts_from_the_pretrained_student_and_the_branch_from_the_warm_up(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    own = ["backbone.path=null", f"backbone.pretrained={tiny_student}"]
+    made = train(branch(tiny_student, tmp_path, "domain=warmup", *own))
+    settings = branch(tiny_student, tmp_path, "domain=math", *own)
+    assert made == Study(settings).backbone == locate(settings, "math")
+    manifest = read_manifest(made)
+    assert manifest is not None and manifest.kind == "backbone"
+
+
+def test_a_model_without_chat_template_is_refused(tiny_student: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "base"))
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="no chat template"):
+        train(branch(folder, tmp_path, "domain=math"))
+    assert not (tmp_path / "tiny" / "experts" / "math").exists()
