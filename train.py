@@ -13,9 +13,10 @@ config.register()
 def main(cfg: DictConfig) -> None:
     branch = config.typed(cfg, config.TrainConfig)
     # Imported here, so that a mistake on the command line is told at once and not after loading torch.
-    from branchmerge.student.training import train
+    from branchmerge.student.training import check, train
 
     if branch.study.warmup and branch.backbone.path is None and branch.domain.name != "warmup":
+        check(branch)  # the branch's own data, before minutes go into the backbone
         train(config.typed(cli.compose_domain("warmup"), config.TrainConfig))
     train(branch)
 

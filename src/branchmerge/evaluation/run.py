@@ -51,17 +51,25 @@ def evaluate(config: EvaluateConfig) -> list[Score]:
 
 def _load_tasks(config: EvaluateConfig) -> dict[str, Any]:
     """The benchmark's lm-eval tasks by name; raises UserError on a name that lm-eval does not know."""
+    own = sorted(path.stem for path in TASKS.glob("*.yaml"))
+    manager = _task_manager(config, include_defaults=not set(config.benchmark.tasks) <= set(own))
+    unknown = [name for name in config.benchmark.tasks if name not in manager.all_tasks]
+    if unknown:
+        known = ", ".join(own)
+        raise UserError(f"benchmark.tasks: lm-eval knows no task {unknown[0]}; branchmerge's own are {known}")
+    loaded = manager.load(config.benchmark.tasks)
+    return dict(loaded["tasks"])
+
+
+def _task_manager(config: EvaluateConfig, include_defaults: bool) -> Any:
+    """lm-eval's catalogue of tasks; with its own ones it takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
     # lm-eval logs its metadata mechanism as a warning for every task that uses it.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(TASKS), metadata={"data_dir": config.study.data_dir})
-    unknown = [name for name in config.benchmark.tasks if name not in manager.all_tasks]
-    if unknown:
-        own = ", ".join(sorted(path.stem for path in TASKS.glob("*.yaml")))
-        raise UserError(f"benchmark.tasks: lm-eval knows no task {unknown[0]}; branchmerge's own are {own}")
-    loaded = manager.load(config.benchmark.tasks)
-    return dict(loaded["tasks"])
+    return TaskManager(
+        include_path=str(TASKS), include_defaults=include_defaults, metadata={"data_dir": config.study.data_dir}
+    )
 
 
 def _key(config: EvaluateConfig, model: Model, task: Any) -> dict[str, Any]:
@@ -102,6 +110,7 @@ def _score(config: EvaluateConfig, model: Model, task: Any, lm: Any, folder: Pat
         torch_random_seed=config.seed,
         fewshot_random_seed=config.seed,
         confirm_run_unsafe_code=True,
+        task_manager=_task_manager(config, include_defaults=False),
     )
     assert results is not None
     samples = [_sample(raw) for raw in results["samples"][name]]

@@ -21,6 +21,11 @@ from branchmerge.student.module import Student
 from branchmerge.study import Manifest, Study, is_done, locked, parent_of, publish
 
 
+def check(config: TrainConfig) -> None:
+    """Read everything that the branch will read of its data; raises UserError at the first that cannot be used."""
+    read_corpus(config)
+
+
 def train(config: TrainConfig) -> Path:
     """Train the branch that `config` describes and publish its checkpoint; finished work is not done again.
 
