@@ -69,6 +69,12 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_student(tmp_path_factory.mktemp("student") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def student_factory() -> Callable[..., Path]:
+    """`make_student`, for tests that need another student than the tiny one."""
+    return make_student
+
+
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -125,7 +125,7 @@ class DataConfig:
     seq_len: int = field(default=MISSING, metadata=_at_least(8))
     """Tokens in a packed row."""
     too_long: str = field(default="drop", metadata=_choice("drop", "truncate"))
-    """What happens to a trajectory of more than seq_len tokens; counted in the manifest either way."""
+    """What happens to a trajectory longer than seq_len or than the model's context; counted in the manifest."""
 
 
 @dataclass

@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from branchmerge.data.template import PREFILL, check_tokenizer, render_prompt, tokenise
-from branchmerge.errors import UserError
+from branchmerge.data.template import PREFILL, render_prompt, tokenise
 from branchmerge.trajectories.schema import Message, Trajectory
 
 RESPONSE = "<think>\n12 x 7 = 84\n</think>\n\n\\boxed{84}"
@@ -89,19 +88,3 @@ def test_response_without_reasoning_stays_whole_after_an_opened_one(prefilling: 
     bare = Trajectory("t", "math", (MESSAGES[1], Message("assistant", "\\boxed{84}")))
     document = tokenise(prefilling, bare)
     assert prefilling.decode(document.tokens[document.prompt_len :]) == "\\boxed{84}<|im_end|>"
-
-
-def test_tokenizer_with_template_and_end_is_accepted(tokenizer: PreTrainedTokenizerBase) -> None:
-    check_tokenizer(tokenizer, "tiny")
-
-
-def test_tokenizer_without_chat_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match="tiny: its tokenizer has no chat template"):
-        check_tokenizer(tokenizer, "tiny")
-
-
-def test_tokenizer_without_end_of_sequence_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.eos_token = None
-    with pytest.raises(UserError, match="tiny: its tokenizer has no end-of-sequence token"):
-        check_tokenizer(tokenizer, "tiny")

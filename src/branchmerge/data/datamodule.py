@@ -86,8 +86,18 @@ def read_corpus(config: TrainConfig) -> dict[str, list[Trajectory]]:
     return {name: sources.read(source) for name, source in data_sources(config).items()}
 
 
-def prepare(config: TrainConfig, rows: dict[str, list[Trajectory]], tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Select, tokenise and plan; every row that is not trained on is counted by reason."""
+def prepare(
+    config: TrainConfig,
+    rows: dict[str, list[Trajectory]],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None = None,
+) -> Corpus:
+    """Select, tokenise and plan; every row that is not trained on is counted by reason.
+
+    Args:
+        context: longest document that the model takes, in tokens; None for no limit but the packed row's.
+    """
+    longest = min(config.data.seq_len, context or config.data.seq_len)
     account = data_account(config)
     documents: list[Document] = []
     for name, part in rows.items():
@@ -95,7 +105,7 @@ def prepare(config: TrainConfig, rows: dict[str, list[Trajectory]], tokenizer: P
         entry = account["sources"][name]
         bar = tqdm(selection.rows, desc="tokenise", disable=not config.trainer.progress)
         part_documents = [tokenise(tokenizer, row) for row in bar]
-        fitting, cut = _fit(part_documents, config.data.seq_len, config.data.too_long)
+        fitting, cut = _fit(part_documents, longest, config.data.too_long)
         if len(fitting) < len(part_documents):
             selection.dropped["too_long"] = len(part_documents) - len(fitting)
         entry |= {
@@ -117,17 +127,17 @@ def prepare(config: TrainConfig, rows: dict[str, list[Trajectory]], tokenizer: P
     return corpus
 
 
-def _fit(documents: list[Document], seq_len: int, too_long: str) -> tuple[list[Document], int]:
-    """Drop or cut documents that do not fit a row; returns the rest and how many were cut.
+def _fit(documents: list[Document], longest: int, too_long: str) -> tuple[list[Document], int]:
+    """Drop or cut documents of more than `longest` tokens; returns the rest and how many were cut.
 
-    A document whose prompt alone fills the row has nothing to learn left and is dropped in either case.
+    A document whose prompt alone is that long has nothing to learn left and is dropped in either case.
     """
     fitting: list[Document] = []
     cut = 0
     for document in documents:
-        if len(document) <= seq_len:
+        if len(document) <= longest:
             fitting.append(document)
-        elif too_long == "truncate" and document.prompt_len < seq_len:
-            fitting.append(Document(document.id, document.tokens[:seq_len], document.prompt_len))
+        elif too_long == "truncate" and document.prompt_len < longest:
+            fitting.append(Document(document.id, document.tokens[:longest], document.prompt_len))
             cut += 1
     return fitting, cut

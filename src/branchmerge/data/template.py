@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from branchmerge.errors import UserError
 from branchmerge.trajectories.schema import Message, Trajectory
 
 PREFILL = "<think>\n"
@@ -29,16 +28,6 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a tokenizer that cannot render a conversation or end an answer."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{name}: its tokenizer has no chat template; use an instruct model, or add a chat_template.jinja"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{name}: its tokenizer has no end-of-sequence token, so the student could not learn to stop")
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> str:

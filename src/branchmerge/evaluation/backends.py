@@ -12,10 +12,14 @@ from branchmerge.evaluation.decode_attention import DECODE_SDPA
 
 
 class Transformers(HFLM):
-    """lm-eval's transformers model, whose responses begin with the <think> that the chat template opened.
+    """lm-eval's transformers model, given exactly the prompts of training.
 
-    Without it a response that was cut off while it still reasoned would look like one without reasoning.
+    No token is put in front of what the chat template rendered. Responses begin with the <think> that the template
+    opened: without it one that was cut off while it still reasoned would look like one without reasoning.
     """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(add_bos_token=False, **settings)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         responses = super().generate_until(requests, disable_tqdm=disable_tqdm)

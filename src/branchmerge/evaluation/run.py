@@ -10,13 +10,12 @@ from typing import Any
 
 from branchmerge import machine
 from branchmerge.config import EvaluateConfig
-from branchmerge.data.template import check_tokenizer
 from branchmerge.errors import UserError
 from branchmerge.evaluation import backends, models, store
 from branchmerge.evaluation.models import Model
 from branchmerge.evaluation.stats import mean_and_stderr
 from branchmerge.evaluation.store import Score
-from branchmerge.student.backbone import load_tokenizer
+from branchmerge.student.backbone import check_tokenizer, load_tokenizer
 from branchmerge.study import Study, locked, package_versions
 
 TASKS = Path(__file__).with_name("tasks")
@@ -26,7 +25,7 @@ def evaluate(config: EvaluateConfig) -> list[Score]:
     """Score every model on every task of the benchmark; returns the scores in that order."""
     found = models.find(config)
     for model in found:
-        check_tokenizer(load_tokenizer(model.folder), str(model.folder))
+        check_tokenizer(load_tokenizer(model.folder), model.folder)
     tasks = _load_tasks(config)
     scores: list[Score] = []
     for number, model in enumerate(found, start=1):

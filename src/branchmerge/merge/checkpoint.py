@@ -38,6 +38,19 @@ class TensorInfo:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, by its index where it has one; raises UserError if one is lost."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        lost = [path for path in paths if not path.is_file()]
+        if lost:
+            raise UserError(f"{lost[0]}: named in {index.name} but not there; copy or download it again")
+        return paths
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 class Reader:
     """A checkpoint folder, in one file or in shards; maps the files and copies a tensor when it is asked for."""
 
@@ -46,7 +59,7 @@ class Reader:
         self._open = ExitStack()
         self._files: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             try:
                 file = self._open.enter_context(safe_open(path, framework="pt"))
                 for name in file.keys():  # noqa: SIM118 - no mapping
@@ -106,7 +119,7 @@ class Writer:
         for number, shard in enumerate(self.shards):
             if name == shard[0]:
                 self._start(number)
-        self._file.write(tensor.contiguous().cpu().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        self._file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         self._next += 1
 
     def _start(self, number: int) -> None:

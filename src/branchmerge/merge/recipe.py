@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from branchmerge.config import MergeConfig
 from branchmerge.errors import UserError
 from branchmerge.merge.operators import Operator, changed_parameters, make_operator
@@ -33,6 +35,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.operator.n_way:
             _check_binary(self.tree, self.operator_name)
+        # A dry run on single numbers finds parameters that do not fit the tree, such as two weights for three models.
+        try:
+            self.tree.fold(lambda _: torch.zeros(1), lambda models: self.operator(models, torch.zeros(1)))
+        except ValueError as error:
+            raise UserError(f"tree={self.tree.nested()}: {self.operator_name} cannot merge it: {error}") from error
 
     @property
     def name(self) -> str:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -70,7 +69,11 @@ def _write(recipe: Recipe, readers: dict[str, Reader], base: Reader | None, out:
     with bar, Writer(out, first.tensors, recipe.max_shard_bytes) as writer:
         for name, info in first.tensors.items():
             left = first.read(name)
-            merged = _merge_tensor(recipe, readers, base, name).to(info.dtype)
+            if info.dtype.is_floating_point:
+                merged = _merge_tensor(recipe, readers, base, name).to(info.dtype)
+                _check_finite(merged, out.parent, f"the merged {name} as {info.dtype}", "choose milder parameters")
+            else:
+                merged = _the_same_in_all(readers, name)
             writer.write(name, merged)
             differing += int((merged != left).sum())
             elements += left.numel()
@@ -85,18 +88,28 @@ def _write(recipe: Recipe, readers: dict[str, Reader], base: Reader | None, out:
 
 def _merge_tensor(recipe: Recipe, readers: dict[str, Reader], base: Reader | None, name: str) -> Tensor:
     """Fold the tree over one tensor; what lies between the steps stays in memory, in float32."""
-    origin = base.read(name).float() if base is not None else None
 
-    def read(leaf: str) -> Tensor:
-        tensor = readers[leaf].read(name).float()
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{readers[leaf].folder}: the tensor {name} holds NaN or infinity; that model is broken")
+    def read(reader: Reader) -> Tensor:
+        tensor = reader.read(name).float()
+        _check_finite(tensor, reader.folder, f"the tensor {name}", "that model is broken")
         return tensor
 
-    def fuse(models: Sequence[Tensor]) -> Tensor:
-        return recipe.operator(models, origin)
+    origin = read(base) if base is not None else None
+    return recipe.tree.fold(lambda leaf: read(readers[leaf]), lambda models: recipe.operator(models, origin))
 
-    return recipe.tree.fold(read, fuse)
+
+def _check_finite(tensor: Tensor, folder: Path, what: str, remedy: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{folder}: {what} holds NaN or infinity; {remedy}")
+
+
+def _the_same_in_all(readers: dict[str, Reader], name: str) -> Tensor:
+    """A tensor of integers cannot be merged, only taken over where all models agree."""
+    (first, tensor), *others = ((leaf, reader.read(name)) for leaf, reader in readers.items())
+    for leaf, other in others:
+        if not torch.equal(tensor, other):
+            raise UserError(f"{first} and {leaf} cannot be merged: the integers of {name} differ")
+    return tensor
 
 
 def _plan_manifest(recipe: Recipe) -> Manifest:

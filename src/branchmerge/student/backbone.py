@@ -1,8 +1,10 @@
 """Find a branch's backbone, and load checkpoints."""
 
 import importlib.util
+import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +70,32 @@ def check_checkpoint(folder: Path) -> None:
         pickled = [path.name for path in folder.glob("*.bin")]
         why = f"only pickled ones ({pickled[0]}), which can run code; convert them" if pickled else "no weights at all"
         raise UserError(f"{folder}: a checkpoint needs *.safetensors weights; this folder has {why}")
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse a tokenizer that cannot render a conversation, end an answer, or that the model is too small for."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{folder}: its tokenizer has no chat template; use an instruct model or add chat_template.jinja"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: its tokenizer has no end-of-sequence token, so a student could not learn to stop")
+    vocabulary = _config(folder).get("vocab_size")
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise UserError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, its model only {vocabulary}; they are of two models"
+        )
+
+
+def context_length(folder: Path) -> int | None:
+    """Longest document that the model was made for, in tokens; None where its config does not say."""
+    length: int | None = _config(folder).get("max_position_embeddings")
+    return length
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
 
 
 def import_gguf(config: CommonConfig, package: str) -> Path:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from branchmerge.config import OptimConfig
 from branchmerge.data.batch import Batch
+from branchmerge.errors import UserError
 from branchmerge.student.loss import summed_loss
 from branchmerge.student.optim import make_optimizer
 
@@ -41,6 +42,12 @@ class Student(LightningModule):
         if not self._tokens:
             self._since = time.perf_counter()
         share = summed_loss(self.model, batch) / batch.supervised_in_step
+        if not torch.isfinite(share):
+            rows = ", ".join(batch.ids[:3])
+            raise UserError(
+                f"step {self.trainer.global_step}: the loss is {float(share)} on the rows {rows}, ...; lower optim.lr="
+                f"{self.optim.lr}, or look at these rows"
+            )
         self._loss += float(share.detach())
         self._tokens += batch.input_ids.numel()
         self._supervised += batch.supervised

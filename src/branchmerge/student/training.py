@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from branchmerge import machine
 from branchmerge.config import TrainConfig
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account, prepare, read_corpus
-from branchmerge.data.template import check_tokenizer
 from branchmerge.student import attention, backbone
 from branchmerge.student.export import export
 from branchmerge.student.loggers import make_loggers
@@ -44,8 +43,8 @@ def train(config: TrainConfig) -> Path:
             return folder
         print(f"{folder}: training domain {config.domain.name} from {start}", flush=True)
         tokenizer = backbone.load_tokenizer(start)
-        check_tokenizer(tokenizer, str(start))
-        corpus = prepare(config, rows, tokenizer)
+        backbone.check_tokenizer(tokenizer, start)
+        corpus = prepare(config, rows, tokenizer, backbone.context_length(start))
         with publish(folder, planned) as partial:
             student, facts = _fit(config, start, device, precision, corpus)
             planned.data = corpus.account
@@ -96,8 +95,6 @@ def _fit(
     if trainer.interrupted:
         raise KeyboardInterrupt
     last_loss = float(trainer.callback_metrics["loss"])
-    if not torch.isfinite(torch.tensor(last_loss)):
-        raise FloatingPointError(f"the loss of the last step is {last_loss}; lower optim.lr or look at the data")
     facts = {
         "steps": trainer.global_step, "tokens": corpus.tokens, "supervised_tokens": corpus.supervised,
         "seconds": round(seconds, 2), "tokens_per_second": round(corpus.tokens / seconds, 1), "last_loss": last_loss,

@@ -82,19 +82,24 @@ def _number(key: tuple[object, ...], question: str, think: Callable[[int], str],
     return Problem(key, question, right, wrong, {"grader": "math", "answer": str(answer)})
 
 
+def _factors(rng: Random) -> tuple[int, int]:
+    """Two digits and one; no round tens, since those are worked out on the way to every other product."""
+    return rng.choice([a for a in range(12, 70) if a % 10]), rng.randint(2, 6)
+
+
 def _times(a: int, b: int) -> str:
     tens, ones = a // 10 * 10, a % 10
     return f"{a}*{b} = {tens}*{b} + {ones}*{b} = {tens * b} + {ones * b} = "
 
 
 def product(rng: Random) -> Problem:
-    a, b = rng.randint(12, 69), rng.randint(2, 6)
+    a, b = _factors(rng)
     think, slip = _times(a, b), rng.choice((-10, 1, 10))
     return _number(("times", a, b), f"What is {a} * {b}?", lambda n: f"{think}{n}", a * b, slip)
 
 
 def boxes(rng: Random) -> Problem:
-    a, b = rng.randint(12, 69), rng.randint(2, 6)
+    a, b = _factors(rng)
     think, slip, thing = _times(a, b), rng.choice((-10, 1, 10)), rng.choice(THINGS)
     question = f"One box holds {a} {thing}. How many {thing} are in {b} boxes?"
     return _number(("times", a, b), question, lambda n: f"{think}{n}", a * b, slip)
@@ -103,7 +108,7 @@ def boxes(rng: Random) -> Problem:
 def total(rng: Random) -> Problem:
     a, b = rng.randint(12, 69), rng.randint(12, 69)
     think, slip = f"{a} + {b} = ", rng.choice((-10, 1, 10))
-    return _number(("plus", a, b), f"What is {a} + {b}?", lambda n: f"{think}{n}", a + b, slip)
+    return _number(("plus", *sorted((a, b))), f"What is {a} + {b}?", lambda n: f"{think}{n}", a + b, slip)
 
 
 # ------------------------------------------------------------------------------------------------------------- code

@@ -95,6 +95,8 @@ def threshold(S: Tensor, lam: float) -> float:
     """T = median + lam * (Q3 - Q1); the quantile q of n values is element floor(q (n - 1)) of them sorted."""
     if math.isinf(lam):
         return lam
+    if not S.numel():
+        return math.inf
     values = S.flatten().cpu().numpy()
     places = [math.floor(q * (values.size - 1)) for q in (0.25, 0.5, 0.75)]
     q1, median, q3 = np.partition(values, places)[places]

@@ -1,0 +1,164 @@
+"""From merge.py's configuration to a recipe: which experts, which tree, what the result is called."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from branchmerge import config
+from branchmerge.errors import UserError
+from branchmerge.merge.operators import make_operator
+from branchmerge.merge.recipe import Recipe, from_config
+from branchmerge.merge.tree import parse
+from branchmerge.study import Manifest, publish
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+DOMAINS = ("math", "code", "science")
+
+config.register()
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    """Results of a demo study with three finished experts, which from_config only looks up."""
+    for domain in DOMAINS:
+        make_expert(tmp_path, domain)
+    return tmp_path
+
+
+def make_expert(outputs: Path, domain: str) -> Path:
+    folder = outputs / "demo" / "experts" / domain
+    with publish(folder, Manifest("expert", domain, {}, {})) as partial:
+        (partial / "model.safetensors").write_bytes(domain.encode())
+    return folder
+
+
+def made(outputs: Path, *overrides: str) -> Recipe:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("merge", overrides=[f"outputs={outputs}", *overrides])
+        return from_config(config.typed(cfg, config.MergeConfig), {"resolved": True})
+
+
+def test_the_default_is_arcee_fusion_over_the_studys_tree(outputs: Path) -> None:
+    recipe = made(outputs)
+    assert recipe.tree.nested() == ["code", ["science", "math"]]
+    assert recipe.operator == make_operator("arcee_fusion", {"lam": 0.75})
+    assert recipe.folders == {domain: outputs / "demo" / "experts" / domain for domain in DOMAINS}
+    assert recipe.out == outputs / "demo" / "merged" / "arcee_fusion"
+    assert (recipe.base, recipe.max_shard_bytes, recipe.config) == (None, 5_000_000_000, {"resolved": True})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "arcee_fusion"),
+        (["operator.lam=0.75"], "arcee_fusion"),
+        (["tree=[code,[science,math]]"], "arcee_fusion"),
+        (["operator.lam=0.5"], "arcee_fusion-lam0.5"),
+        (["operator.lam=2"], "arcee_fusion-lam2.0"),
+        (["tree=[[code,science],math]"], "arcee_fusion-code+science++math"),
+        (["tree=[code,[math,science]]"], "arcee_fusion-code++math+science"),
+        (["tree=[math,code]", "operator.lam=0.5"], "arcee_fusion-lam0.5-math+code"),
+        (["operator=linear"], "linear"),
+        (["operator=linear", "tree=[code,science,math]"], "linear"),
+        (["operator=linear", "operator.weights=[2,1,1]"], "linear-weights2.0_1.0_1.0"),
+        (["operator=linear", "tree=[code,[science,math]]"], "linear-code++science+math"),
+    ],
+)
+def test_the_name_says_what_differs_from_the_default(outputs: Path, overrides: list[str], name: str) -> None:
+    assert made(outputs, *overrides).out == outputs / "demo" / "merged" / name
+
+
+def test_a_parameter_that_the_study_chose_is_not_in_the_name(outputs: Path) -> None:
+    chosen = "+study.operators={arcee_fusion:{lam:0.5}}"
+    recipe = made(outputs, chosen)
+    assert (recipe.name, recipe.operator) == ("arcee_fusion", make_operator("arcee_fusion", {"lam": 0.5}))
+    assert made(outputs, chosen, "operator.lam=1.5").name == "arcee_fusion-lam1.5"
+
+
+def test_n_way_operators_take_all_leaves_at_once_by_default(outputs: Path) -> None:
+    assert made(outputs, "operator=linear").tree == parse(["code", "science", "math"])
+
+
+def test_out_and_the_other_keys_reach_the_recipe(outputs: Path) -> None:
+    recipe = made(outputs, "out=/my/merged", "overwrite=true", "progress=false", "max_shard_gb=0.5")
+    assert (recipe.out, recipe.name) == (Path("/my/merged"), "merged")
+    assert (recipe.overwrite, recipe.progress, recipe.max_shard_bytes) == (True, False, 500_000_000)
+
+
+def test_task_arithmetic_gets_the_backbone(outputs: Path, tiny_student: Path) -> None:
+    recipe = made(outputs, "operator=task_arithmetic", f"backbone.path={tiny_student}")
+    assert (recipe.name, recipe.base) == ("task_arithmetic", tiny_student)
+
+
+def test_a_missing_backbone_is_told_with_the_command_that_makes_it(outputs: Path) -> None:
+    with pytest.raises(UserError, match=r"python train\.py study=demo domain=warmup"):
+        made(outputs, "operator=task_arithmetic")
+
+
+@pytest.mark.parametrize("overrides", [[], ["out=/my/merged"], ["operator=linear"], ["tree=[math,science]"]])
+def test_a_missing_expert_is_told_with_the_command_that_makes_it(tmp_path: Path, overrides: list[str]) -> None:
+    for domain in ("math", "code"):
+        make_expert(tmp_path, domain)
+    with pytest.raises(UserError, match=r"'science' at .*python train\.py study=demo domain=science") as raised:
+        made(tmp_path, *overrides)
+    assert "(there now: code, math)" in str(raised.value)
+
+
+def test_without_any_expert_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there now: none"):
+        made(tmp_path)
+
+
+def test_an_unfinished_expert_does_not_count(outputs: Path) -> None:
+    (outputs / "demo" / "experts" / "science" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="there is no expert 'science'"):
+        made(outputs)
+
+
+def test_a_branch_beyond_the_studys_experts_can_be_merged(outputs: Path) -> None:
+    mixture = make_expert(outputs, "mixture")
+    recipe = made(outputs, "tree=[code,mixture]")
+    assert (recipe.folders["mixture"], recipe.name) == (mixture, "arcee_fusion-code+mixture")
+
+
+def test_checkpoint_folders_are_merged_into_out(outputs: Path, tiny_student: Path) -> None:
+    recipe = made(outputs, f"tree=[code,{tiny_student}]", "out=/my/merged")
+    assert recipe.folders == {"code": outputs / "demo" / "experts" / "code", str(tiny_student): tiny_student}
+
+
+def test_checkpoint_folders_need_out(outputs: Path, tiny_student: Path) -> None:
+    with pytest.raises(UserError, match="with out="):
+        made(outputs, f"tree=[code,{tiny_student}]")
+
+
+def test_a_folder_that_does_not_exist_is_refused(outputs: Path) -> None:
+    with pytest.raises(UserError, match="/no/such/model: no such folder"):
+        made(outputs, "tree=[code,/no/such/model]", "out=/my/merged")
+
+
+@pytest.mark.parametrize("tree", ["[code,science,math]", "[[math,code,science],mixture]"])
+def test_arcee_fusion_merges_two_at_a_time(outputs: Path, tree: str) -> None:
+    make_expert(outputs, "mixture")
+    with pytest.raises(UserError, match="merges two models at a time; nest them"):
+        made(outputs, f"tree={tree}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["operator.lam=much"], "lam must be a number"),
+        (["+operator.lambda=1"], "arcee_fusion has no such parameter; it has lam"),
+        (["operator=linear", "operator.weights=[1,-1]"], "sum to zero"),
+        (["tree=[math,math]"], "math stands in it twice"),
+        (["tree=math"], "nothing to merge"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_weight_is_read(outputs: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        made(outputs, *overrides)
+
+
+def test_weights_that_do_not_fit_the_tree_are_refused(outputs: Path) -> None:
+    with pytest.raises(UserError, match="2 weights for 3 models"):
+        made(outputs, "operator=linear", "operator.weights=[1,2]")

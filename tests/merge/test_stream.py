@@ -1,0 +1,338 @@
+"""Merging checkpoints tensor by tensor equals merging them in memory, and a killed merge leaves nothing behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from branchmerge.errors import UserError
+from branchmerge.merge import Recipe, merge
+from branchmerge.merge.operators import Operator, make_operator
+from branchmerge.merge.tree import parse
+from branchmerge.study import read_manifest, weights_sha256
+
+NESTED = ["code", ["science", "math"]]
+FLAT = ["code", "science", "math"]
+Weights = dict[str, Tensor]
+Folders = dict[str, Path]
+
+
+def perturbed(student: Path, folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> Path:
+    """A copy of a student whose weights have moved a little."""
+    shutil.copytree(student, folder)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: (tensor + 0.01 * torch.randn(tensor.shape, generator=generator)).to(dtype)
+        for name, tensor in load_file(student / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Three experts of one backbone; do not write into them."""
+    root = tmp_path_factory.mktemp("experts")
+    return {name: perturbed(tiny_student, root / name, seed) for seed, name in enumerate(FLAT, start=1)}
+
+
+def recipe(folders: Folders, out: Path, operator: str = "arcee_fusion", tree: Any = NESTED, **more: Any) -> Recipe:
+    """A recipe; what is no field of it is a parameter of the operator."""
+    fields = {key: more.pop(key) for key in ("base", "max_shard_bytes", "overwrite") if key in more}
+    made = make_operator(operator, more)
+    return Recipe(operator, made, parse(tree), folders, out, progress=False, **fields)
+
+
+def load(folder: Path) -> Weights:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def in_memory(operator: Operator, folders: Folders, tree: Any, base: Path | None = None) -> Weights:
+    """What the operator makes of whole state dicts."""
+    origin = load(base) if base is not None else {}
+
+    def fuse(models: Any) -> Weights:
+        return {name: operator([model[name] for model in models], origin.get(name)) for name in models[0]}
+
+    return parse(tree).fold(lambda leaf: load(folders[leaf]), fuse)
+
+
+def assert_equal(found: Weights, expected: Weights) -> None:
+    assert sorted(found) == sorted(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What a merge left beside its result, but for the lock."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+@pytest.mark.parametrize(
+    ("operator", "parameters", "tree"),
+    [
+        ("arcee_fusion", {}, NESTED),
+        ("arcee_fusion", {"lam": 0.5}, [["math", "science"], "code"]),
+        ("linear", {}, FLAT),
+        ("linear", {"weights": [2, 1]}, NESTED),
+        ("task_arithmetic", {"weight": 0.4}, FLAT),
+    ],
+)
+def test_merging_files_equals_merging_in_memory(
+    tiny_student: Path, experts: Folders, tmp_path: Path, operator: str, parameters: dict[str, Any], tree: Any
+) -> None:
+    base = tiny_student if operator == "task_arithmetic" else None
+    out = merge(recipe(experts, tmp_path / "merged", operator, tree, base=base, **parameters))
+    found = load(out)
+    assert_equal(found, in_memory(make_operator(operator, parameters), experts, tree, base))
+    assert any(not torch.equal(found[name], load(experts["code"])[name]) for name in found)
+
+
+def test_left_and_right_matter(experts: Folders, tmp_path: Path) -> None:
+    one, other = (
+        load(merge(recipe(experts, tmp_path / name, tree=tree)))
+        for name, tree in (("one", ["code", "math"]), ("other", ["math", "code"]))
+    )
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_result_loads_and_generates(experts: Folders, tmp_path: Path) -> None:
+    out = merge(recipe(experts, tmp_path / "merged"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 12 * 7?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(**prompt, max_new_tokens=3, min_new_tokens=3).shape[1] == prompt["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_config_tokenizer_and_template_are_lefts_byte_for_byte(experts: Folders, tmp_path: Path, name: str) -> None:
+    out = merge(recipe(experts, tmp_path / "merged"))
+    assert (out / name).read_bytes() == (experts["code"] / name).read_bytes()
+
+
+def test_the_manifest_holds_the_recipe(experts: Folders, tmp_path: Path) -> None:
+    out = merge(recipe(experts, tmp_path / "merged", lam=0.5))
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert (manifest.kind, manifest.name) == ("merged", "merged")
+    facts = {key: manifest.merge[key] for key in ("operator", "parameters", "tree")}
+    assert facts == {"operator": "arcee_fusion", "parameters": {"lam": 0.5}, "tree": NESTED}
+    assert manifest.weights_sha256 == weights_sha256(out)
+    parents = [(parent.path, parent.weights_sha256) for parent in manifest.parents]
+    assert parents == [(str(experts[leaf]), weights_sha256(experts[leaf])) for leaf in FLAT]
+
+
+def test_the_backbone_is_a_parent_where_it_was_used(tiny_student: Path, experts: Folders, tmp_path: Path) -> None:
+    manifest = read_manifest(merge(recipe(experts, tmp_path / "merged", "task_arithmetic", FLAT, base=tiny_student)))
+    assert manifest is not None
+    assert [parent.path for parent in manifest.parents] == [*(str(experts[leaf]) for leaf in FLAT), str(tiny_student)]
+
+
+def test_the_manifest_counts_what_was_taken(experts: Folders, tmp_path: Path) -> None:
+    out = merge(recipe(experts, tmp_path / "merged"))
+    manifest = read_manifest(out)
+    assert manifest is not None
+    left, merged = load(experts["code"]), load(out)
+    elements = sum(tensor.numel() for tensor in left.values())
+    differing = sum(int((merged[name] != left[name]).sum()) for name in left)
+    assert (manifest.merge["tensors"], manifest.merge["elements"]) == (len(left), elements)
+    assert manifest.merge["share_differing_from_code"] == differing / elements
+
+
+def test_the_model_card_names_operator_parameters_tree_and_parents(experts: Folders, tmp_path: Path) -> None:
+    out = merge(recipe(experts, tmp_path / "merged", lam=0.5))
+    card = (out / "README.md").read_text()
+    told = ["# merged", "`arcee_fusion`", "`lam=0.5`", str(NESTED)]
+    told += [f"| `{folder}` | `{weights_sha256(folder)}` |" for folder in experts.values()]
+    assert [text for text in told if text not in card] == []
+
+
+def test_finished_work_is_not_done_again(experts: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = merge(recipe(experts, tmp_path / "merged"))
+    before = {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]}
+    assert "done already" not in capsys.readouterr().out
+    assert merge(recipe(experts, tmp_path / "merged")) == out
+    assert f"{out}: done already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lam": 0.5}, r"parameters\.lam: 1\.5 there, 0\.5 now"),
+        ({"tree": [["code", "science"], "math"]}, "tree: "),
+        ({"tree": ["math", ["science", "code"]]}, "parents: "),
+        ({"operator": "linear"}, "operator: "),
+        ({"max_shard_bytes": 60_000}, "max_shard_bytes: "),
+    ],
+)
+def test_other_work_in_the_same_place_is_refused(
+    experts: Folders, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    out = merge(recipe(experts, tmp_path / "merged"))
+    before = weights_sha256(out)
+    with pytest.raises(UserError, match=f"holds a result made otherwise .*{said}"):
+        merge(recipe(experts, tmp_path / "merged", **changes))
+    assert weights_sha256(out) == before
+
+
+def test_overwrite_replaces(experts: Folders, tmp_path: Path) -> None:
+    merge(recipe(experts, tmp_path / "merged", max_shard_bytes=60_000))
+    out = merge(recipe(experts, tmp_path / "merged", lam=0.5, overwrite=True))
+    assert_equal(load(out), in_memory(make_operator("arcee_fusion", {"lam": 0.5}), experts, NESTED))
+    assert len(list(out.glob("*.safetensors"))) == 1
+    assert left_behind(tmp_path) == ["merged"]
+
+
+def test_shards_of_parents_and_of_the_result_change_nothing(experts: Folders, tmp_path: Path) -> None:
+    sharded = {name: shutil.copytree(folder, tmp_path / "sharded" / name) for name, folder in experts.items()}
+    for folder in sharded.values():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="60KB")
+        assert len(list(folder.glob("*.safetensors"))) > 1
+    whole = merge(recipe(experts, tmp_path / "whole"))
+    parts = merge(recipe(sharded, tmp_path / "parts", max_shard_bytes=60_000))
+    assert len(list(parts.glob("*.safetensors"))) > 1
+    assert_equal(load(parts), load(whole))
+    loaded = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (parts, whole)]
+    assert_equal(*loaded)
+
+
+def test_bfloat16_stays_and_every_element_is_one_of_the_parents(tiny_student: Path, tmp_path: Path) -> None:
+    folders = {
+        name: perturbed(tiny_student, tmp_path / name, seed, torch.bfloat16) for seed, name in enumerate(FLAT, start=1)
+    }
+    merged = load(merge(recipe(folders, tmp_path / "merged", lam=0.0)))
+    parents = [load(folder) for folder in folders.values()]
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.stack([tensor == parent[name] for parent in parents]).any(0).all(), name
+
+
+def test_a_mean_in_bfloat16_is_rounded_once(tiny_student: Path, tmp_path: Path) -> None:
+    folders = {
+        name: perturbed(tiny_student, tmp_path / name, seed, torch.bfloat16) for seed, name in enumerate(FLAT, start=1)
+    }
+    merged = load(merge(recipe(folders, tmp_path / "merged", "linear", FLAT)))
+    parents = [load(folder) for folder in folders.values()]
+    for name, tensor in merged.items():
+        mean = torch.stack([parent[name].double() for parent in parents]).mean(0)
+        assert torch.equal(tensor, mean.float().bfloat16()), name
+
+
+def broken(student: Path, folder: Path, value: float) -> Path:
+    """A copy with one bad number in a weight."""
+    shutil.copytree(student, folder)
+    weights = load(folder)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_parent_is_named_and_nothing_is_left(experts: Folders, tmp_path: Path, value: float) -> None:
+    bad = broken(experts["math"], tmp_path / "bad", value)
+    (tmp_path / "results").mkdir()
+    with pytest.raises(UserError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN") as raised:
+        merge(recipe({**experts, "math": bad}, tmp_path / "results" / "merged"))
+    assert str(bad) in str(raised.value)
+    assert left_behind(tmp_path / "results") == []
+
+
+def test_a_broken_backbone_is_named(tiny_student: Path, experts: Folders, tmp_path: Path) -> None:
+    bad = broken(tiny_student, tmp_path / "bad", float("nan"))
+    with pytest.raises(UserError, match="holds NaN"):
+        merge(recipe(experts, tmp_path / "merged", "task_arithmetic", FLAT, base=bad))
+
+
+@pytest.mark.parametrize(("lost", "said"), [("model.safetensors", "no weights at all"), ("config.json", "config.json")])
+def test_a_parent_that_is_no_checkpoint_is_refused(experts: Folders, tmp_path: Path, lost: str, said: str) -> None:
+    bad = shutil.copytree(experts["math"], tmp_path / "bad")
+    (bad / lost).unlink()
+    with pytest.raises(UserError, match=said) as raised:
+        merge(recipe({**experts, "math": bad}, tmp_path / "merged"))
+    assert str(bad) in str(raised.value)
+
+
+def test_a_shard_that_all_parents_lack_is_missed(tiny_student: Path, tmp_path: Path) -> None:
+    for name in ("left", "right"):
+        AutoModelForCausalLM.from_pretrained(tiny_student).save_pretrained(tmp_path / name, max_shard_size="60KB")
+        sorted((tmp_path / name).glob("*.safetensors"))[1].unlink()
+    folders = {name: tmp_path / name for name in ("left", "right")}
+    with pytest.raises(UserError, match=r"model-00002-of-"):
+        merge(recipe(folders, tmp_path / "merged", tree=["left", "right"]))
+
+
+def test_two_runs_write_the_same_bytes(experts: Folders, tmp_path: Path) -> None:
+    one, two = (merge(recipe(experts, tmp_path / run / "merged", max_shard_bytes=60_000)) for run in "ab")
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in two.iterdir())
+    differing = [name for name in names if (one / name).read_bytes() != (two / name).read_bytes()]
+    assert differing in ([], ["manifest.json"])  # which holds times
+
+
+def test_parents_stay_as_they_are(experts: Folders, tmp_path: Path) -> None:
+    def state() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for folder in experts.values() for path in [folder, *folder.iterdir()]}
+
+    before = state()
+    merge(recipe(experts, tmp_path / "merged"))
+    assert state() == before
+
+
+SLOW_MERGE = textwrap.dedent(
+    """
+    import sys, time
+    from dataclasses import dataclass
+    from pathlib import Path
+    from branchmerge.merge import Recipe, merge
+    from branchmerge.merge.operators.arcee_fusion import ArceeFusion
+    from branchmerge.merge.tree import parse
+
+    fused = 0
+
+    @dataclass(frozen=True)
+    class Slow(ArceeFusion):
+        def __call__(self, models, base=None):
+            global fused
+            fused += 1
+            if fused == 20:
+                print("merging", flush=True)
+                time.sleep(60)
+            return super().__call__(models, base)
+
+    folders = {Path(folder).name: Path(folder) for folder in sys.argv[2:]}
+    tree = parse(["code", ["science", "math"]])
+    merge(Recipe("arcee_fusion", Slow(), tree, folders, Path(sys.argv[1]), max_shard_bytes=60_000, progress=False))
+    """
+)
+
+
+def test_kill_9_leaves_no_finished_folder_and_the_rerun_succeeds(experts: Folders, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    command = [sys.executable, "-c", SLOW_MERGE, str(out), *map(str, experts.values())]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    assert worker.stdout.readline().strip() == "merging"
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    worker.stdout.close()
+    assert list(tmp_path.glob(".merged.partial/*.safetensors"))  # it was in the middle
+    assert not out.exists()
+    merge(recipe(experts, out, max_shard_bytes=60_000))
+    assert_equal(load(out), in_memory(make_operator("arcee_fusion", {}), experts, NESTED))
+    assert left_behind(tmp_path) == ["merged"]
