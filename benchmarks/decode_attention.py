@@ -2,8 +2,8 @@
 
     python benchmarks/decode_attention.py outputs/demo/backbone
 
-Greedy generation of the same padded prompts (the demo's science questions) in bfloat16; a step is one new token for every
-row. The two alternate, and the median of the rounds counts.
+Greedy generation of the same padded prompts (the demo's science questions) in bfloat16; a step is one new token
+for every row. The two alternate, and the median of the rounds counts.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """One AdamW update of all weights on a CPU: fused against unfused, side by side in one run; one JSON line.
 
-    python benchmarks/fused_adamw.py outputs/demo/backbone
+python benchmarks/fused_adamw.py outputs/demo/backbone
 """
 
 import argparse

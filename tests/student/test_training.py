@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_student
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,6 +60,39 @@ def test_a_branch_becomes_an_expert_with_manifest_and_curves(tiny_student: Path,
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer) == 512
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (folder / name).read_bytes() == (tiny_student / name).read_bytes()
+
+
+def test_rows_that_are_too_long_are_counted_and_told(
+    tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(branch(tiny_student, tmp_path, "domain=code", "data.seq_len=79"))
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    account = manifest.data["sources"]["code"]
+    assert account["dropped"]["too_long"] > 0
+    assert account["read"] == 20 == account["kept"] + sum(account["dropped"].values())
+    assert f"code: kept {account['kept']} of 20 rows" in capsys.readouterr().out
+
+
+def test_a_row_longer_than_the_models_context_is_dropped(tmp_path: Path) -> None:
+    short = make_student(tmp_path / "short", max_position_embeddings=79)
+    folder = train(branch(short, tmp_path, "domain=code"))
+    manifest = read_manifest(folder)
+    assert manifest is not None and manifest.data["sources"]["code"]["dropped"]["too_long"] > 0
+
+
+def test_a_loss_that_is_no_number_stops_the_branch_and_names_rows(tiny_student: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "broken"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"step 0: the loss is nan on the rows math-0"):
+        train(branch(folder, tmp_path, "domain=math"))
+    assert not (tmp_path / "tiny" / "experts" / "math").exists()
 
 
 def test_training_is_what_a_plain_loop_computes(tiny_student: Path, tmp_path: Path) -> None:

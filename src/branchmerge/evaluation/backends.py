@@ -38,7 +38,11 @@ def load(backend: BackendConfig, folder: Path) -> Transformers:
     """Load a checkpoint into transformers, ready to generate."""
     device = machine.device_of(backend.device)
     attention = {"attn_implementation": DECODE_SDPA} if device.type == "cpu" else {}
-    # Absolute, because lm-eval would look a path like `a/b` up on the hub.
+    path = str(folder.resolve())  # absolute, because lm-eval would look a path like `a/b` up on the hub
     return Transformers(
-        pretrained=str(folder.resolve()), dtype=dtype_of(backend), device=str(device), batch_size=backend.batch_size, **attention
+        pretrained=path,
+        dtype=dtype_of(backend),
+        device=str(device),
+        batch_size=backend.batch_size,
+        **attention,
     )

@@ -42,10 +42,10 @@ class Student(LightningModule):
         if not self._tokens:
             self._since = time.perf_counter()
         share = summed_loss(self.model, batch) / batch.supervised_in_step
-        if not torch.isfinite(share):
+        if not torch.isfinite(share.detach()):
             rows = ", ".join(batch.ids[:3])
             raise UserError(
-                f"step {self.trainer.global_step}: the loss is {float(share)} on the rows {rows}, ...; lower optim.lr="
+                f"step {self.trainer.global_step}: the loss is {share.item()} on the rows {rows}, ...; lower optim.lr="
                 f"{self.optim.lr}, or look at these rows"
             )
         self._loss += float(share.detach())

@@ -45,6 +45,7 @@ def train(config: TrainConfig) -> Path:
         tokenizer = backbone.load_tokenizer(start)
         backbone.check_tokenizer(tokenizer, start)
         corpus = prepare(config, rows, tokenizer, backbone.context_length(start))
+        _tell(corpus)
         with publish(folder, planned) as partial:
             student, facts = _fit(config, start, device, precision, corpus)
             planned.data = corpus.account
@@ -101,6 +102,18 @@ def _fit(
         "precision": precision, "attention": attn, "devices": [machine.describe(device)], "logs": str(logs),
     }  # fmt: skip
     return student, facts
+
+
+def _tell(corpus: Corpus) -> None:
+    """Say what became of the rows, before the long work starts."""
+    for name, entry in corpus.account["sources"].items():
+        dropped = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items()) or "none"
+        print(
+            f"{name}: kept {entry['kept']} of {entry['read']} rows ({entry['unverified']} unverified,"
+            f" {entry['truncated']} truncated); dropped: {dropped}",
+            flush=True,
+        )
+    print(f"{len(corpus.plan.steps)} steps, {corpus.tokens} tokens, {corpus.supervised} of them learned", flush=True)
 
 
 def _folder(config: TrainConfig) -> Path:
