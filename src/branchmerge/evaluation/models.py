@@ -41,7 +41,7 @@ def _find(config: EvaluateConfig, study: Study, name: str) -> Model:
     if name == "backbone":
         folder = backbone.locate(config)
         return Model(name, folder, parent_of(folder))
-    if read_manifest(study.expert(name)) is not None:
+    if "/" not in name and read_manifest(study.expert(name)) is not None:
         name = f"experts/{name}"
     inside = study.root / name
     if name.startswith(("experts/", "merged/")) and not Path(name).is_dir():

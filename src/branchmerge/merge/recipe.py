@@ -70,7 +70,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
 def _folder(study: Study, leaf: str) -> Path:
     """Checkpoint of a leaf: an expert of the study by its domain, else a folder."""
     expert = study.expert(leaf)
-    if read_manifest(expert) is not None:
+    if "/" not in leaf and read_manifest(expert) is not None:
         return expert
     folder = Path(leaf).expanduser()
     if leaf in study.experts or not (folder.is_dir() or "/" in leaf):
