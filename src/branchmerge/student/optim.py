@@ -27,7 +27,8 @@ def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -
 def make_optimizer(model: nn.Module, config: OptimConfig, total_steps: int) -> tuple[AdamW, LambdaLR]:
     """AdamW (weight decay on matrices only) and its schedule, one scheduler step per optimizer step.
 
-    Fused: one pass over the weights instead of one a term; on CPU too, where it is several times as fast (benchmarks/fused_adamw.py).
+    Fused: one pass over the weights instead of one a term; several times as fast on CPUs too
+    (benchmarks/fused_adamw.py).
     """
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
