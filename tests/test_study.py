@@ -77,10 +77,19 @@ def test_another_parent_is_other_work(tmp_path: Path) -> None:
         is_done(target, planned, overwrite=False)
 
 
-def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="no result of branchmerge"):
-        is_done(tmp_path, manifest(), overwrite=False)
+    for place in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(UserError, match="no result of branchmerge"):
+            is_done(place, manifest(), overwrite)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": "web app"}', '{"parents": [], "theme": 1}'])
+def test_a_manifest_of_somebody_else_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="not a manifest of branchmerge"):
+        is_done(tmp_path, manifest(), overwrite=True)
 
 
 def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:

@@ -102,29 +102,33 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST
     if not path.is_file():
         return None
-    raw = json.loads(path.read_text())
-    raw["parents"] = [Parent(**parent) for parent in raw["parents"]]
-    return Manifest(**raw)
+    try:
+        raw = json.loads(path.read_text())
+        raw["parents"] = [Parent(**parent) for parent in raw["parents"]]
+        return Manifest(**raw)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest of branchmerge ({error}); move it away or repair it") from error
 
 
 def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
     """Whether this very work is finished in `folder`.
 
-    Raises UserError when the folder holds something else and may not be replaced.
+    Raises UserError when the folder holds something else and may not be replaced. Only results are ever replaced:
+    `overwrite` does not reach a folder that branchmerge did not make.
     """
     found = read_manifest(folder)
-    if found is not None and found.identity() == planned.identity():
+    if found is None:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is no result of branchmerge; give another out=, or empty it yourself")
+        return False
+    if found.identity() == planned.identity():
         return True
     if overwrite:
         return False
-    if found is not None:
-        changed = _difference(found.identity(), planned.identity())
-        raise UserError(
-            f"{folder} holds a result made otherwise ({changed}); give another out=, delete it, or overwrite=true"
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists, is not empty and is no result of branchmerge; give another out= or empty it")
-    return False
+    changed = _difference(found.identity(), planned.identity())
+    raise UserError(
+        f"{folder} holds a result made otherwise ({changed}); give another out=, delete it, or overwrite=true"
+    )
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Checkpoints in, checkpoint out: for every tensor, read it from each leaf, fold the tree, write it."""
 
-import json
 import shutil
 import time
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -120,12 +120,12 @@ def _plan_manifest(recipe: Recipe) -> Manifest:
             "max_shard_bytes": recipe.max_shard_bytes}  # fmt: skip
     parents = [parent_of(folder) for folder in [*folders, *([recipe.base] if recipe.base is not None else [])]]
     facts = {"operator": recipe.operator_name, "parameters": parameters, "tree": recipe.tree.nested()}
-    return Manifest("merged", recipe.name, recipe.config, json.loads(json.dumps(work)), parents, merge=facts)
+    return Manifest("merged", recipe.name, recipe.config, work, parents, merge=facts)
 
 
 def _shape(tree: object) -> object:
     """A tree with its leaves numbered from left to right."""
-    counter = iter(range(1 << 30))
+    counter = count()
 
     def number(node: object) -> object:
         return [number(child) for child in node] if isinstance(node, list) else next(counter)
