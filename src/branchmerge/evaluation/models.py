@@ -22,6 +22,13 @@ def find(config: EvaluateConfig) -> list[Model]:
     """The models that `models=` names, or all that the study has; raises UserError where one is missing."""
     study = Study(config)
     asked = config.models if config.models is not None else _all(study)
+    if config.models is None:
+        for domain in study.experts:
+            if f"experts/{domain}" not in asked:
+                print(
+                    f"note: no expert {domain} yet (python train.py study={study.root.name} domain={domain})",
+                    flush=True,
+                )
     return [_find(config, study, name) for name in asked]
 
 
@@ -29,9 +36,6 @@ def _all(study: Study) -> list[str]:
     """Backbone, experts, other branches, merged models: those that are finished."""
     trained = {path.parent.name for path in study.expert("*").parent.glob("*/manifest.json")}
     experts = [name for name in study.experts if name in trained]
-    for name in study.experts:
-        if name not in trained:
-            print(f"note: no expert {name} yet (python train.py study={study.root.name} domain={name})", flush=True)
     others = sorted(trained - set(experts))
     merged = sorted(path.parent.name for path in study.merged("*").parent.glob("*/manifest.json"))
     return ["backbone", *(f"experts/{name}" for name in [*experts, *others]), *(f"merged/{name}" for name in merged)]
@@ -46,8 +50,7 @@ def _find(config: EvaluateConfig, study: Study, name: str) -> Model:
     inside = study.root / name
     if name.startswith(("experts/", "merged/")) and not Path(name).is_dir():
         if read_manifest(inside) is None:
-            there = ", ".join(["backbone", *_all(study)[1:]])
-            raise UserError(f"models: {name} is not finished at {inside}; there is {there}")
+            raise UserError(f"models: {name} is not finished at {inside}; there is {', '.join(_all(study))}")
         return Model(name, inside, parent_of(inside))
     folder = Path(name).expanduser()
     if not folder.is_dir():
