@@ -52,7 +52,7 @@ def test_operators_are_pure(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_merging_one_model_with_itself_is_the_identity(name: str) -> None:
     (weight,) = models(1)
-    base = weight if OPERATORS[name].needs_base else None
+    base = weight if OPERATORS[name]().needs_base() else None
     torch.testing.assert_close(OPERATORS[name]()([weight, weight.clone()], base), weight)
 
 

@@ -85,7 +85,7 @@ def left_behind(folder: Path) -> list[str]:
         ("arcee_fusion", {"lam": 0.5}, [["math", "science"], "code"]),
         ("linear", {}, FLAT),
         ("linear", {"weights": [2, 1]}, NESTED),
-        ("task_arithmetic", {"weight": 0.4}, FLAT),
+        ("task_arithmetic", {"weights": 0.4}, FLAT),
     ],
 )
 def test_merging_files_equals_merging_in_memory(

@@ -62,7 +62,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
         out = Path(config.out).expanduser()
     else:
         out = study.merged(_name(operator_name, operator, usual, tree, default))
-    base = backbone.locate(config) if operator.needs_base else None
+    base = backbone.locate(config) if operator.needs_base() else None
     shard = int(config.max_shard_gb * 1e9)
     return Recipe(operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved)
 

@@ -1,33 +1,19 @@
 """Merge operators: one file each, pure functions of tensors and parameters.
 
-An operator gets the same tensor of each model (float32) and, if it asks for it, of the backbone, and returns the
-merged tensor. It knows nothing of files, trees or threads. To add one: write its file, list it here, add
-conf/operator/<name>.yaml.
+base.py says what an operator is. To add one: write its file, list it here, add conf/operator/<name>.yaml.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any, ClassVar, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from branchmerge.errors import UserError
 from branchmerge.merge.operators.arcee_fusion import ArceeFusion
+from branchmerge.merge.operators.base import Operator
 from branchmerge.merge.operators.linear import Linear
 from branchmerge.merge.operators.task_arithmetic import TaskArithmetic
 
-
-class Operator(Protocol):
-    """A frozen dataclass of parameters that is called with tensors."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-    n_way: ClassVar[bool]
-    """Takes any number of models; else exactly two, Left and Right."""
-    needs_base: ClassVar[bool]
-    """Needs the backbone that the models were fine-tuned from."""
-
-    def __call__(self, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        """Merge one tensor: float32 in, float32 out, all of one shape."""
+__all__ = ["OPERATORS", "Operator", "changed_parameters", "make_operator", "parameters_of"]
 
 
 OPERATORS: dict[str, type[Operator]] = {

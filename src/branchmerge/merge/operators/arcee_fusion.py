@@ -15,11 +15,13 @@ Shapes: R rows, C columns; a vector is one row.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from branchmerge.merge.operators.base import Operator
 
 BLOCK = 1 << 20
 """Elements whose float64 temporaries are held at once."""
@@ -28,23 +30,27 @@ NEAR = 0.5
 
 
 @dataclass(frozen=True)
-class ArceeFusion:
+class ArceeFusion(Operator):
     """Left and Right -> their selective fusion."""
 
     lam: float = 1.5
     """lambda of the threshold; the larger, the less is taken from Right."""
 
     n_way: ClassVar[bool] = False
-    needs_base: ClassVar[bool] = False
+    late = frozenset({"lam"})
 
     def __post_init__(self) -> None:
         if not isinstance(self.lam, int | float) or math.isnan(self.lam):
             raise ValueError(f"lam must be a number, it is {self.lam!r}")
         object.__setattr__(self, "lam", float(self.lam))
 
-    def __call__(self, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+    def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         left, right = models
-        S = importance(left, right)
+        return importance(left, right)
+
+    def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+        left, right = models
+        S = measured
         return torch.where(threshold(S, self.lam) <= S, right, left)
 
 

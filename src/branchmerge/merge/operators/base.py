@@ -1,0 +1,55 @@
+"""What every merge operator is: a frozen dataclass of parameters, called with the same tensor of each model.
+
+An operator works in two steps. `measure` looks at whole tensors once (a norm, a quantile, a divergence); `apply` makes
+the merged tensor from what was measured. An operator that needs no look at the whole leaves `measure` as it is. Models
+that are merged with several values of a parameter named in `late` are measured once for all of them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Operator(ABC):
+    """A pure function of tensors; knows nothing of files, names, trees or threads."""
+
+    n_way: ClassVar[bool] = True
+    """Takes any number of models; else exactly two, Left and Right."""
+    late: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that `measure` does not look at."""
+
+    def needs_base(self) -> bool:
+        """Whether it needs the backbone that the models were fine-tuned from; a parameter may decide that."""
+        return False
+
+    def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> Any:
+        """What `apply` must know of the whole tensors."""
+        return None
+
+    @abstractmethod
+    def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+        """The merged tensor."""
+
+    def facts(self, measured: Any) -> dict[str, float]:
+        """Of what was measured, what belongs into the table of the merged model."""
+        return {}
+
+    def __call__(self, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+        """Merge one tensor.
+
+        Args:
+            models: the tensor of each model, all of one shape and one floating-point dtype, as they are stored
+            base: the backbone's
+
+        Returns:
+            The merged tensor, float32 or wider; in the models' own dtype where every value is taken over from one of
+            them.
+
+        Raises:
+            ValueError: the parameters do not fit the number of models, or the backbone is not given
+        """
+        return self.apply(self.measure(models, base), models, base)
