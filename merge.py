@@ -15,9 +15,13 @@ config.register()
 def main(cfg: DictConfig) -> None:
     settings = config.typed(cfg, config.MergeConfig)
     # Imported here, so that a mistake on the command line is told at once and not after loading torch.
-    from branchmerge.merge import from_config, merge
+    from branchmerge.merge import from_config, merge_all
+    from branchmerge.merge.threads import workers
 
-    merge(from_config(settings, asdict(settings)))
+    if settings.threads is not None:
+        workers.use(settings.threads)
+    # The members of a sweep are merged together: the experts are read once.
+    cli.together(merge_all, from_config(settings, asdict(settings)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -17,6 +18,10 @@ from branchmerge.errors import UserError
 
 SHOW = "BRANCHMERGE_FULL_ERROR"
 """Where `run` keeps what the user said of tracebacks."""
+
+
+_TOGETHER: dict[Callable[[list[Any]], object], list[Any]] = {}
+"""What the members of a multirun left to be done at its end."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -32,6 +37,8 @@ def run(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main()
+        for task, items in _TOGETHER.items():
+            task(items)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if os.environ[SHOW] not in ("", "0"):
             raise
@@ -56,6 +63,19 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             sys.exit(f"error: {one_line(error)}")
 
     return wrapped
+
+
+def together(task: Callable[[list[Any]], object], item: Any) -> None:
+    """Call `task([item])`; in a multirun of this process, once at its end with the items of all members.
+
+    So a mistake in any member is found before the first one's work begins. Members that a launcher sends elsewhere
+    work alone.
+    """
+    running = HydraConfig.get()
+    if running.mode == RunMode.MULTIRUN and str(running.launcher._target_).endswith("BasicLauncher"):
+        _TOGETHER.setdefault(task, []).append(item)
+    else:
+        task([item])
 
 
 def one_line(error: BaseException) -> str:

@@ -208,6 +208,11 @@ class MergeConfig(CommonConfig):
     """`name` and the parameters of that operator, as in its file below src/branchmerge/merge/operators/."""
     tree: Any = None
     """Merge tree. Null: the study's, and for an n-way operator all its leaves at once."""
+    rules: list[Any] = field(default_factory=list)
+    """Other parameters of the operator for some tensors: [{tensors: mlp, layers: [0, 11], lam: 0.5}], see
+    src/branchmerge/merge/rules.py."""
+    threads: int | None = field(default=None, metadata=_at_least(1))
+    """Null: one for each core that the process may use."""
     max_shard_gb: float = field(default=5.0, metadata=_at_least(0.001))
     """Largest safetensors file written, in 1e9 bytes."""
     progress: bool = True

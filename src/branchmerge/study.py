@@ -143,7 +143,7 @@ def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        if any(partial.glob("*.safetensors")):
+        if not planned.weights_sha256 and any(partial.glob("*.safetensors")):
             planned.weights_sha256 = weights_sha256(partial)
         planned.packages = package_versions()
         planned.git_commit = git_commit()
@@ -201,7 +201,12 @@ def file_sha256(path: Path) -> str:
 
 def weights_sha256(folder: Path) -> str:
     """Fingerprint of a checkpoint's weights: what `sha256sum *.safetensors | sha256sum` prints in its folder."""
-    lines = [f"{file_sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    return fingerprint({path.name: file_sha256(path) for path in folder.glob("*.safetensors")})
+
+
+def fingerprint(files: Mapping[str, str]) -> str:
+    """The same, of files whose SHA-256 are known."""
+    lines = [f"{sha256}  {name}\n" for name, sha256 in sorted(files.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -9,78 +9,175 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchmerge.merge.operators.arcee_fusion import ArceeFusion, importance, row_kl, threshold
+from branchmerge.merge.operators.arcee_fusion import ArceeFusion
+from branchmerge.merge.threads import workers
 
 
-def kl_to_fifty_digits(x: torch.Tensor, y: torch.Tensor) -> float:
-    """KL(softmax(x) || softmax(y)) of two vectors by the definition, in 50 digits."""
-    with mpmath.workdps(50):
+def kl_to_100_digits(x: torch.Tensor, y: torch.Tensor) -> float:
+    """KL(softmax(x) || softmax(y)) of two vectors by the definition, in 100 digits."""
+    with mpmath.workdps(100):
         xs, ys = ([mpmath.mpf(float(value)) for value in vector] for vector in (x, y))
         zx, zy = (mpmath.log(mpmath.fsum(mpmath.e**value for value in vector)) for vector in (xs, ys))
         terms = (mpmath.e ** (a - zx) * ((a - zx) - (b - zy)) for a, b in zip(xs, ys, strict=True))
         return float(mpmath.fsum(terms))
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-4, 1e-2, 0.3, 1.0, 30.0])
-def test_row_kl_is_right_at_every_scale(scale: float) -> None:
+def kl_of(precision: str, right: torch.Tensor, left: torch.Tensor) -> list[float]:
+    return ArceeFusion(precision=precision).measure([left, right]).kl.tolist()
+
+
+BOTH = pytest.mark.parametrize("precision", ["exact", "float64"])
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e-6, 1e-4, 1e-2, 0.3, 1.0, 30.0, 300.0])
+def test_row_kl_is_right_at_every_scale(precision: str, scale: float) -> None:
     generator = torch.Generator().manual_seed(1)
-    y = 0.03 * torch.randn(4, 300, generator=generator, dtype=torch.float64)
-    x = y + scale * torch.randn(4, 300, generator=generator, dtype=torch.float64)
-    expected = [kl_to_fifty_digits(a, b) for a, b in zip(x, y, strict=True)]
-    assert row_kl(x, y).tolist() == pytest.approx(expected, rel=1e-9)
+    left = min(scale, 1.0) * torch.randn(4, 1300, generator=generator)
+    right = left + scale * torch.randn(4, 1300, generator=generator)
+    expected = [kl_to_100_digits(a, b) for a, b in zip(right, left, strict=True)]
+    assert kl_of(precision, right, left) == pytest.approx(expected, rel=1e-5, abs=0)
 
 
-def test_row_kl_of_experts_like_the_papers() -> None:
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_row_kl_of_experts_like_the_papers(precision: str, dtype: torch.dtype) -> None:
     """Deltas of 3e-4 on 4096 columns: a KL near 1e-8 that float32 softmax would turn into noise."""
     generator = torch.Generator().manual_seed(2)
-    y = 0.02 * torch.randn(2, 4096, generator=generator)
-    x = y + 3e-4 * torch.randn(2, 4096, generator=generator)
-    kl = row_kl(x.double(), y.double())
-    assert kl.tolist() == pytest.approx([kl_to_fifty_digits(a, b) for a, b in zip(x, y, strict=True)], rel=1e-9)
-    assert 1e-9 < float(kl.max()) < 1e-6
-    naive = (x.softmax(-1) * (x.log_softmax(-1) - y.log_softmax(-1))).sum(-1)
-    assert not torch.allclose(naive.double(), kl, rtol=0.01)
+    left = 0.02 * torch.randn(2, 4096, generator=generator)
+    right = (left + 3e-4 * torch.randn(2, 4096, generator=generator)).to(dtype)
+    left = left.to(dtype)
+    expected = [kl_to_100_digits(a, b) for a, b in zip(right, left, strict=True)]
+    assert kl_of(precision, right, left) == pytest.approx(expected, rel=1e-6, abs=0)
+    assert 1e-9 < max(expected) < 1e-6
+    assert kl_of("float32", right, left) != pytest.approx(expected, rel=0.01, abs=0)
 
 
+@BOTH
+@pytest.mark.parametrize("shift", [1e-3, 0.3, 5.0])
+def test_a_row_that_is_shifted_as_a_whole_keeps_its_small_kl(precision: str, shift: float) -> None:
+    """Softmax does not see the shift, but it dwarfs the differences that count."""
+    generator = torch.Generator().manual_seed(3)
+    left = 0.1 * torch.randn(3, 900, generator=generator)
+    right = left + shift + 1e-4 * torch.randn(3, 900, generator=generator)
+    expected = [kl_to_100_digits(a, b) for a, b in zip(right, left, strict=True)]
+    assert kl_of(precision, right, left) == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@BOTH
+@pytest.mark.parametrize("outlier", [0.4, 0.6, 3.0, 45.0, 200.0])
+def test_one_large_weight_does_not_spoil_its_row(precision: str, outlier: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    left = 0.02 * torch.randn(2, 2000, generator=generator)
+    right = left + 1e-4 * torch.randn(2, 2000, generator=generator)
+    left[0, 5], right[1, 7] = -outlier, outlier
+    expected = [kl_to_100_digits(a, b) for a, b in zip(right, left, strict=True)]
+    assert kl_of(precision, right, left) == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@BOTH
+@given(data=st.data(), columns=st.integers(1, 40))
+@settings(max_examples=150, deadline=None)
+def test_row_kl_of_any_row(precision: str, data: st.DataObject, columns: int) -> None:
+    row = st.lists(st.floats(-60, 60, width=32), min_size=columns, max_size=columns)
+    right, left = (torch.tensor([data.draw(row)]) for _ in range(2))
+    expected = kl_to_100_digits(right[0], left[0])
+    assert kl_of(precision, right, left) == pytest.approx([expected], rel=1e-5, abs=1e-15)
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("x", "y"), [([1.0, 2.0], [1.0, 2.0]), ([5.0], [7.0]), ([3.0, 4.0], [103.0, 104.0]), ([800.0, 0.0], [800.0, 0.0])]
 )
-def test_row_kl_is_zero_where_the_distributions_agree(x: list[float], y: list[float]) -> None:
-    assert row_kl(torch.tensor([x]).double(), torch.tensor([y]).double()).tolist() == pytest.approx([0.0], abs=1e-15)
+def test_row_kl_is_zero_where_the_distributions_agree(precision: str, x: list[float], y: list[float]) -> None:
+    assert kl_of(precision, torch.tensor([x]), torch.tensor([y])) == pytest.approx([0.0], abs=1e-15)
 
 
-def test_row_kl_of_huge_weights_does_not_overflow() -> None:
-    x, y = torch.tensor([[0.0, 2000.0]]).double(), torch.tensor([[2000.0, 0.0]]).double()
-    assert row_kl(x, y).tolist() == pytest.approx([2000.0])
+@BOTH
+def test_row_kl_of_huge_weights_does_not_overflow(precision: str) -> None:
+    assert kl_of(precision, torch.tensor([[0.0, 2000.0]]), torch.tensor([[2000.0, 0.0]])) == pytest.approx([2000.0])
 
 
-def test_importance_is_row_kl_times_absolute_difference() -> None:
-    left = torch.tensor([[0.1, 0.2, 0.3], [0.0, 0.0, 0.0]])
-    right = torch.tensor([[0.1, 0.3, 0.1], [0.0, 0.5, 0.0]])
-    S = importance(left, right)
-    for row in range(2):
-        kl = kl_to_fifty_digits(right[row], left[row])
-        assert S[row].tolist() == pytest.approx((kl * (right[row] - left[row]).abs().double()).tolist(), rel=1e-6)
+def test_the_other_direction_exchanges_the_two() -> None:
+    left, right = torch.randn(4, 30), torch.randn(4, 30)
+    there = ArceeFusion(direction="left_right").measure([left, right])
+    assert there.kl.tolist() == pytest.approx(kl_of("exact", left, right))
+
+
+@BOTH
+def test_the_kl_of_a_tensor_is_that_of_its_elements_in_one_row(precision: str) -> None:
+    left, right = torch.randn(4, 30), torch.randn(4, 30)
+    kl = ArceeFusion(kl="tensor", precision=precision).measure([left, right]).kl
+    assert kl.tolist() == pytest.approx(kl_of(precision, right.reshape(1, -1), left.reshape(1, -1)) * 4)
 
 
 def test_a_vector_is_one_row() -> None:
     left, right = torch.randn(7), torch.randn(7)
-    assert torch.equal(importance(left, right), importance(left[None], right[None])[0])
+    whole, row = ArceeFusion()([left, right]), ArceeFusion()([left[None], right[None]])
+    assert whole.shape == (7,) and torch.equal(whole, row[0])
 
 
-def test_importance_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    left, right = torch.randn(50, 16), torch.randn(50, 16)
-    whole = importance(left, right)
-    monkeypatch.setattr("branchmerge.merge.operators.arcee_fusion.BLOCK", 48)
-    assert torch.equal(importance(left, right), whole)
+def reference(left: torch.Tensor, right: torch.Tensor, operator: ArceeFusion) -> tuple[torch.Tensor, list[float]]:
+    """Merged tensor and quartiles by the definition, from the operator's own KL and a sort of all S."""
+    d = left.double() - right.double()
+    S = operator.measure([left, right]).kl.reshape(-1, 1) * (d if operator.delta == "signed" else d.abs())
+    ordered = sorted(S.flatten().tolist())
+    q1, median, q3 = (ordered[math.floor(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75))
+    T = median + operator.lam * (q3 - q1)
+    return torch.where(S > T if operator.gate == "gt" else S >= T, right, left), [q1, median, q3]
 
 
-@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=200), st.floats(-3, 3))
-@settings(max_examples=200, deadline=None)
-def test_threshold_is_the_order_statistics_of_the_sorted_values(values: list[float], lam: float) -> None:
-    ordered = sorted(values)
-    q1, median, q3 = (ordered[math.floor(q * (len(values) - 1))] for q in (0.25, 0.5, 0.75))
-    assert threshold(torch.tensor(values, dtype=torch.float64), lam) == median + lam * (q3 - q1)
+@BOTH
+@pytest.mark.parametrize("shape", [(3, 5), (700, 513), (1, 300_000), (300_000, 1)])
+@pytest.mark.parametrize("delta", ["absolute", "signed"])
+@pytest.mark.parametrize("equal", [0.0, 0.3, 0.9])
+def test_the_threshold_is_exact_and_the_gate_follows_it(
+    precision: str, shape: tuple[int, int], delta: str, equal: float
+) -> None:
+    """Above SMALL elements quartiles come from a histogram; many equal weights make many scores zero."""
+    generator = torch.Generator().manual_seed(5)
+    left = (0.05 * torch.randn(shape, generator=generator)).bfloat16()
+    right = (left.float() + 1e-3 * torch.randn(shape, generator=generator)).bfloat16()
+    right = torch.where(torch.rand(shape, generator=generator) < equal, left, right)
+    for gate in ("ge", "gt"):
+        operator = ArceeFusion(lam=0.5, delta=delta, gate=gate, precision=precision)
+        merged, expected = reference(left, right, operator)
+        assert list(operator.measure([left, right]).quartiles) == expected
+        assert torch.equal(operator([left, right]), merged)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+    left = torch.randn(900, 700)
+    right = left + 1e-3 * torch.randn(900, 700)
+    before = workers.count
+    try:
+        results = []
+        for count in (1, 2, 3, 7):
+            workers.use(count)
+            results.append(ArceeFusion(0.5)([left, right]))
+    finally:
+        workers.use(before)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+    assert 0 < int((results[0] == right).sum()) < left.numel()
+
+
+@pytest.mark.parametrize("rounding", ["float32", "bfloat16"])
+def test_low_precision_shows_what_rounding_does(rounding: str) -> None:
+    """PAPER.md: softmax then logarithm at these dtypes picks largely other coordinates."""
+    generator = torch.Generator().manual_seed(6)
+    left = 0.02 * torch.randn(256, 4096, generator=generator)
+    right = left + 3e-4 * torch.randn(256, 4096, generator=generator)
+    exact, rounded, reference = (
+        ArceeFusion(precision=precision)([left, right]) == right for precision in ("exact", rounding, "float64")
+    )
+    assert float((exact & reference).sum() / (exact | reference).sum()) >= 0.999
+    assert float((rounded & reference).sum() / (rounded | reference).sum()) < 0.7
+
+
+@pytest.mark.parametrize("name", ["kl", "direction", "delta", "gate", "precision"])
+def test_a_choice_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be one of"):
+        ArceeFusion(**{name: "both"})
 
 
 def test_fusion_takes_right_where_important_and_left_elsewhere() -> None:

@@ -148,7 +148,7 @@ def test_arcee_fusion_merges_two_at_a_time(outputs: Path, tree: str) -> None:
     ("overrides", "said"),
     [
         (["operator.lam=much"], "lam must be a number"),
-        (["+operator.lambda=1"], "arcee_fusion has no such parameter; it has lam"),
+        (["+operator.lambda=1"], "arcee_fusion has no such parameter; it has delta, direction"),
         (["operator=linear", "operator.weights=[1,-1]"], "sum to zero"),
         (["tree=[math,math]"], "math stands in it twice"),
         (["tree=math"], "nothing to merge"),

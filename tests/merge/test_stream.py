@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from branchmerge.errors import UserError
 from branchmerge.merge import Recipe, merge
-from branchmerge.merge.operators import Operator, make_operator
+from branchmerge.merge.operators import Operator, make_operator, parameters_of
 from branchmerge.merge.tree import parse
 from branchmerge.study import read_manifest, weights_sha256
 
@@ -129,7 +129,8 @@ def test_the_manifest_holds_the_recipe(experts: Folders, tmp_path: Path) -> None
     assert manifest is not None
     assert (manifest.kind, manifest.name) == ("merged", "merged")
     facts = {key: manifest.merge[key] for key in ("operator", "parameters", "tree")}
-    assert facts == {"operator": "arcee_fusion", "parameters": {"lam": 0.5}, "tree": NESTED}
+    parameters = parameters_of(make_operator("arcee_fusion", {"lam": 0.5}))
+    assert facts == {"operator": "arcee_fusion", "parameters": parameters, "tree": NESTED}
     assert manifest.weights_sha256 == weights_sha256(out)
     parents = [(parent.path, parent.weights_sha256) for parent in manifest.parents]
     assert parents == [(str(experts[leaf]), weights_sha256(experts[leaf])) for leaf in FLAT]

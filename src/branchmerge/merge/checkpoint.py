@@ -4,10 +4,15 @@ The format: 8 bytes with the header's length (little-endian), the header (JSON: 
 its bytes), then the bytes of all tensors.
 """
 
+import errno
+import hashlib
 import json
+import mmap
+import os
 import struct
+from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +28,10 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+PIECE = 1 << 20
+"""Bytes written and fingerprinted at a time."""
+SYNC = 1 << 28
+"""Bytes written before the disk is told to store them."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -52,26 +61,36 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class Reader:
-    """A checkpoint folder, in one file or in shards; maps the files and copies a tensor when it is asked for."""
+    """A checkpoint folder, in one file or in shards. Tensors are mapped, not copied: valid until `release`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open = ExitStack()
-        self._files: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self._places: dict[str, tuple[mmap.mmap, int]] = {}
         for path in weight_files(folder):
             try:
-                file = self._open.enter_context(safe_open(path, framework="pt"))
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    info = file.get_slice(name)
-                    self.tensors[name] = TensorInfo(DTYPES[info.get_dtype()], tuple(info.get_shape()))
-                    self._files[name] = file
-            except (SafetensorError, OSError) as error:
+                self._add(path)
+            except (SafetensorError, OSError, ValueError) as error:
                 raise UserError(
                     f"{path}: not a readable safetensors file ({error}); copy or download it again"
                 ) from error
             except KeyError as error:
                 raise UserError(f"{path}: holds a tensor of dtype {error}, which cannot be merged") from error
+
+    def _add(self, path: Path) -> None:
+        with safe_open(path, framework="pt"):  # the library checks the header against the file's length
+            pass
+        with path.open("rb") as file:
+            # Copy on write: torch wants memory that could be written to, the file stays as it is.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        (length,) = struct.unpack("<Q", mapped[:8])
+        for name, entry in json.loads(mapped[8 : 8 + length]).items():
+            if name == "__metadata__":
+                continue
+            if name in self.tensors:
+                raise ValueError(f"the tensor {name} is in another shard too")
+            self.tensors[name] = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            self._places[name] = mapped, 8 + length + entry["data_offsets"][0]
 
     def __enter__(self) -> "Reader":
         return self
@@ -79,24 +98,56 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
+        self._places.clear()  # a map closes with the last tensor that lies in it
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored."""
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        """One tensor as it is stored; not to be written to."""
+        info = self.tensors[name]
+        mapped, start = self._places[name]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if start % info.dtype.itemsize:  # files of old writers need not be aligned
+            raw = torch.frombuffer(bytearray(mapped[start : start + info.nbytes]), dtype=torch.uint8)
+        else:
+            raw = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=start)
+        return raw.view(info.dtype).reshape(info.shape)
+
+    def prefetch(self, name: str) -> None:
+        """Let the system read a tensor from the disk while others are worked on."""
+        self._advise(name, mmap.MADV_WILLNEED)
+
+    def release(self, name: str) -> None:
+        """Give a tensor's memory back; what was read stays in the system's cache as long as it has room."""
+        self._advise(name, mmap.MADV_DONTNEED)
+
+    def _advise(self, name: str, advice: int) -> None:
+        mapped, start = self._places[name]
+        end = start + self.tensors[name].nbytes
+        start -= start % mmap.PAGESIZE
+        if end > start:
+            mapped.madvise(advice, start, end - start)
 
 
 class Writer:
-    """Writes tensors of known dtypes and shapes, in the order announced, into shards of a limited size."""
+    """Writes tensors of known dtypes and shapes, in the order announced, into shards of a limited size.
+
+    A thread writes and fingerprints them, so that the next tensor is made meanwhile; two wait at most.
+    """
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> None:
         self.folder = folder
         self.shards = _cut(tensors, max_shard_bytes)
         self.tensors = tensors
+        self.sha256: dict[str, str] = {}
+        """Fingerprint of each finished file."""
         self._names = list(tensors)
         self._next = 0
+        self._first = {shard[0]: number for number, shard in enumerate(self.shards) if shard}
         self._file: Any = None
+        self._hash = hashlib.sha256()
+        self._unsynced = 0
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._waiting: deque[Future[None]] = deque()
 
     def __enter__(self) -> "Writer":
         return self
@@ -104,28 +155,65 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-        if kind is None:
-            if self._next != len(self._names):
-                raise RuntimeError(f"{len(self._names) - self._next} announced tensors were not written")
-            self._write_index()
+        try:
+            if kind is None:
+                self._wait(0)
+                if self._next != len(self._names):
+                    raise RuntimeError(f"{len(self._names) - self._next} announced tensors were not written")
+                if not self.tensors:
+                    self._start(0)
+                self._finish()
+                self._write_index()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            if self._file is not None:
+                self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor."""
+        """Append the next tensor, which must not change any more.
+
+        Raises:
+            UserError: the disk is full; said at this call or at one of the next.
+        """
         info = self.tensors[name]
         if name != self._names[self._next] or tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what was announced: {info}")
-        for number, shard in enumerate(self.shards):
-            if name == shard[0]:
-                self._start(number)
-        self._file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         self._next += 1
+        self._waiting.append(self._thread.submit(self._append, name, tensor))
+        self._wait(2)
+
+    def _wait(self, left: int) -> None:
+        """Wait until so many tensors at most are not written; raises what went wrong with them."""
+        while len(self._waiting) > left:
+            try:
+                self._waiting.popleft().result()
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder.parent}: cannot write the weights ({error.strerror}); make room on that disk"
+                ) from error
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        if name in self._first:
+            self._finish()
+            self._start(self._first[name])
+        self._put(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _put(self, raw: Any) -> None:
+        """Write bytes, in pieces that are fingerprinted while the cache holds them."""
+        view = memoryview(raw)
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
+            self._hash.update(piece)
+            rest = piece
+            while rest:  # a disk that is nearly full takes a part of it
+                rest = rest[self._file.write(rest) :]
+            self._unsynced += len(piece)
+            if self._unsynced >= SYNC:  # keeps the disk busy from the start; all at the end would take as long again
+                os.fdatasync(self._file.fileno())
+                self._unsynced = 0
 
     def _start(self, number: int) -> None:
-        """Open a shard and write its header."""
-        if self._file is not None:
-            self._file.close()
+        """Open a shard, claim its place on the disk, and write its header."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in self.shards[number]:
@@ -134,8 +222,16 @@ class Writer:
             header[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = (self.folder / self._file_name(number)).open("wb")
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._hash = hashlib.sha256()
+        self._file = (self.folder / self._file_name(number)).open("wb", buffering=0)
+        _allocate(self._file.fileno(), 8 + len(text) + end)
+        self._put(struct.pack("<Q", len(text)) + text)
+
+    def _finish(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self.sha256[Path(self._file.name).name] = self._hash.hexdigest()
+            self._file = None
 
     def _file_name(self, number: int) -> str:
         if len(self.shards) == 1:
@@ -150,6 +246,15 @@ class Writer:
         total = sum(info.nbytes for info in self.tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Reserve a file's blocks, so that a full disk is found at its start."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot
+            raise
 
 
 def _cut(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> Sequence[Sequence[str]]:

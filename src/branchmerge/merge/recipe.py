@@ -1,5 +1,7 @@
 """A recipe says everything about a merge: operator, parameters, tree, the folders of the leaves, where it goes."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,9 @@ import torch
 
 from branchmerge.config import MergeConfig
 from branchmerge.errors import UserError
-from branchmerge.merge.operators import Operator, changed_parameters, make_operator
+from branchmerge.merge.fold import TensorFold
+from branchmerge.merge.operators import Operator, changed_parameters, make_operator, parameters_of
+from branchmerge.merge.rules import Rule, parse_rules
 from branchmerge.merge.tree import Tree, parse
 from branchmerge.student import backbone
 from branchmerge.study import Study, read_manifest
@@ -31,15 +35,28 @@ class Recipe:
     progress: bool = True
     config: dict[str, Any] = field(default_factory=dict)
     """Resolved configuration, for the manifest."""
+    rules: tuple[Rule, ...] = ()
+    """Other parameters for some tensors."""
 
     def __post_init__(self) -> None:
         if not self.operator.n_way:
             _check_binary(self.tree, self.operator_name)
         # A dry run on single numbers finds parameters that do not fit the tree, such as two weights for three models.
-        try:
-            self.tree.fold(lambda _: torch.zeros(1), lambda models: self.operator(models, torch.zeros(1)))
-        except ValueError as error:
-            raise UserError(f"tree={self.tree.nested()}: {self.operator_name} cannot merge it: {error}") from error
+        for operator in (self.operator, *(self._with([rule]) for rule in self.rules)):
+            try:
+                TensorFold("dry run", lambda _: torch.zeros(1), torch.zeros(1)).merge(self.tree, operator)
+            except ValueError as error:
+                raise UserError(f"tree={self.tree.nested()}: {self.operator_name} cannot merge it: {error}") from error
+
+    def operator_for(self, tensor: str) -> Operator:
+        """The operator with the parameters that the rules give it for this tensor."""
+        return self._with([rule for rule in self.rules if rule.holds_for(tensor)])
+
+    def _with(self, rules: Sequence[Rule]) -> Operator:
+        changed = {key: value for rule in rules for key, value in rule.parameters.items()}
+        if not changed:
+            return self.operator
+        return make_operator(self.operator_name, {**parameters_of(self.operator), **changed})
 
     @property
     def name(self) -> str:
@@ -52,6 +69,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     operator_name = str(parameters.pop("name"))
     operator = make_operator(operator_name, parameters)
     usual = make_operator(operator_name, config.study.operators.get(operator_name, {}))
+    rules = parse_rules(config.rules)
     study = Study(config)
     default = parse(config.study.tree)
     if operator.n_way:
@@ -61,10 +79,12 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     if config.out is not None:
         out = Path(config.out).expanduser()
     else:
-        out = study.merged(_name(operator_name, operator, usual, tree, default))
+        out = study.merged(_name(operator_name, operator, usual, tree, default, rules))
     base = backbone.locate(config) if operator.needs_base() else None
     shard = int(config.max_shard_gb * 1e9)
-    return Recipe(operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved)
+    return Recipe(
+        operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved, rules
+    )
 
 
 def _folder(study: Study, leaf: str) -> Path:
@@ -83,9 +103,13 @@ def _folder(study: Study, leaf: str) -> Path:
     return folder
 
 
-def _name(operator_name: str, operator: Operator, usual: Operator, tree: Tree, default: Tree) -> str:
-    """How the result was made: the operator, its parameters that are not the study's usual ones, another tree."""
+def _name(
+    operator_name: str, operator: Operator, usual: Operator, tree: Tree, default: Tree, rules: tuple[Rule, ...]
+) -> str:
+    """How the result was made: the operator, parameters that are not the study's usual ones, rules, another tree."""
     parts = [operator_name, *(f"{key}{_value(value)}" for key, value in changed_parameters(operator, usual).items())]
+    if rules:
+        parts.append(f"rules{hashlib.sha256(repr(rules).encode()).hexdigest()[:6]}")
     if tree != default:
         if any("/" in leaf for leaf in tree.leaves):
             raise UserError(f"tree={tree.nested()}: say where a merge of other folders goes, with out=/my/merged")

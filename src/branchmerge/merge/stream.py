@@ -1,10 +1,21 @@
-"""Checkpoints in, checkpoint out: for every tensor, read it from each leaf, fold the tree, write it."""
+"""Checkpoints in, checkpoint out: for every tensor, map it from each leaf, fold the tree, write it.
 
+    parents (mapped files) --> fold of recipe 1 --> writer thread --> shards of result 1
+                          \\-> fold of recipe 2 --> writer thread --> shards of result 2
+
+Recipes over the same parents are made in one pass. One tensor of each model is in memory at a time.
+"""
+
+import re
 import shutil
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +23,16 @@ from tqdm import tqdm
 
 from branchmerge.errors import UserError
 from branchmerge.merge import card, compatibility
-from branchmerge.merge.checkpoint import Reader, Writer
+from branchmerge.merge.checkpoint import Reader, TensorInfo, Writer
+from branchmerge.merge.fold import Facts, TensorFold
 from branchmerge.merge.operators import parameters_of
 from branchmerge.merge.recipe import Recipe
+from branchmerge.merge.scan import changes, has_special
 from branchmerge.student.backbone import check_checkpoint
 from branchmerge.student.export import copy_tokenizer
-from branchmerge.study import Manifest, is_done, locked, parent_of, publish
+from branchmerge.study import MANIFEST, Manifest, Parent, fingerprint, is_done, locked, parent_of, publish, write_json
+
+TABLE = "tensors.json"
 
 
 def merge(recipe: Recipe) -> Path:
@@ -29,78 +44,172 @@ def merge(recipe: Recipe) -> Path:
     Raises:
         UserError: the parents do not fit together, one holds NaN, or the disk is too small.
     """
-    for folder in recipe.folders.values():
+    return merge_all([recipe])[0]
+
+
+def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
+    """Make the merged checkpoints of several recipes; those over the same parents share one pass over them."""
+    outs = [recipe.out for recipe in recipes]
+    for out in outs:
+        if outs.count(out) > 1:
+            raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
+    groups: dict[object, list[Recipe]] = {}
+    for recipe in recipes:
+        groups.setdefault((frozenset(recipe.folders.items()), recipe.base), []).append(recipe)
+    for group in groups.values():
+        _merge_group(group)
+    return outs
+
+
+@dataclass
+class _Result:
+    """A recipe on its way to a folder."""
+
+    recipe: Recipe
+    planned: Manifest
+    partial: Path
+    writer: Writer
+    table: list[dict[str, Any]] = field(default_factory=list)
+    differing: int = 0
+
+
+def _merge_group(recipes: Sequence[Recipe]) -> None:
+    folders, base = recipes[0].folders, recipes[0].base
+    for folder in folders.values():
         check_checkpoint(folder)
     with ExitStack() as stack:
-        readers = {leaf: stack.enter_context(Reader(folder)) for leaf, folder in recipe.folders.items()}
-        base = stack.enter_context(Reader(recipe.base)) if recipe.base is not None else None
-        compatibility.check({**readers, "the backbone": base} if base is not None else readers)
-        planned = _plan_manifest(recipe)
-        with locked(recipe.out):
+        readers = {leaf: stack.enter_context(Reader(folder)) for leaf, folder in folders.items()}
+        origin = stack.enter_context(Reader(base)) if base is not None else None
+        compatibility.check({**readers, "the backbone": origin} if origin is not None else readers)
+        parents = _Parents([*folders.values(), *([base] if base is not None else [])])
+        for recipe in sorted(recipes, key=lambda recipe: recipe.out):
+            stack.enter_context(locked(recipe.out))
+        work = []
+        for recipe in recipes:
+            planned = _plan_manifest(recipe)
+            if (recipe.out / MANIFEST).exists():
+                planned.parents = parents.of(recipe)
             if is_done(recipe.out, planned, recipe.overwrite):
                 print(f"{recipe.out}: done already", flush=True)
-                return recipe.out
-            with publish(recipe.out, planned) as partial:
-                planned.merge |= _write(recipe, readers, base, partial)
-                first = recipe.folders[recipe.tree.leaves[0]]
-                shutil.copyfile(first / "config.json", partial / "config.json")
-                if "tokenizer.json" not in copy_tokenizer(first, partial):
-                    print(f"warning: {first} has no tokenizer.json, so neither has the merged model", flush=True)
-                card.write(recipe, planned, partial)
-    print(
-        f"{recipe.out}: merged {recipe.tree.nested()} by {recipe.operator_name} {parameters_of(recipe.operator)}",
-        flush=True,
-    )
-    return recipe.out
-
-
-def _write(recipe: Recipe, readers: dict[str, Reader], base: Reader | None, out: Path) -> dict[str, object]:
-    """Merge and write all tensors; returns the facts for the manifest."""
-    first = readers[recipe.tree.leaves[0]]
-    total = sum(info.nbytes for info in first.tensors.values())
-    free = shutil.disk_usage(out).free
-    if free < total:
-        raise UserError(
-            f"{out.parent}: the merged model takes {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left"
-        )
-    began = time.perf_counter()
-    differing = elements = 0
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"merge {recipe.name}", disable=not recipe.progress)
-    with bar, Writer(out, first.tensors, recipe.max_shard_bytes) as writer:
-        for name, info in first.tensors.items():
-            left = first.read(name)
-            if info.dtype.is_floating_point:
-                merged = _merge_tensor(recipe, readers, base, name).to(info.dtype)
-                _check_finite(merged, out.parent, f"the merged {name} as {info.dtype}", "choose milder parameters")
             else:
-                merged = _the_same_in_all(readers, name)
-            writer.write(name, merged)
-            differing += int((merged != left).sum())
-            elements += left.numel()
-            bar.update(info.nbytes)
-    return {
-        "tensors": len(first.tensors),
-        "elements": elements,
-        f"share_differing_from_{recipe.tree.leaves[0]}": differing / max(elements, 1),
-        "seconds": round(time.perf_counter() - began, 2),
-    }
+                work.append((recipe, planned))
+        if work:
+            _make(work, readers, origin, parents)
+        parents.close()
 
 
-def _merge_tensor(recipe: Recipe, readers: dict[str, Reader], base: Reader | None, name: str) -> Tensor:
-    """Fold the tree over one tensor; what lies between the steps stays in memory, in float32."""
+def _make(
+    work: Sequence[tuple[Recipe, Manifest]], readers: dict[str, Reader], origin: Reader | None, parents: "_Parents"
+) -> None:
+    """Make all results of a group in one pass, then publish them."""
+    began = time.perf_counter()
+    with ExitStack() as publishing:
+        results = []
+        with ExitStack() as writing:
+            for recipe, planned in work:
+                partial = publishing.enter_context(publish(recipe.out, planned))
+                infos = _infos(readers[recipe.tree.leaves[0]])
+                _check_room(recipe, partial, infos, len(work))
+                writer = writing.enter_context(Writer(partial, infos, recipe.max_shard_bytes))
+                results.append(_Result(recipe, planned, partial, writer))
+            _pass(results, readers, origin)
+        for result in results:
+            result.planned.parents = parents.of(result.recipe)
+            _finish(result, time.perf_counter() - began)
+    for result in results:
+        recipe = result.recipe
+        said = f"{recipe.operator_name} {parameters_of(recipe.operator)}"
+        print(f"{recipe.out}: merged {recipe.tree.nested()} by {said}", flush=True)
+
+
+def _pass(results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> None:
+    """Walk over the tensors once: read each from every model, merge it for every recipe, hand it to the writers."""
+    sources = [*readers.values(), *([origin] if origin is not None else [])]
+    infos = results[0].writer.tensors
+    names = list(infos)
+    total = sum(infos[name].nbytes for name in names) * (len(sources) + len(results))
+    title = f"merge {results[0].recipe.name}" if len(results) == 1 else f"merge {len(results)} recipes"
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=not results[0].recipe.progress)
+    with bar:
+        for number, (name, following) in enumerate(zip(names, [*names[1:], None], strict=True), start=1):
+            if following is not None:
+                for source in sources:
+                    source.prefetch(following)
+            _merge_tensor(name, results, readers, origin)
+            for source in sources:
+                source.release(name)
+            bar.set_postfix_str(f"{number}/{len(names)} tensors", refresh=False)
+            bar.update(infos[name].nbytes * (len(sources) + len(results)))
+
+
+def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> None:
+    info = results[0].writer.tensors[name]
+    if not info.dtype.is_floating_point:
+        same = _the_same_in_all(readers, name).clone()
+        for result in results:
+            result.writer.write(name, same)
+        return
 
     def read(reader: Reader) -> Tensor:
-        tensor = reader.read(name).float()
-        _check_finite(tensor, reader.folder, f"the tensor {name}", "that model is broken")
+        tensor = reader.read(name)
+        if has_special(tensor):
+            raise UserError(f"{reader.folder}: the tensor {name} holds NaN or infinity; that model is broken")
         return tensor
 
-    origin = read(base) if base is not None else None
-    return recipe.tree.fold(lambda leaf: read(readers[leaf]), lambda models: recipe.operator(models, origin))
+    fold = TensorFold(name, lambda leaf: read(readers[leaf]), read(origin) if origin is not None else None)
+    for result in results:
+        recipe, facts = result.recipe, Facts()
+        dtype = result.writer.tensors[name].dtype
+        merged = fold.merge(recipe.tree, recipe.operator_for(name), facts).to(dtype)
+        if has_special(merged):
+            raise UserError(
+                f"{recipe.out}: the merged {name} as {dtype} holds NaN or infinity; choose milder parameters"
+            )
+        left = readers[recipe.tree.leaves[0]].read(name)
+        changed, norm = changes(merged, left)
+        result.differing += changed
+        share = changed / max(left.numel(), 1)
+        entry = {"tensor": name, "shape": list(info.shape), "changed": share, "update_norm": norm, "nodes": facts}
+        result.table.append(entry)
+        if merged.data_ptr() == left.data_ptr():  # an operator may give back what it got; a mapped file may not wait
+            merged = merged.clone()
+        result.writer.write(name, merged)
 
 
-def _check_finite(tensor: Tensor, folder: Path, what: str, remedy: str) -> None:
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{folder}: {what} holds NaN or infinity; {remedy}")
+def _finish(result: _Result, seconds: float) -> None:
+    """What stands beside the weights."""
+    recipe, planned, partial = result.recipe, result.planned, result.partial
+    elements = sum(torch.Size(info.shape).numel() for info in result.writer.tensors.values())
+    planned.weights_sha256 = fingerprint(result.writer.sha256)
+    planned.merge |= {
+        "tensors": len(result.writer.tensors),
+        "elements": elements,
+        f"share_differing_from_{recipe.tree.leaves[0]}": result.differing / max(elements, 1),
+        "seconds": round(seconds, 2),
+    }
+    first = recipe.folders[recipe.tree.leaves[0]]
+    shutil.copyfile(first / "config.json", partial / "config.json")
+    if "tokenizer.json" not in copy_tokenizer(first, partial):
+        print(f"warning: {first} has no tokenizer.json, so neither has the merged model", flush=True)
+    write_json(partial / TABLE, result.table)
+    card.write(recipe, planned, partial)
+
+
+def _infos(reader: Reader) -> dict[str, TensorInfo]:
+    """All tensors in the order of their names, numbers by value, however the parents' files order them."""
+
+    def natural(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+    return {name: reader.tensors[name] for name in sorted(reader.tensors, key=natural)}
+
+
+def _check_room(recipe: Recipe, partial: Path, infos: dict[str, TensorInfo], results: int) -> None:
+    total = results * sum(info.nbytes for info in infos.values())
+    free = shutil.disk_usage(partial).free
+    if free < total:
+        what = "the merged model takes" if results == 1 else f"{results} merged models take"
+        raise UserError(f"{recipe.out.parent}: {what} {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
 
 def _the_same_in_all(readers: dict[str, Reader], name: str) -> Tensor:
@@ -112,15 +221,30 @@ def _the_same_in_all(readers: dict[str, Reader], name: str) -> Tensor:
     return tensor
 
 
+class _Parents:
+    """Fingerprints of the parents' weights, taken by threads while the merge goes on."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._pool = ThreadPoolExecutor(max(len(folders), 1), "fingerprint")
+        self._found: dict[Path, Future[Parent]] = {folder: self._pool.submit(parent_of, folder) for folder in folders}
+
+    def of(self, recipe: Recipe) -> list[Parent]:
+        """Those of a recipe's leaves from left to right, then the backbone's."""
+        folders = [recipe.folders[leaf] for leaf in recipe.tree.leaves]
+        return [self._found[folder].result() for folder in [*folders, *([recipe.base] if recipe.base else [])]]
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
 def _plan_manifest(recipe: Recipe) -> Manifest:
-    folders = [recipe.folders[leaf] for leaf in recipe.tree.leaves]
     parameters = parameters_of(recipe.operator)
+    rules = [{"tensors": rule.patterns, "layers": rule.layers, **rule.parameters} for rule in recipe.rules]
     # Which parent stands where is told by the parents' order; leaf names are only names.
-    work = {"operator": recipe.operator_name, "parameters": parameters, "tree": _shape(recipe.tree.nested()),
-            "max_shard_bytes": recipe.max_shard_bytes}  # fmt: skip
-    parents = [parent_of(folder) for folder in [*folders, *([recipe.base] if recipe.base is not None else [])]]
-    facts = {"operator": recipe.operator_name, "parameters": parameters, "tree": recipe.tree.nested()}
-    return Manifest("merged", recipe.name, recipe.config, work, parents, merge=facts)
+    work = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules,
+            "tree": _shape(recipe.tree.nested()), "max_shard_bytes": recipe.max_shard_bytes}  # fmt: skip
+    facts = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules, "tree": recipe.tree.nested()}
+    return Manifest("merged", recipe.name, recipe.config, work, merge=facts)
 
 
 def _shape(tree: object) -> object:

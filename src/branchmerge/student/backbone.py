@@ -4,14 +4,16 @@ import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from branchmerge.config import CommonConfig
 from branchmerge.errors import UserError
 from branchmerge.study import Manifest, Study, file_sha256, is_done, locked, publish, read_manifest
+
+if TYPE_CHECKING:  # transformers is imported where a model is loaded: merging only needs to find the folder
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GGUF = "gguf:"
 
@@ -72,7 +74,7 @@ def check_checkpoint(folder: Path) -> None:
         raise UserError(f"{folder}: a checkpoint needs *.safetensors weights; this folder has {why}")
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Refuse a tokenizer that cannot render a conversation, end an answer, or that the model is too small for."""
     if not tokenizer.chat_template:
         raise UserError(
@@ -122,6 +124,8 @@ def import_gguf(config: CommonConfig, package: str) -> Path:
 
 def _write_gguf(file: Path, out: Path) -> None:
     """Dequantise a GGUF file into safetensors, tokenizer and chat template."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # A model that came from GGUF refuses to be saved: its weights go into a fresh one of the same shape.
@@ -132,14 +136,18 @@ def _write_gguf(file: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def load_model(folder: Path, dtype: torch.dtype, attn: str = "sdpa") -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype, attn: str = "sdpa") -> "PreTrainedModel":
     """Load a causal LM onto the CPU."""
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn, use_safetensors=True)
     assert isinstance(model, PreTrainedModel)
     return model
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

@@ -2,9 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -12,7 +15,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def export(model: PreTrainedModel, backbone: Path, out: Path, dtype: torch.dtype) -> None:
+def export(model: "PreTrainedModel", backbone: Path, out: Path, dtype: torch.dtype) -> None:
     """Save the weights in `dtype`, with the backbone's tokenizer and chat template; converts `model` itself."""
     model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps `to` without its types
     model.save_pretrained(out)

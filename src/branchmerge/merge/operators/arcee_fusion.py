@@ -7,13 +7,14 @@ As in the code of TinyR1-32B-Preview's authors (mergekit 0.1), but in exact arit
     out = Right where S >= T, else Left
 
 The KL of two fine-tunes of one backbone is about 1e-8; softmax and logarithm in float32 return mostly rounding noise
-there (a Jaccard overlap of 0.26 with the true mask), so it is computed in a form without cancellation.
+there, so it is computed in a form without cancellation. On a CPU the loops of kernels.py do the work, in float32 with
+float64 sums; elsewhere, and with precision=float64, the same formulas run in float64 torch.
 
-Shapes: R rows, C columns; a vector is one row.
+Source: TinyR1-32B-Preview (arXiv 2503.04872) and its authors' code. Shapes: R rows, C columns; a vector is one row.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,12 +22,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from branchmerge.merge import kernels
 from branchmerge.merge.operators.base import Operator
+from branchmerge.merge.threads import blocks_of, workers
 
 BLOCK = 1 << 20
 """Elements whose float64 temporaries are held at once."""
-NEAR = 0.5
-"""Rows that differ by less than this everywhere take the cancellation-free form."""
+SMALL = 1 << 18
+"""Tensors of up to so many elements are sorted whole."""
+CHOICES = {
+    "kl": ("row", "tensor"),
+    "direction": ("right_left", "left_right"),
+    "delta": ("absolute", "signed"),
+    "gate": ("ge", "gt"),
+    "precision": ("exact", "float64", "float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a threshold for any lambda needs."""
+
+    kl: Tensor
+    """float64 [R]"""
+    quartiles: tuple[float, float, float]
+    """Q1, median and Q3 of S"""
+    elements: int
 
 
 @dataclass(frozen=True)
@@ -35,47 +56,137 @@ class ArceeFusion(Operator):
 
     lam: float = 1.5
     """lambda of the threshold; the larger, the less is taken from Right."""
+    kl: str = "row"
+    """row: a KL for each row (last dimension), as in the authors' code; tensor: one over the flattened tensor."""
+    direction: str = "right_left"
+    """right_left: KL(Right || Left), as in the code; left_right: KL(Left || Right), as in the paper."""
+    delta: str = "absolute"
+    """absolute: |Left - Right|, as in the code; signed: Left - Right, as in the paper's Eq. 1."""
+    gate: str = "ge"
+    """ge: Right where S >= T, as in the code; gt: where S > T, as in the paper's Eq. 7."""
+    precision: str = "exact"
+    """exact: 1e-5 of float64 or better; float64: the same all in float64, slow; float32, bfloat16: softmax and
+    logarithm in that dtype with 1e-8 added, which shows what rounding does to the mask."""
 
     n_way: ClassVar[bool] = False
-    late = frozenset({"lam"})
+    late = frozenset({"lam", "gate"})
 
     def __post_init__(self) -> None:
         if not isinstance(self.lam, int | float) or math.isnan(self.lam):
             raise ValueError(f"lam must be a number, it is {self.lam!r}")
         object.__setattr__(self, "lam", float(self.lam))
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, it is {getattr(self, name)!r}")
 
-    def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        left, right = models
-        return importance(left, right)
+    def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> Measured:
+        left, right = as_rows(models)
+        fast = self.precision == "exact" and _compiled_for(left)
+        return self._measure_compiled(left, right) if fast else self._measure_torch(left, right)
 
-    def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        left, right = models
-        S = measured
-        return torch.where(threshold(S, self.lam) <= S, right, left)
+    def _measure_compiled(self, left: Tensor, right: Tensor) -> Measured:
+        x, y = _stored(right), _stored(left)
+        p, q = (x, y) if self.direction == "right_left" else (y, x)
+        kl = np.empty(len(x))
+        if self.kl == "tensor":
+            kernels.row_kl(p.reshape(1, -1), q.reshape(1, -1), kl[:1])
+            kl[:] = kl[:1]
+
+        def count(part: slice) -> Any:
+            counts = np.zeros(kernels.KEYS, np.int32)
+            for rows in blocks_of(part, x.shape[1]):
+                if self.kl == "row":
+                    kernels.row_kl(p[rows], q[rows], kl[rows])
+                if x.size > SMALL:
+                    kernels.histogram(x[rows], y[rows], kl[rows], self.delta == "signed", counts)
+            return counts
+
+        counts = workers.share(count, *x.shape)
+        if x.size <= SMALL:
+            S = np.empty(x.shape)
+            kernels.scores(x, y, kl, self.delta == "signed", S)
+            return Measured(torch.from_numpy(kl), quartiles(S), x.size)
+
+        def gather(keys: Any, room: int) -> Any:
+            def found(part: slice) -> Any:
+                out = np.empty(room)
+                return out[: kernels.gather(x[part], y[part], kl[part], self.delta == "signed", keys, out)]
+
+            return np.concatenate(workers.share(found, *x.shape))
+
+        return Measured(torch.from_numpy(kl), _quartiles_by_histogram(counts, gather), x.size)
+
+    def _measure_torch(self, left: Tensor, right: Tensor) -> Measured:
+        p, q = (right, left) if self.direction == "right_left" else (left, right)
+        if self.kl == "tensor":
+            p, q = p.reshape(1, -1), q.reshape(1, -1)
+        if self.precision in ("float32", "bfloat16"):
+            kl = rounded_kl(p, q, getattr(torch, self.precision)).double()
+        else:
+            kl = torch.cat([row_kl(a.double(), b.double()) for a, b in _blocks(p, q)])
+        kl = kl.expand(len(left)) if self.kl == "tensor" else kl
+        return Measured(kl, quartiles(self._scores(kl, left, right).cpu().numpy()), left.numel())
+
+    def _scores(self, kl: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        d = left.double() - right.double()
+        return kl[:, None] * (d if self.delta == "signed" else d.abs())
+
+    def apply(self, measured: Measured, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+        left, right = as_rows(models)
+        T = threshold(measured.quartiles, self.lam)
+        if not _compiled_for(left):
+            S = self._scores(measured.kl, left, right)
+            return torch.where(S > T if self.gate == "gt" else S >= T, right, left).reshape(models[0].shape)
+        out = torch.empty_like(left)
+        x, y, kl, o = _stored(right), _stored(left), measured.kl.numpy(), _stored(out)
+
+        def choose(part: slice) -> int:
+            signed, strict = self.delta == "signed", self.gate == "gt"
+            return kernels.choose(x[part], y[part], kl[part], signed, T, strict, o[part])
+
+        workers.share(choose, *x.shape)
+        return out.reshape(models[0].shape)
+
+    def facts(self, measured: Measured) -> dict[str, float]:
+        if not measured.elements:
+            return {}
+        q1, median, q3 = measured.quartiles
+        return {
+            "kl_min": float(measured.kl.min()), "kl_median": float(measured.kl.median()),
+            "kl_max": float(measured.kl.max()), "S_q1": q1, "S_median": median, "S_q3": q3,
+            "T": threshold(measured.quartiles, self.lam),
+        }  # fmt: skip
 
 
-def importance(left: Tensor, right: Tensor) -> Tensor:
-    """S = KL(Right || Left) by row times |Left - Right|, float64, of the shape of `left`."""
-    columns = left.shape[-1] if left.ndim else 1
-    x, y = right.reshape(-1, columns), left.reshape(-1, columns)
-    S = torch.empty(x.shape, dtype=torch.float64, device=left.device)
-    rows = max(1, BLOCK // max(columns, 1))
-    for start in range(0, x.shape[0], rows):
-        block = slice(start, start + rows)
-        p, q = x[block].double(), y[block].double()
-        S[block] = row_kl(p, q)[:, None] * (p - q).abs()
-    return S.reshape(left.shape)
+def as_rows(models: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Left and Right as [R, C]."""
+    left, right = (model.reshape(-1, model.shape[-1] if model.ndim else 1) for model in models)
+    return left, right
+
+
+def _compiled_for(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float32)
+
+
+def _stored(tensor: Tensor) -> Any:
+    """The tensor's memory as numpy sees it; bfloat16 as its bits."""
+    tensor = tensor.contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _blocks(p: Tensor, q: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = max(1, BLOCK // max(p.shape[1], 1))
+    return zip(p.split(rows), q.split(rows), strict=True)
 
 
 def row_kl(x: Tensor, y: Tensor) -> Tensor:
     """KL(softmax(x) || softmax(y)) of each row, accurate however small it is.
 
-    With d = x - y and p = softmax(x):
+    With p = softmax(x), d = x - y less its mean under p (which changes neither softmax), g(d) = d + expm1(-d):
 
-        KL = sum p (d + expm1(-d)) + log1p(s) - s,   s = sum p expm1(-d)
+        KL = sum p g(d) + log1p(s) - s,   s = sum p expm1(-d)
 
-    where nothing large cancels while d is small. Rows with large differences take the usual
-    sum p (log p - log q), which is accurate there and cannot overflow.
+    where nothing large cancels. Only where s > 1 is the usual sum p (log p - log q) taken.
 
     Args:
         x, y: float64 [R, C]
@@ -83,27 +194,62 @@ def row_kl(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         float64 [R], never negative
     """
-    d = x - y
-    p = torch.softmax(x, dim=-1)
-    s = (p * torch.expm1(-d)).sum(dim=-1)
-    near = (p * _d_plus_expm1(d)).sum(dim=-1) + (torch.log1p(s) - s)
-    far = (p * (torch.log_softmax(x, dim=-1) - torch.log_softmax(y, dim=-1))).sum(dim=-1)
-    return torch.where(d.abs().amax(dim=-1) < NEAR, near, far).clamp_min(0.0)
+    log_Z = torch.logsumexp(x, dim=-1, keepdim=True)
+    p = (x - log_Z).exp()
+    mean = (p * (x - y)).sum(dim=-1, keepdim=True)
+    d = (x - y) - mean
+    # Far elements: p alone may underflow where p exp(-d) = exp(y + mean - log Z) does not.
+    t = torch.where(d.abs() < 0.5, p * torch.expm1(-d), (y + mean - log_Z).clamp(max=700).exp() - p)
+    series = p * d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d / 720))))
+    s = t.sum(dim=-1)
+    near = torch.where(d.abs() < 1e-2, series, p * d + t).sum(dim=-1) + (torch.log1p(s) - s)
+    far = (torch.logsumexp(y, dim=-1, keepdim=True) - log_Z + mean).squeeze(-1)
+    return torch.where(s > 1, far, near).clamp_min(0.0)
 
 
-def _d_plus_expm1(d: Tensor) -> Tensor:
-    """d + expm1(-d), by its series d^2/2 - d^3/6 + ... where the sum would cancel."""
-    series = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d / 720))))
-    return torch.where(d.abs() < 1e-2, series, d + torch.expm1(-d))
+def rounded_kl(x: Tensor, y: Tensor, dtype: torch.dtype, epsilon: float = 1e-8) -> Tensor:
+    """The same in the usual way, softmax and logarithm in a low-precision dtype, with epsilon added to both."""
+    p, q = (torch.softmax(tensor.to(dtype), dim=-1) + epsilon for tensor in (x, y))
+    return (p * torch.log(p / q)).sum(dim=-1)
 
 
-def threshold(S: Tensor, lam: float) -> float:
-    """T = median + lam * (Q3 - Q1); the quantile q of n values is element floor(q (n - 1)) of them sorted."""
+def quartiles(S: Any) -> tuple[float, float, float]:
+    """Q1, median and Q3 of a numpy array; the quantile q of n values is element floor(q (n - 1)) of them sorted."""
+    if not S.size:
+        return math.inf, math.inf, math.inf
+    places = _places(S.size)
+    q1, median, q3 = np.partition(S, places, axis=None)[places].tolist()
+    return q1, median, q3
+
+
+def _places(n: int) -> list[int]:
+    return [math.floor(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
+
+
+def _quartiles_by_histogram(counts: Sequence[Any], gather: Any) -> tuple[float, float, float]:
+    """The same exactly, from counts by leading bits: sort only the values whose key is a quartile's."""
+    keys = np.flatnonzero(sum(part != 0 for part in counts))
+    total = sum(part[keys].astype(np.int64) for part in counts)
+    upto = np.cumsum(total)
+    places = _places(int(upto[-1]))
+    at = np.searchsorted(upto, places, side="right")
+    zero = kernels.KEYS // 2  # elements that are equal are many, and their S is 0
+    wanted = np.array([keys[i] for i in at], np.uint64)
+    values = gather(np.where(wanted == zero, kernels.KEYS, wanted).astype(np.uint64), int(total[at].sum()))
+    found = []
+    for i, place in zip(at, places, strict=True):
+        if keys[i] == zero:
+            found.append(0.0)
+            continue
+        inside = values[kernels.keys_of(values) == keys[i]]
+        rank = place - (upto[i] - total[i])
+        found.append(float(np.partition(inside, rank)[rank]))
+    return found[0], found[1], found[2]
+
+
+def threshold(quartiles: tuple[float, float, float], lam: float) -> float:
+    """T = median + lam * (Q3 - Q1)."""
     if math.isinf(lam):
         return lam
-    if not S.numel():
-        return math.inf
-    values = S.flatten().cpu().numpy()
-    places = [math.floor(q * (values.size - 1)) for q in (0.25, 0.5, 0.75)]
-    q1, median, q3 = np.partition(values, places)[places]
-    return float(median + lam * (q3 - q1))
+    q1, median, q3 = quartiles
+    return median + lam * (q3 - q1)

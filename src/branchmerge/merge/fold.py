@@ -1,0 +1,72 @@
+"""One tensor of every model -> the merged tensor; what lies between the nodes of the tree stays in memory."""
+
+import hashlib
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from branchmerge.merge.operators import Operator, parameters_of
+from branchmerge.merge.tree import Tree
+
+Facts = dict[str, dict[str, float]]
+"""By node: what was measured there."""
+
+
+@dataclass
+class TensorFold:
+    """The models' tensors of one name, and what was measured on them so far: recipes of a sweep share it."""
+
+    name: str
+    read: Callable[[str], Tensor]
+    """A leaf's tensor as it is stored."""
+    base: Tensor | None = None
+    _leaves: dict[str, Tensor] = field(default_factory=dict)
+    _measured: dict[Hashable, Any] = field(default_factory=dict)
+
+    def merge(self, tree: Tree, operator: Operator, facts: Facts | None = None) -> Tensor:
+        """Fold a tree; see `Operator.__call__` for the dtype of what comes out."""
+        for leaf in tree.leaves:
+            if leaf not in self._leaves:
+                self._leaves[leaf] = self.read(leaf)
+        tensors = [self._leaves[leaf] for leaf in tree.leaves] + ([self.base] if self.base is not None else [])
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        return self._node(tree, operator, dtype, {} if facts is None else facts)
+
+    def _node(self, tree: Tree, operator: Operator, dtype: torch.dtype, facts: Facts) -> Tensor:
+        if tree.leaf:
+            return self._leaves[tree.leaf].to(dtype)
+        models = [self._node(child, operator, dtype, facts) for child in tree.children]
+        models = _of_one_dtype(models)
+        base = self.base.to(models[0].dtype) if self.base is not None else None
+        seeded = _seeded(operator, self.name, tree.name())
+        key = self._key(tree, seeded)
+        if key not in self._measured:
+            self._measured[key] = seeded.measure(models, base)
+        facts[tree.name()] = seeded.facts(self._measured[key])
+        return seeded.apply(self._measured[key], models, base)
+
+    def _key(self, tree: Tree, operator: Operator) -> Hashable:
+        """What a node's measurement depends on: what its children are, and all parameters that `measure` looks at."""
+        looked_at = {k: v for k, v in parameters_of(operator).items() if k not in operator.late}
+        inner = [child.name() for child in tree.children if not child.leaf]
+        children = [str(tree.nested()), str(parameters_of(operator)) if inner else ""]
+        return (type(operator).__name__, str(looked_at), *children)
+
+
+def _of_one_dtype(models: list[Tensor]) -> list[Tensor]:
+    """An inner node's result may be wider than the leaves beside it."""
+    dtype = reduce(torch.promote_types, (model.dtype for model in models))
+    return [model.to(dtype) for model in models]
+
+
+def _seeded(operator: Operator, tensor: str, node: str) -> Operator:
+    """An operator that draws gets a seed of its own for every tensor and node, whatever the order they come in."""
+    seed = parameters_of(operator).get("seed")
+    if seed is None:
+        return operator
+    digest = hashlib.sha256(f"{seed}/{tensor}/{node}".encode()).digest()
+    return replace(operator, seed=int.from_bytes(digest[:6], "big"))  # type: ignore[call-arg]

@@ -1,0 +1,296 @@
+"""The loops of Arcee Fusion on a CPU, compiled by Numba: one sweep over a tensor each, nothing stored in between.
+
+Every kernel takes tensors as they lie on disk, [R rows, C columns], float32 or the bits of bfloat16 in uint16, and
+works on chunks of CHUNK columns that stay in the first-level cache. No kernel allows the compiler to reorder or fuse
+floating-point operations, and sums are taken in a fixed tree: the results are the same bits on every machine and for
+any number of threads.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+CHUNK = 1024
+"""Columns that are worked on at a time."""
+FAST_X = 40.0
+"""Weights above this are left to the float64 loop: their exponentials could overflow a float32 sum."""
+FAST_D = (1e-15, 0.5)
+"""Rows whose largest difference lies outside are left to it too: a square underflows, or the series ends."""
+CANCELS = 0.1
+"""Rows whose KL is this much smaller than its first summand, too: the float32 sums cancel."""
+KEY_SHIFT = np.uint64(46)
+"""A histogram's key: sign, exponent and 6 bits of the mantissa of a float64."""
+KEYS = 1 << 18
+
+F = np.float32
+SIGN = np.uint64(1 << 63)
+
+
+@intrinsic
+def _float_of_bits(context: Any, bits: Any) -> Any:
+    return types.float32(types.uint32), lambda c, build, sig, args: build.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _bits_of_double(context: Any, value: Any) -> Any:
+    return types.int64(types.float64), lambda c, build, sig, args: build.bitcast(args[0], ir.IntType(64))
+
+
+def number(stored):  # type: ignore[no-untyped-def]  # Numba compares the signatures
+    """A stored element as a float32."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(number, inline="always")
+def _number(stored):  # type: ignore[no-untyped-def]
+    if isinstance(stored, types.Integer):  # bfloat16 is the upper half of a float32
+        return lambda stored: _float_of_bits(np.uint32(stored) << np.uint32(16))
+    return lambda stored: stored
+
+
+compiled = njit(nogil=True, cache=True, error_model="numpy")
+inlined = njit(nogil=True, cache=True, error_model="numpy", inline="always")
+
+
+@inlined
+def _exp(x: Any) -> Any:
+    """exp(x) for |x| <= FAST_X in float32: 2^k times the series of exp(r), x = k ln 2 + r."""
+    k = (x * F(1.4426950408889634) + F(12582912.0)) - F(12582912.0)  # adding 1.5 * 2^23 rounds to an integer
+    r = (x - k * F(0.693359375)) - k * F(-2.12194440e-4)  # ln 2 in two parts: the first product is exact
+    p = r * (F(1 / 6) + r * (F(1 / 24) + r * (F(1 / 120) + r * (F(1 / 720) + r * F(1 / 5040)))))
+    p = F(1) + r * (F(1) + r * (F(1 / 2) + p))
+    return p * _float_of_bits(np.uint32(np.int32(k) + np.int32(127)) << np.uint32(23))
+
+
+@inlined
+def _d_plus_expm1(d: Any) -> Any:
+    """d + expm1(-d) = d^2/2 - d^3/6 + ... for |d| < 0.5, to float32."""
+    tail = F(1 / 120) - d * (F(1 / 720) - d * (F(1 / 5040) - d * F(1 / 40320)))
+    return d * d * (F(1 / 2) - d * (F(1 / 6) - d * (F(1 / 24) - d * tail)))
+
+
+@compiled
+def _terms(x: Any, y: Any, e: Any, a: Any, b: Any, size_x: Any, size_d: Any) -> None:
+    """The summands of a row's KL, element by element."""
+    for i in range(x.size):
+        u = number(x[i])
+        d = u - number(y[i])
+        weight = _exp(u)
+        g = _d_plus_expm1(d)
+        e[i] = weight
+        a[i] = weight * g
+        b[i] = weight * (g - d)
+        size_x[i] = abs(u)
+        size_d[i] = abs(d)
+
+
+@compiled
+def _sum(v: Any) -> float:
+    """Sum of CHUNK values, added in pairs."""
+    width = v.size // 2
+    while width >= 8:
+        for i in range(width):
+            v[i] += v[i + width]
+        width //= 2
+    total = 0.0
+    for i in range(8):
+        total += np.float64(v[i])
+    return total
+
+
+@compiled
+def _max(v: Any) -> float:
+    width = v.size // 2
+    while width >= 8:
+        for i in range(width):
+            v[i] = v[i] if v[i] > v[i + width] else v[i + width]
+        width //= 2
+    largest = 0.0
+    for i in range(8):
+        largest = max(largest, np.float64(v[i]))
+    return largest
+
+
+@compiled
+def row_kl(x: Any, y: Any, out: Any) -> None:
+    """KL(softmax(x) || softmax(y)) of each row into out, float64 [R]; see arcee_fusion.row_kl for the formula."""
+    buffer = np.empty((5, CHUNK), np.float32)
+    for r in range(x.shape[0]):
+        Z = A = B = size_x = size_d = 0.0
+        for c in range(0, x.shape[1], CHUNK):
+            n = min(CHUNK, x.shape[1] - c)
+            if n < CHUNK:
+                buffer[:] = 0
+            _terms(x[r, c : c + n], y[r, c : c + n], buffer[0], buffer[1], buffer[2], buffer[3], buffer[4])
+            Z += _sum(buffer[0])
+            A += _sum(buffer[1])
+            B += _sum(buffer[2])
+            size_x = max(size_x, _max(buffer[3]))
+            size_d = max(size_d, _max(buffer[4]))
+        if size_d == 0.0:
+            out[r] = 0.0
+            continue
+        A, s = A / Z, B / Z
+        kl = A + (math.log1p(s) - s) if abs(s) > 0.01 else A - s * s * (1 / 2 - s * (1 / 3 - s * (1 / 4 - s / 5)))
+        if size_x <= FAST_X and FAST_D[0] <= size_d < FAST_D[1] and kl >= CANCELS * A:
+            out[r] = kl
+        else:
+            out[r] = _row_kl_float64(x[r], y[r])
+
+
+@compiled
+def _row_kl_float64(x: Any, y: Any) -> float:
+    """The same for one row of any scale, in float64: with d centred, so that nothing large is subtracted."""
+    top_x = top_y = -math.inf
+    for i in range(x.size):
+        top_x = max(top_x, np.float64(number(x[i])))
+        top_y = max(top_y, np.float64(number(y[i])))
+    Z_x = Z_y = mean = 0.0
+    for i in range(x.size):
+        u, v = np.float64(number(x[i])), np.float64(number(y[i]))
+        e = math.exp(u - top_x)
+        Z_x += e
+        Z_y += math.exp(v - top_y)
+        mean += e * (u - v)
+    mean /= Z_x
+    log_Z = top_x + math.log(Z_x)
+    A = s = 0.0
+    for i in range(x.size):
+        u, v = np.float64(number(x[i])), np.float64(number(y[i]))
+        d = (u - v) - mean
+        p = math.exp(u - log_Z)
+        if abs(d) < 0.01:
+            g = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d / 720))))
+            A += p * g
+            s += p * (g - d)
+        elif abs(d) < 0.5:
+            A += p * (d + math.expm1(-d))
+            s += p * math.expm1(-d)
+        else:  # p alone may underflow where p exp(-d) does not
+            t = math.exp(min(v + mean - log_Z, 700.0)) - p
+            A += p * d + t
+            s += t
+    if s > 1.0:
+        return top_y + math.log(Z_y) - log_Z + mean
+    return max(A + (math.log1p(s) - s), 0.0) if abs(s) > 0.01 else max(A - s * s * (1 / 2 - s * (1 / 3 - s / 4)), 0.0)
+
+
+@inlined
+def _score(kl: Any, right: Any, left: Any, signed: Any) -> Any:
+    """S of an element: its row's KL times |Left - Right|, or times Left - Right."""
+    d = np.float64(number(left)) - np.float64(number(right))
+    return kl * (d if signed else abs(d))
+
+
+@inlined
+def _key(value: Any) -> Any:
+    """The leading bits of a float64, in the order of the numbers."""
+    bits = _bits_of_double(value + 0.0)  # -0.0 counts as 0.0
+    return (np.uint64(bits) ^ (np.uint64(bits >> 63) | SIGN)) >> KEY_SHIFT
+
+
+@compiled
+def keys_of(values: Any) -> Any:
+    """The key of each value."""
+    keys = np.empty(values.size, np.uint64)
+    for i in range(values.size):
+        keys[i] = _key(values[i])
+    return keys
+
+
+@compiled
+def histogram(right: Any, left: Any, kl: Any, signed: bool, counts: Any) -> None:
+    """Add the number of elements whose S has each key to counts, int32 [KEYS]."""
+    keys = np.empty(CHUNK, np.uint32)
+    for r in range(right.shape[0]):
+        for c in range(0, right.shape[1], CHUNK):
+            n = min(CHUNK, right.shape[1] - c)
+            x, y, k = right[r, c : c + n], left[r, c : c + n], kl[r]
+            for i in range(n):
+                keys[i] = _key(_score(k, x[i], y[i], signed))
+            for i in range(n):
+                counts[keys[i]] += 1
+
+
+@compiled
+def scores(right: Any, left: Any, kl: Any, signed: bool, out: Any) -> None:
+    """S of every element into out, float64 [R, C]."""
+    for r in range(right.shape[0]):
+        for i in range(right.shape[1]):
+            out[r, i] = _score(kl[r], right[r, i], left[r, i], signed)
+
+
+@compiled
+def gather(right: Any, left: Any, kl: Any, signed: bool, wanted: Any, out: Any) -> int:
+    """Copy every S whose key is one of the three wanted ones to out; returns how many there are."""
+    values = np.empty(CHUNK, np.float64)
+    hits = np.zeros(CHUNK, np.uint8)
+    hits_of_eight = hits.view(np.uint64)
+    a, b, c_ = wanted[0], wanted[1], wanted[2]
+    found = 0
+    for r in range(right.shape[0]):
+        for c in range(0, right.shape[1], CHUNK):
+            n = min(CHUNK, right.shape[1] - c)
+            x, y, k = right[r, c : c + n], left[r, c : c + n], kl[r]
+            hits[n:] = 0
+            for i in range(n):
+                value = _score(k, x[i], y[i], signed)
+                key = _key(value)
+                values[i] = value
+                hits[i] = (key == a) | (key == b) | (key == c_)
+            for group in range(CHUNK // 8):
+                if hits_of_eight[group]:
+                    for i in range(8 * group, 8 * group + 8):
+                        if hits[i]:
+                            out[found] = values[i]
+                            found += 1
+    return found
+
+
+@compiled
+def special(bits: Any, exponent: Any) -> bool:
+    """Whether a float whose bits are given has all exponent bits set, as NaN and infinity have."""
+    for start in range(0, bits.size, CHUNK):
+        chunk = bits[start : start + CHUNK]
+        found = False
+        for i in range(chunk.size):
+            found |= (chunk[i] & exponent) == exponent
+        if found:
+            return True
+    return False
+
+
+@compiled
+def difference(a: Any, b: Any) -> Any:
+    """Of two flat tensors: in how many elements they differ, and the sum of the squared differences."""
+    squares = np.empty(CHUNK, np.float32)
+    changed, total = 0, 0.0
+    for start in range(0, a.size, CHUNK):
+        x, y = a[start : start + CHUNK], b[start : start + CHUNK]
+        if x.size < CHUNK:
+            squares[:] = 0
+        for i in range(x.size):
+            d = number(x[i]) - number(y[i])
+            squares[i] = d * d
+            changed += d != 0
+        total += _sum(squares)
+    return changed, total
+
+
+@compiled
+def choose(right: Any, left: Any, kl: Any, signed: bool, T: float, strict: bool, out: Any) -> int:
+    """out = Right where S >= T (strict: S > T), else Left, as they are stored; returns how often Right was taken."""
+    taken = 0
+    for r in range(right.shape[0]):
+        x, y, o, k = right[r], left[r], out[r], kl[r]
+        for i in range(x.size):
+            a, b = x[i], y[i]
+            S = _score(k, a, b, signed)
+            take = (S > T) if strict else (S >= T)
+            o[i] = a if take else b
+            taken += take
+    return taken
