@@ -5,9 +5,9 @@
 mergekit (`pip install mergekit==0.1.5` into an environment of its own) merges as TinyR1's authors do, by two
 commands: science with math, then code with that, `dtype: bfloat16`. Its results are then float32 files of twice the
 bytes, so it also runs with `out_dtype: bfloat16` (`mergekit_out_bf16`), which writes what `merge.py` writes. That
-does the tree [code, [science, math]] in one. `cp` copies one model's bytes, `cat` reads those of the three parents. All are timed from start to exit, in
-turns, `--repeats` times; before each the disk is synced and what it will read is read once, so all find their
-parents in the page cache if memory allows. The best counts, all are reported.
+does the tree [code, [science, math]] in one. `cp` copies one model's bytes, `cat` reads those of the three parents.
+All are timed from start to exit, in turns, `--repeats` times; before each the disk is synced and what it will read
+is read once, so all find their parents in the page cache if memory allows. The best counts, all are reported.
 
 Before, a tiny merge by each: the first in its life, so it may compile and cache (`first_run_seconds`; bytecode of
 installed packages may be there already).
