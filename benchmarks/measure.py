@@ -22,13 +22,15 @@ SYNTHETIC = ROOT / "benchmarks" / "synthetic_experts.py"
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall time from start to exit, and the peak RSS of the largest process among the command and its children.
+    """Wall time from start to exit; the peak RSS of the largest process among the command and its children; CPU time.
 
-    RSS counts pages of files that are mapped and happen to be in memory, for all alike.
+    CPU time of all of them, to tell whether others were busy on the same cores. RSS counts pages of mapped files that
+    happen to be in memory, for all alike.
     """
 
     seconds: float
     rss_mb: float
+    cpu_seconds: float
 
 
 def run(command: Sequence[str | Path], log: Path | None = None, env: dict[str, str] | None = None) -> Cost:
@@ -49,7 +51,7 @@ def run(command: Sequence[str | Path], log: Path | None = None, env: dict[str, s
     if child.returncode:
         said = log.read_text()[-2000:] if log else ""
         raise RuntimeError(f"exit status {child.returncode}: {' '.join(map(str, command))}\n{said}")
-    return Cost(seconds, usage.ru_maxrss / 1024)
+    return Cost(seconds, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime)
 
 
 def make_experts(folder: Path, arguments: Sequence[str] = ()) -> None:

@@ -41,6 +41,7 @@ def main() -> None:
         "peak_rss_mb": round(cost.rss_mb),
         "peak_rss_over_largest_tensor": round(cost.rss_mb * 2**20 / largest, 2),
         "seconds": round(cost.seconds, 2),
+        "cpu_seconds": round(cost.cpu_seconds, 2),
         "limit": {"gb": options.limit_gb, "by": "RLIMIT_DATA"} if options.limit_gb else None,
         "largest_tensor_bytes": largest,
         "model_bytes": sum(tensors.values()),

@@ -50,6 +50,7 @@ def main() -> None:
         costs["read"].append(measure.read(parents(work / "experts")))
 
     seconds = {name: [round(cost.seconds, 2) for cost in all_] for name, all_ in costs.items()}
+    busy = {name: [round(cost.cpu_seconds, 2) for cost in costs[name]] for name in SIDES}
     rss = {name: [round(cost.rss_mb) for cost in costs[name]] for name in SIDES}
     best, least = ({name: min(values) for name, values in each.items()} for each in (seconds, rss))
     facts = {
@@ -62,6 +63,7 @@ def main() -> None:
         "read_seconds": best["read"],
         "first_run_seconds": {name: round(value, 2) for name, value in first.items()},
         "all_seconds": seconds,
+        "all_cpu_seconds": busy,
         "all_peak_rss_mb": rss,
         "parent_bytes": size(work / "experts" / "code"),
         "output_bytes": {name: size(work / name) for name in SIDES},
@@ -80,7 +82,7 @@ def by_mergekit(experts: Path, work: Path, program: Path, name: str, out_dtype: 
     one = measure.mergekit(program, science, math, step1, work, out_dtype=out_dtype)
     measure.read([code, step1])
     two = measure.mergekit(program, code, step1, work / name, work, out_dtype=out_dtype)
-    return measure.Cost(one.seconds + two.seconds, max(one.rss_mb, two.rss_mb))
+    return measure.Cost(one.seconds + two.seconds, max(one.rss_mb, two.rss_mb), one.cpu_seconds + two.cpu_seconds)
 
 
 def by_branchmerge(experts: Path, work: Path, program: Path) -> measure.Cost:
