@@ -308,13 +308,13 @@ SLOW_MERGE = textwrap.dedent(
 
     @dataclass(frozen=True)
     class Slow(ArceeFusion):
-        def __call__(self, models, base=None):
+        def apply(self, measured, models, base=None):
             global fused
             fused += 1
             if fused == 20:
                 print("merging", flush=True)
                 time.sleep(60)
-            return super().__call__(models, base)
+            return super().apply(measured, models, base)
 
     folders = {Path(folder).name: Path(folder) for folder in sys.argv[2:]}
     tree = parse(["code", ["science", "math"]])

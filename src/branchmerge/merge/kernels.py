@@ -22,12 +22,14 @@ FAST_D = (1e-15, 0.5)
 """Rows whose largest difference lies outside are left to it too: a square underflows, or the series ends."""
 CANCELS = 0.1
 """Rows whose KL is this much smaller than its first summand, too: the float32 sums cancel."""
-KEY_SHIFT = np.uint64(46)
-"""A histogram's key: sign, exponent and 6 bits of the mantissa of a float64."""
-KEYS = 1 << 18
+MANTISSA = np.int64(8)
+"""A histogram's key: exponent and so many bits of the mantissa of |S|, mirrored for negative S."""
+LOWEST, OCTAVES = np.int64(1023 - 192), np.int64(256)
+"""Exponents that keys tell apart, from 2^-192; what lies outside shares the last key. Only zero has the key ZERO."""
+ZERO = OCTAVES << MANTISSA
+KEYS = int(2 * ZERO)
 
 F = np.float32
-SIGN = np.uint64(1 << 63)
 
 
 @intrinsic
@@ -189,17 +191,9 @@ def _score(kl: Any, right: Any, left: Any, signed: Any) -> Any:
 @inlined
 def _key(value: Any) -> Any:
     """The leading bits of a float64, in the order of the numbers."""
-    bits = _bits_of_double(value + 0.0)  # -0.0 counts as 0.0
-    return (np.uint64(bits) ^ (np.uint64(bits >> 63) | SIGN)) >> KEY_SHIFT
-
-
-@compiled
-def keys_of(values: Any) -> Any:
-    """The key of each value."""
-    keys = np.empty(values.size, np.uint64)
-    for i in range(values.size):
-        keys[i] = _key(values[i])
-    return keys
+    steps = (_bits_of_double(abs(value)) >> np.int64(52 - MANTISSA)) - np.int64(LOWEST << MANTISSA)
+    steps = min(max(steps, np.int64(1)), np.int64(ZERO - 1)) if value != 0 else np.int64(0)
+    return np.uint32(ZERO + steps if value >= 0 else ZERO - steps)
 
 
 @compiled
@@ -217,6 +211,26 @@ def histogram(right: Any, left: Any, kl: Any, signed: bool, counts: Any) -> None
 
 
 @compiled
+def locate(counts: Any, places: Any) -> Any:
+    """Where in the order of all values the given places (ascending) fall.
+
+    Returns:
+        key, first place of that key, and number of values with it, int64 [places, 3]
+    """
+    found = np.zeros((places.size, 3), np.int64)
+    upto, next_ = np.int64(0), 0
+    for key in range(counts.shape[1]):
+        n = np.int64(0)
+        for part in range(counts.shape[0]):
+            n += counts[part, key]
+        while n and next_ < places.size and places[next_] < upto + n:
+            found[next_] = key, upto, n
+            next_ += 1
+        upto += n
+    return found
+
+
+@compiled
 def scores(right: Any, left: Any, kl: Any, signed: bool, out: Any) -> None:
     """S of every element into out, float64 [R, C]."""
     for r in range(right.shape[0]):
@@ -226,7 +240,7 @@ def scores(right: Any, left: Any, kl: Any, signed: bool, out: Any) -> None:
 
 @compiled
 def gather(right: Any, left: Any, kl: Any, signed: bool, wanted: Any, out: Any) -> int:
-    """Copy every S whose key is one of the three wanted ones to out; returns how many there are."""
+    """Copy every S whose key is one of three, which are no zeros, to out; returns how many there are."""
     values = np.empty(CHUNK, np.float64)
     hits = np.zeros(CHUNK, np.uint8)
     hits_of_eight = hits.view(np.uint64)

@@ -93,7 +93,7 @@ class ArceeFusion(Operator):
             kl[:] = kl[:1]
 
         def count(part: slice) -> Any:
-            counts = np.zeros(kernels.KEYS, np.int32)
+            counts = np.zeros(kernels.KEYS if x.size > SMALL else 0, np.int32)
             for rows in blocks_of(part, x.shape[1]):
                 if self.kl == "row":
                     kernels.row_kl(p[rows], q[rows], kl[rows])
@@ -101,7 +101,7 @@ class ArceeFusion(Operator):
                     kernels.histogram(x[rows], y[rows], kl[rows], self.delta == "signed", counts)
             return counts
 
-        counts = workers.share(count, *x.shape)
+        counts = np.stack(workers.share(count, *x.shape))
         if x.size <= SMALL:
             S = np.empty(x.shape)
             kernels.scores(x, y, kl, self.delta == "signed", S)
@@ -114,7 +114,7 @@ class ArceeFusion(Operator):
 
             return np.concatenate(workers.share(found, *x.shape))
 
-        return Measured(torch.from_numpy(kl), _quartiles_by_histogram(counts, gather), x.size)
+        return Measured(torch.from_numpy(kl), _quartiles_by_histogram(counts, x.size, gather), x.size)
 
     def _measure_torch(self, left: Tensor, right: Tensor) -> Measured:
         p, q = (right, left) if self.direction == "right_left" else (left, right)
@@ -137,15 +137,15 @@ class ArceeFusion(Operator):
         if not _compiled_for(left):
             S = self._scores(measured.kl, left, right)
             return torch.where(S > T if self.gate == "gt" else S >= T, right, left).reshape(models[0].shape)
-        out = torch.empty_like(left)
-        x, y, kl, o = _stored(right), _stored(left), measured.kl.numpy(), _stored(out)
+        x, y, kl = _stored(right), _stored(left), measured.kl.numpy()
+        o = np.empty_like(x)  # numpy's large arrays are made of large pages, which cost a tenth of torch's
 
         def choose(part: slice) -> int:
             signed, strict = self.delta == "signed", self.gate == "gt"
             return kernels.choose(x[part], y[part], kl[part], signed, T, strict, o[part])
 
         workers.share(choose, *x.shape)
-        return out.reshape(models[0].shape)
+        return torch.from_numpy(o).view(left.dtype).reshape(models[0].shape)
 
     def facts(self, measured: Measured) -> dict[str, float]:
         if not measured.elements:
@@ -226,24 +226,20 @@ def _places(n: int) -> list[int]:
     return [math.floor(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
 
 
-def _quartiles_by_histogram(counts: Sequence[Any], gather: Any) -> tuple[float, float, float]:
-    """The same exactly, from counts by leading bits: sort only the values whose key is a quartile's."""
-    keys = np.flatnonzero(sum(part != 0 for part in counts))
-    total = sum(part[keys].astype(np.int64) for part in counts)
-    upto = np.cumsum(total)
-    places = _places(int(upto[-1]))
-    at = np.searchsorted(upto, places, side="right")
-    zero = kernels.KEYS // 2  # elements that are equal are many, and their S is 0
-    wanted = np.array([keys[i] for i in at], np.uint64)
-    values = gather(np.where(wanted == zero, kernels.KEYS, wanted).astype(np.uint64), int(total[at].sum()))
-    found = []
-    for i, place in zip(at, places, strict=True):
-        if keys[i] == zero:
-            found.append(0.0)
-            continue
-        inside = values[kernels.keys_of(values) == keys[i]]
-        rank = place - (upto[i] - total[i])
-        found.append(float(np.partition(inside, rank)[rank]))
+def _quartiles_by_histogram(counts: Any, n: int, gather: Any) -> tuple[float, float, float]:
+    """The same exactly, from counts by leading bits [parts, KEYS]: only values with a quartile's key are sorted."""
+    places = _places(n)
+    located = kernels.locate(counts, np.array(places))
+    # Elements that are equal in both models have S = 0; they may be most of the tensor and need no sorting.
+    bins = np.unique(located[located[:, 0] != kernels.ZERO], axis=0)
+    keys = np.full(3, kernels.KEYS, np.uint32)
+    keys[: len(bins)] = bins[:, 0]
+    values = np.sort(gather(keys, int(bins[:, 2].sum())))
+    start_of = dict(zip(bins[:, 0].tolist(), (np.cumsum(bins[:, 2]) - bins[:, 2]).tolist(), strict=True))
+    found = [
+        float(values[start_of[key] + place - first]) if key in start_of else 0.0
+        for place, (key, first, _) in zip(places, located.tolist(), strict=True)
+    ]
     return found[0], found[1], found[2]
 
 
