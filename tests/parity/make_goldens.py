@@ -12,6 +12,8 @@ Writes into tests/parity/goldens: `<operator>_*.safetensors` and the mergekit co
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ LLAMA_NAMES = (
 NAME_IN_CHECKPOINT = {
     "weight": f"{LAYER}mlp.down_proj.weight",
     "norm": f"{LAYER}input_layernorm.weight",
+    "odd": f"{LAYER}mlp.up_proj.weight",
 }
 """Our short names of the tensors that are kept -> names of a Llama; mergekit looks at names only, not at shapes."""
 
@@ -43,22 +46,23 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
     """A folder that mergekit takes for a Llama, holding these tensors and a filler for each of the others."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA))
-    some = next(iter(tensors.values()))
-    full = {name: torch.ones(8, dtype=some.dtype) for name in LLAMA_NAMES}
+    # Fillers differ between models, as some methods refuse models that are equal to their backbone.
+    filler = next(iter(tensors.values())).reshape(-1)[:8]
+    full = {name: filler.clone() for name in LLAMA_NAMES}
     full |= {NAME_IN_CHECKPOINT[name]: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(full, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def mergekit(config: dict[str, object], folders: Path, seed: int = 42) -> dict[str, Tensor]:
-    """Run one merge; the names of models in `config` are those of folders inside `folders`."""
+def mergekit(config: dict[str, object], folders: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Run one merge and keep the tensors `names`; `@x` in `config` stands for the folder x inside `folders`."""
     with tempfile.TemporaryDirectory() as out:
         text = json.dumps(config).replace("@", f"{folders}/")
-        options = MergeOptions(copy_tokenizer=False, random_seed=seed, quiet=True, write_model_card=False)
+        options = MergeOptions(copy_tokenizer=False, random_seed=42, quiet=True, write_model_card=False)
         run_merge(MergeConfiguration.model_validate(json.loads(text)), out, options)
         merged = {}
         for file in Path(out).glob("*.safetensors"):
             merged |= load_file(file)
-    return {name: merged[long] for name, long in NAME_IN_CHECKPOINT.items() if long in merged}
+    return {name: merged[NAME_IN_CHECKPOINT[name]] for name in names}
 
 
 def arcee_fusion() -> None:
@@ -89,7 +93,7 @@ def arcee_fusion() -> None:
                     "merge_method": "arcee_fusion", "base_model": f"@{left}", "models": [{"model": f"@{right}"}],
                     "dtype": str(dtype).removeprefix("torch."), "out_dtype": str(dtype).removeprefix("torch."),
                 }  # fmt: skip
-                merged = mergekit(configs[step], folders)
+                merged = mergekit(configs[step], folders, shapes)
                 write_checkpoint(folders / step, merged)
                 kept |= {f"{step}.{name}": tensor for name, tensor in merged.items()}
         stem = f"arcee_fusion_{str(dtype).removeprefix('torch.')}"
@@ -97,7 +101,193 @@ def arcee_fusion() -> None:
         (GOLDENS / f"{stem}.json").write_text(json.dumps(configs, indent=1) + "\n")
 
 
-MAKERS = {"arcee_fusion": arcee_fusion}
+def fine_tunes(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """A backbone and three models with changes of about a hundredth; some coordinates unchanged, some opposite."""
+    generator = torch.Generator().manual_seed(1)
+    models: dict[str, dict[str, Tensor]] = {model: {} for model in ("base", "a", "b", "c")}
+    for name, shape in {"weight": (16, 24), "norm": (24,), "odd": (7, 5)}.items():
+        base = (torch.randn(shape, generator=generator) + (name == "norm")).to(dtype)
+        base.view(-1)[:2] = 1.0
+        opposite = torch.tensor([2.0**-6, 2.0**-7])
+        models["base"][name] = base
+        for model in "abc":
+            delta = 0.01 * torch.randn(shape, generator=generator)
+            delta[torch.rand(shape, generator=generator) < 0.1] = 0
+            delta.view(-1)[:2] = {"a": 1, "b": -1, "c": 0}[model] * opposite
+            models[model][name] = (base.float() + delta).to(dtype)
+    return models
+
+
+def strangers(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """Independent tensors of different norms, at large angles to one another."""
+    generator = torch.Generator().manual_seed(2)
+    return {
+        model: {
+            name: (scale * torch.randn(shape, generator=generator)).to(dtype)
+            for name, shape in {"weight": (16, 24), "norm": (24,), "odd": (7, 5)}.items()
+        }
+        for model, scale in (("base", 1.0), ("a", 1.0), ("b", 0.5), ("c", 2.0))
+    }
+
+
+SETS = {
+    "near": lambda: fine_tunes(torch.float32),
+    "far": lambda: strangers(torch.float32),
+    "bf16": lambda: fine_tunes(torch.bfloat16),
+}
+"""Input sets by name; `inputs_<name>.safetensors` holds each as `<model>.<tensor>`."""
+
+TWO = [{"weight": 1.0}, {"weight": 1.0}]
+"""Parameters of each model of a case: those of a, b, ..."""
+THREE = [*TWO, {"weight": 1.0}]
+WEIGHTED = [{"weight": 0.5}, {"weight": 0.3}, {"weight": 0.4}]
+
+
+def each(**parameters: float) -> list[dict[str, float]]:
+    """Three models of weights 0.5, 0.3, 0.4 that share these parameters."""
+    return [{**model, **parameters} for model in WEIGHTED]
+
+
+# operator -> case -> (input set, parameters of each model, global parameters, has the backbone)
+Case = tuple[str, list[dict[str, float]], dict[str, object], bool]
+CASES: dict[str, dict[str, Case]] = {
+    "linear": {
+        "plain": ("near", THREE, {}, False),
+        "weighted": ("near", WEIGHTED, {}, False),
+        "unnormalised": ("near", WEIGHTED, {"normalize": False}, False),
+        "bf16": ("bf16", WEIGHTED, {}, False),
+    },
+    "task_arithmetic": {
+        "plain": ("near", THREE, {}, True),
+        "weighted": ("near", WEIGHTED, {}, True),
+        "normalised": ("near", WEIGHTED, {"normalize": True}, True),
+        "lambda": ("near", WEIGHTED, {"lambda": 0.6}, True),
+        "bf16": ("bf16", WEIGHTED, {}, True),
+    },
+    "slerp": {
+        "near": ("near", [{}, {}], {"t": 0.3}, False),
+        "far": ("far", [{}, {}], {"t": 0.3}, False),
+        "half": ("far", [{}, {}], {"t": 0.5}, False),
+        "bf16": ("bf16", [{}, {}], {"t": 0.5}, False),
+    },
+    "nuslerp": {
+        "near": ("near", WEIGHTED[:2], {}, False),
+        "far": ("far", WEIGHTED[:2], {}, False),
+        "task_vectors": ("near", WEIGHTED[:2], {}, True),
+        "task_vectors_far": ("far", WEIGHTED[:2], {}, True),
+        "columns": ("far", WEIGHTED[:2], {"nuslerp_flatten": False}, False),
+        "rows": ("far", WEIGHTED[:2], {"nuslerp_flatten": False, "nuslerp_row_wise": True}, False),
+        "bf16": ("bf16", TWO, {}, False),
+    },
+    "multislerp": {
+        "near": ("near", WEIGHTED, {}, False),
+        "far": ("far", WEIGHTED, {}, False),
+        "plain": ("far", THREE, {}, False),
+        "unnormalised": ("far", WEIGHTED, {"normalize_weights": False}, False),
+        "task_vectors": ("near", WEIGHTED, {}, True),
+        "two": ("far", WEIGHTED[:2], {}, False),
+        "bf16": ("bf16", THREE, {}, False),
+    },
+    "karcher": {
+        "near": ("near", [{}, {}, {}], {}, False),
+        "far": ("far", [{}, {}, {}], {}, False),
+        "one_step": ("far", [{}, {}, {}], {"max_iter": 1}, False),
+        "converged": ("far", [{}, {}, {}], {"max_iter": 100, "tol": 1e-9}, False),
+        "two": ("far", [{}, {}], {}, False),
+        "bf16": ("bf16", [{}, {}, {}], {}, False),
+    },
+    "model_stock": {
+        "near": ("near", [{}, {}, {}], {}, True),
+        "far": ("far", [{}, {}, {}], {}, True),
+        "two": ("near", [{}, {}], {}, True),
+        "rows": ("near", [{}, {}, {}], {"filter_wise": True}, True),
+        "bf16": ("bf16", [{}, {}, {}], {}, True),
+    },
+    "ties": {
+        "plain": ("near", [{**m, "density": 0.2} for m in THREE], {}, True),
+        "weighted": ("near", each(density=0.53), {}, True),
+        "densities": ("near", [{**m, "density": d} for m, d in zip(WEIGHTED, (0.29, 0.5, 0.7), strict=True)], {}, True),
+        "unnormalised": ("near", each(density=0.53), {"normalize": False}, True),
+        "lambda": ("near", each(density=0.53), {"lambda": 0.6}, True),
+        "negative": ("near", [{"weight": w, "density": 0.5} for w in (0.5, -0.3, 0.4)], {"normalize": False}, True),
+        "opposite": ("near", [{**m, "density": 1.0} for m in TWO], {}, True),
+        "far": ("far", each(density=0.5), {}, True),
+        "bf16": ("bf16", each(density=1.0), {}, True),
+        "bf16_sparse": ("bf16", each(density=0.5), {}, True),
+    },
+    "breadcrumbs": {
+        "plain": ("near", [{**m, "density": 0.9, "gamma": 0.01} for m in THREE], {}, True),
+        "weighted": ("near", each(density=0.6, gamma=0.15), {}, True),
+        "normalised": ("near", each(density=0.6, gamma=0.15), {"normalize": True}, True),
+        "lambda": ("near", each(density=0.6, gamma=0.15), {"lambda": 0.6}, True),
+        "outliers": ("near", each(density=0.8, gamma=0.5), {}, True),
+        "bf16": ("bf16", each(density=0.6, gamma=0.15), {}, True),
+    },
+    "sce": {
+        "plain": ("near", [{}, {}, {}], {}, True),
+        "half": ("near", [{}, {}, {}], {"select_topk": 0.53}, True),
+        "tenth": ("near", [{}, {}, {}], {"select_topk": 0.1}, True),
+        "two": ("near", [{}, {}], {"select_topk": 0.5}, True),
+        "far": ("far", [{}, {}, {}], {"select_topk": 0.5}, True),
+        "bf16": ("bf16", [{}, {}, {}], {}, True),
+    },
+    "dare_linear": {
+        "one": ("near", [{"weight": 1.0, "density": 0.5}], {}, True),
+        "weighted": ("near", each(density=0.53), {}, True),
+        "unscaled": ("near", each(density=0.53), {"rescale": False}, True),
+        "lambda": ("near", each(density=0.53), {"lambda": 0.6}, True),
+        "normalised": ("near", each(density=0.53), {"normalize": True}, True),
+    },
+    "dare_ties": {
+        "one": ("near", [{"weight": 1.0, "density": 0.5}], {}, True),
+        "weighted": ("near", each(density=0.53), {}, True),
+        "unscaled": ("near", each(density=0.53), {"rescale": False}, True),
+        "normalised": ("near", each(density=0.53), {"normalize": True}, True),
+        "dense": ("near", each(density=1.0), {}, True),
+    },
+    "della": {
+        "one": ("near", [{"weight": 1.0, "density": 0.5, "epsilon": 0.2}], {}, True),
+        "one_level": ("near", [{"weight": 1.0, "density": 0.5, "epsilon": 1e-6}], {}, True),
+        "weighted": ("near", each(density=0.53, epsilon=0.1), {}, True),
+        "lambda": ("near", each(density=0.53, epsilon=0.1), {"lambda": 0.6}, True),
+        "normalised": ("near", each(density=0.53, epsilon=0.1), {"normalize": True}, True),
+        "unnormalised": ("near", each(density=0.53, epsilon=0.1), {"normalize": False}, True),
+    },
+}  # fmt: skip
+
+
+def inputs() -> None:
+    """The input sets."""
+    for name, make in SETS.items():
+        kept = {f"{model}.{tensor}": value for model, found in make().items() for tensor, value in found.items()}
+        save_file(kept, GOLDENS / f"inputs_{name}.safetensors")
+
+
+def operator(name: str) -> None:
+    """All cases of one operator, as `<case>.<tensor>`."""
+    kept, configs = {}, {}
+    for case, (inputs_name, models, parameters, has_base) in CASES[name].items():
+        tensors = SETS[inputs_name]()
+        dtype = str(tensors["a"]["weight"].dtype).removeprefix("torch.")
+        config: dict[str, object] = {
+            "merge_method": name, "parameters": parameters, "dtype": dtype, "out_dtype": dtype,
+            "models": [{"model": f"@{model}", "parameters": own} for model, own in zip("abc", models, strict=False)],
+        }  # fmt: skip
+        if name == "slerp":
+            config["base_model"] = "@a"
+        elif has_base:
+            config["base_model"] = "@base"
+        with tempfile.TemporaryDirectory() as place:
+            for model, found in tensors.items():
+                write_checkpoint(Path(place) / model, found)
+            merged = mergekit(config, Path(place), tensors["a"])
+        kept |= {f"{case}.{tensor}": value for tensor, value in merged.items()}
+        configs[case] = {"inputs": inputs_name, "config": config}
+    save_file(kept, GOLDENS / f"{name}.safetensors")
+    (GOLDENS / f"{name}.json").write_text(json.dumps(configs, indent=1) + "\n")
+
+
+MAKERS = {"arcee_fusion": arcee_fusion, "inputs": inputs, **{name: partial(operator, name) for name in CASES}}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or MAKERS:
