@@ -42,14 +42,24 @@ NAME_IN_CHECKPOINT = {
 """Our short names of the tensors that are kept -> names of a Llama; mergekit looks at names only, not at shapes."""
 
 
+FIRST = "lm_head.weight"
+"""The tensor that mergekit merges first: its draw starts at the seed."""
+RANDOM = ("dare_linear", "dare_ties", "della")
+
+
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """A folder that mergekit takes for a Llama, holding these tensors and a filler for each of the others."""
+    """A folder that mergekit takes for a Llama, holding these tensors and a filler for each of the others.
+
+    Args:
+        folder: is made
+        tensors: by their short names, or by the name in a Llama
+    """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(LLAMA))
     # Fillers differ between models, as some methods refuse models that are equal to their backbone.
     filler = next(iter(tensors.values())).reshape(-1)[:8]
     full = {name: filler.clone() for name in LLAMA_NAMES}
-    full |= {NAME_IN_CHECKPOINT[name]: tensor.contiguous() for name, tensor in tensors.items()}
+    full |= {NAME_IN_CHECKPOINT.get(name, name): tensor.contiguous() for name, tensor in tensors.items()}
     save_file(full, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -62,7 +72,7 @@ def mergekit(config: dict[str, object], folders: Path, names: Iterable[str]) -> 
         merged = {}
         for file in Path(out).glob("*.safetensors"):
             merged |= load_file(file)
-    return {name: merged[NAME_IN_CHECKPOINT[name]] for name in names}
+    return {name: merged[NAME_IN_CHECKPOINT.get(name, name)] for name in names}
 
 
 def arcee_fusion() -> None:
@@ -140,11 +150,11 @@ SETS = {
 TWO = [{"weight": 1.0}, {"weight": 1.0}]
 """Parameters of each model of a case: those of a, b, ..."""
 THREE = [*TWO, {"weight": 1.0}]
-WEIGHTED = [{"weight": 0.5}, {"weight": 0.3}, {"weight": 0.4}]
+WEIGHTED = [{"weight": 0.5}, {"weight": 0.3}, {"weight": 0.45}]
 
 
 def each(**parameters: float) -> list[dict[str, float]]:
-    """Three models of weights 0.5, 0.3, 0.4 that share these parameters."""
+    """Three models of weights 0.5, 0.3, 0.45 that share these parameters."""
     return [{**model, **parameters} for model in WEIGHTED]
 
 
@@ -175,8 +185,6 @@ CASES: dict[str, dict[str, Case]] = {
         "far": ("far", WEIGHTED[:2], {}, False),
         "task_vectors": ("near", WEIGHTED[:2], {}, True),
         "task_vectors_far": ("far", WEIGHTED[:2], {}, True),
-        "columns": ("far", WEIGHTED[:2], {"nuslerp_flatten": False}, False),
-        "rows": ("far", WEIGHTED[:2], {"nuslerp_flatten": False, "nuslerp_row_wise": True}, False),
         "bf16": ("bf16", TWO, {}, False),
     },
     "multislerp": {
@@ -200,7 +208,6 @@ CASES: dict[str, dict[str, Case]] = {
         "near": ("near", [{}, {}, {}], {}, True),
         "far": ("far", [{}, {}, {}], {}, True),
         "two": ("near", [{}, {}], {}, True),
-        "rows": ("near", [{}, {}, {}], {"filter_wise": True}, True),
         "bf16": ("bf16", [{}, {}, {}], {}, True),
     },
     "ties": {
@@ -232,26 +239,30 @@ CASES: dict[str, dict[str, Case]] = {
         "bf16": ("bf16", [{}, {}, {}], {}, True),
     },
     "dare_linear": {
-        "one": ("near", [{"weight": 1.0, "density": 0.5}], {}, True),
-        "weighted": ("near", each(density=0.53), {}, True),
-        "unscaled": ("near", each(density=0.53), {"rescale": False}, True),
-        "lambda": ("near", each(density=0.53), {"lambda": 0.6}, True),
-        "normalised": ("near", each(density=0.53), {"normalize": True}, True),
+        "one": ("near", [{"weight": 1.0, "density": 0.5}], {"rescale": False}, True),
+        "weighted": ("near", each(density=0.53), {"rescale": False}, True),
+        "densities": (
+            "near", [{**m, "density": d} for m, d in zip(WEIGHTED, (0.29, 0.5, 0.7), strict=True)], {"rescale": False},
+            True,
+        ),
+        "lambda": ("near", each(density=0.53), {"lambda": 0.6, "rescale": False}, True),
+        "normalised": ("near", each(density=0.53), {"normalize": True, "rescale": False}, True),
+        "rescaled": ("near", each(density=0.53), {}, True),
     },
     "dare_ties": {
-        "one": ("near", [{"weight": 1.0, "density": 0.5}], {}, True),
-        "weighted": ("near", each(density=0.53), {}, True),
-        "unscaled": ("near", each(density=0.53), {"rescale": False}, True),
-        "normalised": ("near", each(density=0.53), {"normalize": True}, True),
+        "one": ("near", [{"weight": 1.0, "density": 0.5}], {"rescale": False}, True),
+        "weighted": ("near", each(density=0.53), {"rescale": False}, True),
+        "normalised": ("near", each(density=0.53), {"normalize": True, "rescale": False}, True),
         "dense": ("near", each(density=1.0), {}, True),
+        "rescaled": ("near", each(density=0.53), {}, True),
     },
     "della": {
-        "one": ("near", [{"weight": 1.0, "density": 0.5, "epsilon": 0.2}], {}, True),
-        "one_level": ("near", [{"weight": 1.0, "density": 0.5, "epsilon": 1e-6}], {}, True),
-        "weighted": ("near", each(density=0.53, epsilon=0.1), {}, True),
-        "lambda": ("near", each(density=0.53, epsilon=0.1), {"lambda": 0.6}, True),
-        "normalised": ("near", each(density=0.53, epsilon=0.1), {"normalize": True}, True),
-        "unnormalised": ("near", each(density=0.53, epsilon=0.1), {"normalize": False}, True),
+        "one": ("near", [{"weight": 1.0, "density": 0.5, "epsilon": 0.2}], {"rescale": False}, True),
+        "weighted": ("near", each(density=0.53, epsilon=0.1), {"rescale": False}, True),
+        "lambda": ("near", each(density=0.53, epsilon=0.1), {"lambda": 0.6, "rescale": False}, True),
+        "normalised": ("near", each(density=0.53, epsilon=0.1), {"normalize": True, "rescale": False}, True),
+        "unnormalised": ("near", each(density=0.53, epsilon=0.1), {"normalize": False, "rescale": False}, True),
+        "rescaled": ("near", each(density=0.53, epsilon=0.1), {"normalize": False}, True),
     },
 }  # fmt: skip
 
@@ -264,7 +275,7 @@ def inputs() -> None:
 
 
 def operator(name: str) -> None:
-    """All cases of one operator, as `<case>.<tensor>`."""
+    """All cases of one operator, as `<case>.<tensor>`; those of random ones tensor by tensor, each drawn from the seed."""
     kept, configs = {}, {}
     for case, (inputs_name, models, parameters, has_base) in CASES[name].items():
         tensors = SETS[inputs_name]()
@@ -277,11 +288,13 @@ def operator(name: str) -> None:
             config["base_model"] = "@a"
         elif has_base:
             config["base_model"] = "@base"
-        with tempfile.TemporaryDirectory() as place:
-            for model, found in tensors.items():
-                write_checkpoint(Path(place) / model, found)
-            merged = mergekit(config, Path(place), tensors["a"])
-        kept |= {f"{case}.{tensor}": value for tensor, value in merged.items()}
+        for group in [[tensor] for tensor in tensors["a"]] if name in RANDOM else [list(tensors["a"])]:
+            names = {tensor: FIRST if name in RANDOM else tensor for tensor in group}
+            with tempfile.TemporaryDirectory() as place:
+                for model, found in tensors.items():
+                    write_checkpoint(Path(place) / model, {names[tensor]: found[tensor] for tensor in group})
+                merged = mergekit(config, Path(place), names.values())
+            kept |= {f"{case}.{tensor}": merged[names[tensor]] for tensor in group}
         configs[case] = {"inputs": inputs_name, "config": config}
     save_file(kept, GOLDENS / f"{name}.safetensors")
     (GOLDENS / f"{name}.json").write_text(json.dumps(configs, indent=1) + "\n")

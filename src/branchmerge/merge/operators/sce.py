@@ -1,8 +1,9 @@
 """SCE: select where the models differ most, calculate a weight of each, erase minority signs.
 
-    d_i = W_i - W_0 where the variance of the n task vectors is among the select_topk * N largest of N, else 0
+    d_i = W_i - W_0 where the variance of the n task vectors is among the select_topk * N largest, else 0;
+                                                              N: coordinates of a variance above zero
     w_i = sum d_i^2 / sum_j sum d_j^2                         one weight a tensor
-    s = sign(sum_i w_i d_i)
+    s = sign(sum_i d_i)                                       plus where the sum is zero
     W = W_0 + sum_{i: sign(d_i) = s} w_i d_i / sum_{i: sign(d_i) = s} w_i
 
 Source: Wan et al., FuseChat: Knowledge fusion of chat models (arXiv 2408.07990).
@@ -28,7 +29,7 @@ class Sce(Operator):
     """Any number of models and their backbone -> backbone + the mean of what varies and agrees in sign."""
 
     select_topk: float = 1.0
-    """Fraction of the coordinates that is kept, those of the largest variance between the models; 1 for all."""
+    """Fraction of the coordinates in which the models differ that is kept, the largest variances; 1 for all."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "select_topk", number("select_topk", self.select_topk, 0, 1))
@@ -44,7 +45,7 @@ class Sce(Operator):
             variances = np.empty(origin.numel(), dtype=np.float32)
             for place, (zero, *parts) in blocks([origin, *models]):
                 variances[place] = variance([part - zero for part in parts]).cpu().numpy()
-            (selected,) = largest(variances, int(self.select_topk * origin.numel()))
+            (selected,) = largest(variances, int(self.select_topk * np.count_nonzero(variances)))
         thin = selecting(selected)
         energy = torch.zeros(len(models), dtype=torch.float64)
         for _, (zero, *parts) in blocks([origin, *models]):
@@ -55,7 +56,8 @@ class Sce(Operator):
 
     def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         selected, weights = measured
-        return combined(models, backbone(base), selecting(selected), weights, 1.0, normalize=True, consensus=True)
+        votes = [1.0] * len(models)
+        return combined(models, backbone(base), selecting(selected), weights, 1.0, normalize=True, votes=votes)
 
     def facts(self, measured: Any) -> dict[str, float]:
         return {f"weight_{i}": weight for i, weight in enumerate(measured[1])}
@@ -63,7 +65,9 @@ class Sce(Operator):
 
 def variance(vectors: Sequence[Tensor]) -> Tensor:
     """Variance between the models of each coordinate, as it is ranked: float32 [B]."""
-    return torch.stack(list(vectors)).var(0, correction=0).float()
+    stacked = torch.stack(list(vectors))
+    # Equal values have no variance, though their mean may round to another number.
+    return torch.where(stacked.amin(0) < stacked.amax(0), stacked.var(0, correction=0), 0.0).float()
 
 
 def selecting(selected: Largest) -> Thin:

@@ -66,7 +66,8 @@ class TaskVectorOperator(Operator):
     def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         w = weights_for(self.weights, len(models))
         thin = self.thin(measured, models)
-        return combined(models, backbone(base), thin, w, self.lam, normalize=self.normalize, consensus=self.consensus)
+        votes = w if self.consensus else None
+        return combined(models, backbone(base), thin, w, self.lam, normalize=self.normalize, votes=votes)
 
 
 def combined(
@@ -77,29 +78,40 @@ def combined(
     lam: float,
     *,
     normalize: bool,
-    consensus: bool,
+    votes: Sequence[float] | None,
 ) -> Tensor:
-    """The backbone plus lam times the sum of the thinned task vectors, float32 of the shape of `base`."""
+    """The backbone plus lam times `summed` of the thinned task vectors, float32 of the shape of `base`."""
     out = torch.empty(base.numel(), dtype=torch.float32, device=base.device)
     for place, (origin, *parts) in blocks([base, *models], row_length(base)):
         vectors = thin([part - origin for part in parts])
-        out[place] = origin + lam * summed(vectors, weights, normalize=normalize, consensus=consensus)
+        out[place] = origin + lam * summed(vectors, weights, normalize=normalize, votes=votes)
     return out.reshape(base.shape)
 
 
-def summed(vectors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool, consensus: bool) -> Tensor:
-    """Weighted sum of task vectors, float64 [B]; with `normalize` over the sum of the weights that went into it.
+def summed(
+    vectors: Sequence[Tensor], weights: Sequence[float], *, normalize: bool, votes: Sequence[float] | None
+) -> Tensor:
+    """Weighted sum of task vectors.
+
+    Args:
+        vectors: float64 [B], one a model
+        weights: one a model
+        normalize: divide by the sum of the weights of what went into the sum
+        votes: weights of the models where the sign of a coordinate is elected; None: no election, all go into the sum
+
+    Returns:
+        float64 [B]
     """
     weighted = [w * d for w, d in zip(weights, vectors, strict=True)]
-    total = torch.stack(weighted).sum(0)
-    if not consensus:
+    if votes is None:
+        total = torch.stack(weighted).sum(0)
         return total / sum(weights) if normalize else total
-    positive = total >= 0
-    agreeing = [torch.where(positive, v > 0, v < 0) for v in weighted]
-    total = sum((v * agrees for v, agrees in zip(weighted, agreeing, strict=True)), torch.zeros_like(total))
+    positive = torch.stack([vote * d for vote, d in zip(votes, vectors, strict=True)]).sum(0) >= 0
+    agreeing = torch.stack([torch.where(positive, v > 0, v < 0) for v in weighted])
+    total = (torch.stack(weighted) * agreeing).sum(0)
     if not normalize:
         return total
-    share = sum((w * agrees for w, agrees in zip(weights, agreeing, strict=True)), torch.zeros_like(total))
+    share = (torch.tensor(weights, dtype=total.dtype, device=total.device)[:, None] * agreeing).sum(0)
     return total / torch.where(share.abs() > 1e-8, share, 1.0)
 
 
