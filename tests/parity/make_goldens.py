@@ -275,7 +275,7 @@ def inputs() -> None:
 
 
 def operator(name: str) -> None:
-    """All cases of one operator, as `<case>.<tensor>`; those of random ones tensor by tensor, each drawn from the seed."""
+    """All cases of one operator, as `<case>.<tensor>`; for random ones a merge for each tensor, drawn from the seed."""
     kept, configs = {}, {}
     for case, (inputs_name, models, parameters, has_base) in CASES[name].items():
         tensors = SETS[inputs_name]()

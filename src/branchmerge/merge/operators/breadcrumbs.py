@@ -25,9 +25,9 @@ from branchmerge.merge.operators.weights import weights_for
 class Breadcrumbs(TaskVectorOperator):
     """Any number of models and their backbone -> backbone + the sum of what is neither large nor small."""
 
-    density: tuple[float, ...] | float = 0.9
+    density: tuple[float, ...] = (0.9,)
     """Fraction of each task vector that is kept; one number for all models or one each."""
-    gamma: tuple[float, ...] | float = 0.01
+    gamma: tuple[float, ...] = (0.01,)
     """Fraction of each task vector that is left out as too large; one number for all models or one each."""
 
     def __post_init__(self) -> None:
@@ -38,8 +38,8 @@ class Breadcrumbs(TaskVectorOperator):
     def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> list[list[Largest]]:
         origin = backbone(base)
         n = origin.numel()
-        densities = weights_for(fractions("density", self.density), len(models), name="densities")
-        gammas = weights_for(fractions("gamma", self.gamma), len(models), name="gammas")
+        densities = weights_for(self.density, len(models), name="densities")
+        gammas = weights_for(self.gamma, len(models), name="gammas")
         found = []
         for model, density, gamma in zip(models, densities, gammas, strict=True):
             kept = int(density * n)

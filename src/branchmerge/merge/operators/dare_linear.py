@@ -3,6 +3,9 @@
     d_i = m (W_i - W_0) / density,   m = 1 with probability `density`, else 0
     W = W_0 + lam sum_i w_i d_i
 
+With one seed and without `rescale`, draw and result are those of mergekit. Its `rescale` multiplies each tensor's
+d_i by |W_i - W_0|_1 / |m (W_i - W_0)|_1 in place of the paper's 1 / density, which is close to it for large tensors.
+
 Source: Yu et al., Language models are super Mario: Absorbing abilities from homologous models as a free lunch
 (arXiv 2311.03099).
 """
@@ -23,12 +26,12 @@ from branchmerge.merge.operators.weights import weights_for
 class DareLinear(TaskVectorOperator):
     """Any number of models and their backbone -> backbone + the sum of the thinned task vectors."""
 
-    density: tuple[float, ...] | float = 0.5
+    density: tuple[float, ...] = (0.5,)
     """Probability of each entry to be kept; one number for all models or one each."""
     rescale: bool = True
     """Divide what is kept by `density`, so that the expectation stays."""
     seed: int = 42
-    """Of the draw."""
+    """Of the draw; the same with any number of threads."""
 
     late = frozenset({"weights", "lam", "normalize", "density", "rescale", "seed"})
 
@@ -39,7 +42,7 @@ class DareLinear(TaskVectorOperator):
         whole("seed", self.seed, 0)
 
     def thin(self, measured: Any, models: Sequence[Tensor]) -> Thin:
-        densities = weights_for(fractions("density", self.density), len(models), name="densities")
+        densities = weights_for(self.density, len(models), name="densities")
         draw = torch.Generator().manual_seed(self.seed)
 
         def kept(vectors: list[Tensor]) -> list[Tensor]:

@@ -7,6 +7,9 @@ In each row of C entries, the one of rank r (0 the smallest magnitude) is kept w
     s = sign(sum_i w_i d_i)
     W = W_0 + lam sum_{i: sign(w_i d_i) = s} w_i d_i / sum_{i: sign(w_i d_i) = s} w_i
 
+With one seed and without `rescale`, draw and result are those of mergekit. Its `rescale` multiplies each tensor's
+d_i by |W_i - W_0|_1 / |m (W_i - W_0)|_1 in place of the paper's 1 / p, so that its expectation is not W_i - W_0.
+
 Source: Deep et al., DELLA-Merging: Reducing interference in model merging through magnitude-based sampling
 (arXiv 2406.11617).
 """
@@ -31,14 +34,14 @@ class Della(TaskVectorOperator):
 
     normalize: bool = True
     """Divide by the sum of the weights that agree: a mean; false: a sum."""
-    density: tuple[float, ...] | float = 0.5
+    density: tuple[float, ...] = (0.5,)
     """Mean probability of the entries of a row to be kept; one number for all models or one each."""
     epsilon: float = 0.1
     """The largest entry of a row is kept with density + epsilon, the smallest with density - epsilon."""
     rescale: bool = True
     """Divide what is kept by its probability, so that the expectation stays."""
     seed: int = 42
-    """Of the draw."""
+    """Of the draw; the same with any number of threads."""
 
     consensus: ClassVar[bool] = True
     late = frozenset({"weights", "lam", "normalize", "density", "epsilon", "rescale", "seed"})
@@ -47,14 +50,14 @@ class Della(TaskVectorOperator):
         super().__post_init__()
         object.__setattr__(self, "density", fractions("density", self.density))
         object.__setattr__(self, "epsilon", number("epsilon", self.epsilon, 0, 1))
-        for density in fractions("density", self.density):
+        for density in self.density:
             if not (self.epsilon < density <= 1 - self.epsilon or self.epsilon == 0):
                 raise ValueError(f"density {density} +- epsilon {self.epsilon} must stay within 0 and 1")
         switch("rescale", self.rescale)
         whole("seed", self.seed, 0)
 
     def thin(self, measured: Any, models: Sequence[Tensor]) -> Thin:
-        densities = weights_for(fractions("density", self.density), len(models), name="densities")
+        densities = weights_for(self.density, len(models), name="densities")
         draw = torch.Generator().manual_seed(self.seed)
         columns = row_length(models[0])
 

@@ -11,18 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from branchmerge.merge.operators.base import Operator
 from branchmerge.merge.operators.blocks import combination, gram
 from branchmerge.merge.operators.limits import positive, whole
-from branchmerge.merge.operators.sphere import exp_map, log_map, normalized, units
+from branchmerge.merge.operators.sphere import at_norm, direction, exp_map, log_map, units
 
 
 @dataclass(frozen=True)
 class Karcher(Operator):
-    """Any number of models -> their mean on the sphere; tensors of zeros are left out."""
+    """Any number of models -> their mean on the sphere; the plain mean where their directions cancel.
+
+    Tensors of zeros are left out.
+    """
 
     max_iter: int = 10
     """Steps at most."""
@@ -42,13 +44,13 @@ class Karcher(Operator):
     def coefficients(self, G: Tensor) -> list[float]:
         """Those of the mean of tensors with the Gram matrix G, float64 [n, n]."""
         norms, U, w = units(G, [1.0] * len(G))
-        if not w.any():
-            return [0.0] * len(G)
-        w = w / w.sum()
-        c = normalized(w, U)
+        w = w / w.sum().clamp_min(1)
+        c = direction(w, U)
+        if c is None:
+            return w.tolist()
         for _ in range(self.max_iter):
             step = log_map(c, U, w)
             if (step @ U @ step).clamp_min(0).sqrt() < self.tol:
                 break
             c = exp_map(c, step, U)
-        return torch.where(norms > 0, c * (w * norms).sum() / norms, 0.0).tolist()  # type: ignore[no-any-return]
+        return at_norm(c, norms, w)

@@ -24,6 +24,8 @@ class Linear(Operator):
     normalize: bool = True
     """Make the weights sum to one; false: a weighted sum."""
 
+    late = frozenset({"weights", "normalize"})
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", as_weights(self.weights))
         switch("normalize", self.normalize)

@@ -37,11 +37,13 @@ class ModelStock(Operator):
 
 
 def ratio(G: Tensor) -> float:
-    """t of task vectors with the Gram matrix G, float64 [n, n]; 1 for a single one. A vector of zeros has cosine 0."""
+    """t of task vectors with the Gram matrix G, float64 [n, n]; 1 for a single one, 0 where they cancel."""
     n = len(G)
     if n == 1:
         return 1.0
     norms = G.diagonal().sqrt()
     cosines = torch.where(torch.outer(norms, norms) > 0, G / torch.outer(norms, norms), 0.0)
     cosine = float((cosines.sum() - cosines.trace()) / (n * (n - 1)))
-    return n * cosine / (1 + (n - 1) * cosine)
+    # Zero where the directions sum to zero, and the mean of the models with them.
+    agreement = 1 + (n - 1) * cosine
+    return n * cosine / agreement if agreement > 1e-9 else 0.0

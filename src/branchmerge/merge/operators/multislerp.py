@@ -14,20 +14,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from branchmerge.merge.operators.base import Operator
 from branchmerge.merge.operators.blocks import combination, gram
 from branchmerge.merge.operators.limits import switch
-from branchmerge.merge.operators.sphere import normalized, units
+from branchmerge.merge.operators.sphere import at_norm, direction, units
 from branchmerge.merge.operators.task_vectors import backbone
 from branchmerge.merge.operators.weights import as_weights, shares_of_one, weights_for
 
 
 @dataclass(frozen=True)
 class MultiSlerp(Operator):
-    """Any number of models, with their backbone or without -> their weighted mean on the sphere."""
+    """Any number of models, with their backbone or without -> their weighted mean on the sphere.
+
+    Where their directions cancel it is the plain weighted mean.
+    """
 
     weights: tuple[float, ...] | None = None
     """One weight a model, in the order of the tree; null for equal ones."""
@@ -61,6 +63,5 @@ class MultiSlerp(Operator):
         """Those of the mean of tensors with the Gram matrix G, float64 [n, n]."""
         n = len(G)
         norms, U, w = units(G, shares_of_one(self.weights, n) if self.normalize else weights_for(self.weights, n))
-        if not w.any():
-            return [0.0] * n
-        return torch.where(norms > 0, normalized(w, U) * (w * norms).sum() / norms, 0.0).tolist()  # type: ignore[no-any-return]
+        c = direction(w, U)
+        return w.tolist() if c is None else at_norm(c, norms, w)

@@ -35,25 +35,23 @@ def arc(G: Tensor, t: float, straight: float = STRAIGHT) -> list[float]:
 
 
 def units(G: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms [n], Gram matrix U [n, n] of the unit vectors, weights [n]: zero for a tensor of zeros, as it points nowhere."""
+    """Norms [n], Gram matrix U [n, n] of the unit vectors, weights [n]; a tensor of zeros, without direction, has 0."""
     norms = G.diagonal().sqrt()
     there = norms > 0
     inverse = torch.where(there, 1 / norms, 0.0)
     return norms, inverse[:, None] * G * inverse, torch.where(there, torch.tensor(weights, dtype=G.dtype), 0.0)
 
 
-def normalized(c: Tensor, U: Tensor) -> Tensor:
-    """The point in the direction of c, of length one; raises ValueError where the vectors cancel."""
+def direction(c: Tensor, U: Tensor) -> Tensor | None:
+    """The point in the direction of c, of length one; None where the vectors cancel."""
     length = (c @ U @ c).clamp_min(0).sqrt()
-    if length < 1e-12:
-        raise ValueError("the models point in opposite directions and cancel, so they have no mean direction")
-    return c / length
+    return c / length if length > STRAIGHT * c.abs().sum() else None
 
 
 def log_map(c: Tensor, U: Tensor, w: Tensor) -> Tensor:
     """Weighted sum of the tangent vectors from the point c to each unit vector, its length the angle between them.
 
-        sum_i w_i theta_i / sin(theta_i) (u_i - cos(theta_i) c)
+    sum_i w_i theta_i / sin(theta_i) (u_i - cos(theta_i) c)
     """
     cosines = (U @ c).clamp(-1, 1)
     theta = torch.acos(cosines)
@@ -62,8 +60,13 @@ def log_map(c: Tensor, U: Tensor, w: Tensor) -> Tensor:
 
 
 def exp_map(c: Tensor, tangent: Tensor, U: Tensor) -> Tensor:
-    """The point that is reached from c along a tangent vector."""
-    length = float((tangent @ U @ tangent).clamp_min(0).sqrt())
-    if not length:
-        return c
-    return normalized(cos(length) * c + sin(length) / length * tangent, U)
+    """The point that is reached from c along a tangent vector that is not zero."""
+    length = float((tangent @ U @ tangent).sqrt())
+    reached = cos(length) * c + sin(length) / length * tangent
+    # Rounding must not add up over many steps.
+    return reached / (reached @ U @ reached).sqrt()
+
+
+def at_norm(c: Tensor, norms: Tensor, w: Tensor) -> list[float]:
+    """Coefficients over the tensors themselves of the point c, at the weighted mean of their norms."""
+    return torch.where(norms > 0, c * (w * norms).sum() / norms, 0.0).tolist()

@@ -28,6 +28,8 @@ class TaskArithmetic(Operator):
     normalize: bool = False
     """Make the weights sum to one."""
 
+    late = frozenset({"weights", "lam", "normalize"})
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", as_weights(self.weights))
         object.__setattr__(self, "lam", number("lam", self.lam))

@@ -26,7 +26,7 @@ class Ties(TaskVectorOperator):
 
     normalize: bool = True
     """Divide by the sum of the weights that agree: a mean, as in the paper; false: a sum."""
-    density: tuple[float, ...] | float = 0.2
+    density: tuple[float, ...] = (0.2,)
     """Fraction of each task vector that is kept, the largest entries; one number for all models or one each."""
 
     consensus: ClassVar[bool] = True
@@ -37,7 +37,7 @@ class Ties(TaskVectorOperator):
 
     def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> list[Largest]:
         origin = backbone(base)
-        densities = weights_for(fractions("density", self.density), len(models), name="densities")
+        densities = weights_for(self.density, len(models), name="densities")
         return [
             largest(magnitudes(model, origin), int(density * origin.numel()))[0]
             for model, density in zip(models, densities, strict=True)
