@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from branchmerge.merge.operators.base import Operator
+from branchmerge.merge.operators.blocks import row_length
 
 BLOCK = 1 << 20
 """Elements whose float64 temporaries are held at once."""
@@ -56,10 +57,10 @@ class ArceeFusion(Operator):
 
 def importance(left: Tensor, right: Tensor) -> Tensor:
     """S = KL(Right || Left) by row times |Left - Right|, float64, of the shape of `left`."""
-    columns = left.shape[-1] if left.ndim else 1
+    columns = row_length(left)
     x, y = right.reshape(-1, columns), left.reshape(-1, columns)
     S = torch.empty(x.shape, dtype=torch.float64, device=left.device)
-    rows = max(1, BLOCK // max(columns, 1))
+    rows = max(1, BLOCK // columns)
     for start in range(0, x.shape[0], rows):
         block = slice(start, start + rows)
         p, q = x[block].double(), y[block].double()
