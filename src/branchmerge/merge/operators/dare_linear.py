@@ -3,8 +3,9 @@
     d_i = m (W_i - W_0) / density,   m = 1 with probability `density`, else 0
     W = W_0 + lam sum_i w_i d_i
 
-With one seed and without `rescale`, draw and result are those of mergekit. Its `rescale` multiplies each tensor's
-d_i by |W_i - W_0|_1 / |m (W_i - W_0)|_1 in place of the paper's 1 / density, which is close to it for large tensors.
+Without `rescale` a tensor of up to a million elements comes out as the first one of a mergekit run with the same seed;
+mergekit draws on for the tensors that follow. Its `rescale` multiplies each tensor's d_i by
+|W_i - W_0|_1 / |m (W_i - W_0)|_1 in place of the paper's 1 / density, which is close to it for large tensors.
 
 Source: Yu et al., Language models are super Mario: Absorbing abilities from homologous models as a free lunch
 (arXiv 2311.03099).

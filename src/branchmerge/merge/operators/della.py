@@ -7,8 +7,9 @@ In each row of C entries, the one of rank r (0 the smallest magnitude) is kept w
     s = sign(sum_i w_i d_i)
     W = W_0 + lam sum_{i: sign(w_i d_i) = s} w_i d_i / sum_{i: sign(w_i d_i) = s} w_i
 
-With one seed and without `rescale`, draw and result are those of mergekit. Its `rescale` multiplies each tensor's
-d_i by |W_i - W_0|_1 / |m (W_i - W_0)|_1 in place of the paper's 1 / p, so that its expectation is not W_i - W_0.
+Without `rescale` a tensor of up to a million elements comes out as the first one of a mergekit run with the same seed;
+mergekit draws on for the tensors that follow. Its `rescale` multiplies each tensor's d_i by
+|W_i - W_0|_1 / |m (W_i - W_0)|_1 in place of the paper's 1 / p, so that its expectation is not W_i - W_0.
 
 Source: Deep et al., DELLA-Merging: Reducing interference in model merging through magnitude-based sampling
 (arXiv 2406.11617).
