@@ -114,7 +114,7 @@ def test_warmup_of_a_study_that_has_none_is_refused() -> None:
         composed("train", "study=smollm2_real", "study.data_dir=/rows", "domain=warmup")
 
 
-@pytest.mark.parametrize("override", ["optim.lrr=1", "optim.lr=much", "domain=maths", "operator=ties"])
+@pytest.mark.parametrize("override", ["optim.lrr=1", "optim.lr=much", "domain=maths", "operator=ties2"])
 def test_unknown_keys_names_and_types_are_one_line(override: str) -> None:
     with pytest.raises(ConfigCompositionException) as caught:
         composed("train", override)

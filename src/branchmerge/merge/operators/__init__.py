@@ -10,16 +10,38 @@ from typing import Any
 from branchmerge.errors import UserError
 from branchmerge.merge.operators.arcee_fusion import ArceeFusion
 from branchmerge.merge.operators.base import Operator
+from branchmerge.merge.operators.breadcrumbs import Breadcrumbs
+from branchmerge.merge.operators.dare_linear import DareLinear
+from branchmerge.merge.operators.dare_ties import DareTies
+from branchmerge.merge.operators.della import Della
+from branchmerge.merge.operators.karcher import Karcher
 from branchmerge.merge.operators.linear import Linear
+from branchmerge.merge.operators.model_stock import ModelStock
+from branchmerge.merge.operators.multislerp import MultiSlerp
+from branchmerge.merge.operators.nuslerp import NuSlerp
+from branchmerge.merge.operators.sce import Sce
+from branchmerge.merge.operators.slerp import Slerp
 from branchmerge.merge.operators.task_arithmetic import TaskArithmetic
+from branchmerge.merge.operators.ties import Ties
 
 __all__ = ["OPERATORS", "Operator", "changed_parameters", "make_operator", "parameters_of"]
 
 
 OPERATORS: dict[str, type[Operator]] = {
     "arcee_fusion": ArceeFusion,
+    "breadcrumbs": Breadcrumbs,
+    "dare_linear": DareLinear,
+    "dare_ties": DareTies,
+    "della": Della,
+    "karcher": Karcher,
     "linear": Linear,
+    "model_stock": ModelStock,
+    "multislerp": MultiSlerp,
+    "nuslerp": NuSlerp,
+    "sce": Sce,
+    "slerp": Slerp,
     "task_arithmetic": TaskArithmetic,
+    "ties": Ties,
 }
 
 

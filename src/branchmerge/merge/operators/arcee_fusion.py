@@ -24,6 +24,7 @@ from torch import Tensor
 
 from branchmerge.merge import kernels
 from branchmerge.merge.operators.base import Operator
+from branchmerge.merge.operators.blocks import row_length
 from branchmerge.merge.threads import blocks_of, workers
 
 BLOCK = 1 << 20
@@ -160,7 +161,7 @@ class ArceeFusion(Operator):
 
 def as_rows(models: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Left and Right as [R, C]."""
-    left, right = (model.reshape(-1, model.shape[-1] if model.ndim else 1) for model in models)
+    left, right = (model.reshape(-1, row_length(model)) for model in models)
     return left, right
 
 

@@ -9,12 +9,56 @@ BLOCK = 1 << 20
 """Elements of each tensor that are held in float64 at once: 8 MB."""
 
 
-def blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Walk over tensors of one shape together: (place in the flat tensor, the float64 block of each)."""
+ROW = 4096
+"""Elements that one thread adds up."""
+
+
+def blocks(tensors: Sequence[Tensor], row: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Walk over tensors of one shape together, in pieces of whole rows.
+
+    Args:
+        tensors: of one shape and any floating-point dtype
+        row: elements that belong together; 1 where rows do not matter
+
+    Yields:
+        The place in the flat tensor and the block of each tensor: float64, flat.
+    """
     flat = [tensor.reshape(-1) for tensor in tensors]
-    for start in range(0, flat[0].numel(), BLOCK):
-        place = slice(start, start + BLOCK)
+    step = max(BLOCK // row, 1) * row
+    for start in range(0, flat[0].numel(), step):
+        place = slice(start, start + step)
         yield place, [tensor[place].double() for tensor in flat]
+
+
+def row_length(tensor: Tensor) -> int:
+    """Elements of a row, the last dimension; a vector is one row. At least 1."""
+    return max(tensor.shape[-1], 1) if tensor.ndim else 1
+
+
+def gram(tensors: Sequence[Tensor], origin: Tensor | None = None) -> Tensor:
+    """Inner products <W_i - O, W_j - O> of n tensors, added up in float64.
+
+    Args:
+        tensors: n tensors of one shape
+        origin: O, of that shape too; None for zero
+
+    Returns:
+        float64 [n, n] on the CPU
+    """
+    n = len(tensors)
+    total = torch.zeros(n, n, dtype=torch.float64)
+    for _, parts in blocks([*tensors, *([] if origin is None else [origin])]):
+        vectors = [part - parts[n] for part in parts[:n]] if origin is not None else parts
+        for i in range(n):
+            for j in range(i + 1):
+                total[i, j] += summed(vectors[i] * vectors[j])
+    return total + total.tril(-1).T
+
+
+def summed(values: Tensor) -> float:
+    """Sum of a flat tensor in an order that does not depend on the number of threads: by rows, then the rows' sums."""
+    whole = values.numel() // ROW * ROW
+    return float(values[:whole].view(-1, ROW).sum(1).sum() + values[whole:].sum())
 
 
 def combination(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

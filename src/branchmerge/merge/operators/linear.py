@@ -11,7 +11,8 @@ from torch import Tensor
 
 from branchmerge.merge.operators.base import Operator
 from branchmerge.merge.operators.blocks import combination
-from branchmerge.merge.operators.weights import as_weights, weights_for
+from branchmerge.merge.operators.limits import switch
+from branchmerge.merge.operators.weights import as_weights, shares_of_one, weights_for
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,17 @@ class Linear(Operator):
 
     weights: tuple[float, ...] | None = None
     """One weight a model, in the order of the tree; null for equal ones."""
+    normalize: bool = True
+    """Make the weights sum to one; false: a weighted sum."""
+
+    late = frozenset({"weights", "normalize"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", as_weights(self.weights))
-        if self.weights is not None and not sum(self.weights):
+        switch("normalize", self.normalize)
+        if self.normalize and self.weights is not None and not sum(self.weights):
             raise ValueError("weights sum to zero, so their mean is undefined")
 
     def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        w = weights_for(self.weights, len(models))
-        return combination([w_i / sum(w) for w_i in w], models)
+        n = len(models)
+        return combination(shares_of_one(self.weights, n) if self.normalize else weights_for(self.weights, n), models)

@@ -13,12 +13,25 @@ def as_weights(weights: Sequence[float] | float | None) -> tuple[float, ...] | N
     return tuple(float(w) for w in listed)
 
 
-def weights_for(weights: tuple[float, ...] | None, models: int, default: float = 1.0) -> tuple[float, ...]:
-    """The weight of each of so many models; raises ValueError where the number does not fit."""
+def weights_for(
+    weights: tuple[float, ...] | None, models: int, default: float = 1.0, name: str = "weights"
+) -> tuple[float, ...]:
+    """The weight of each of so many models; raises ValueError where the number does not fit.
+
+    Other parameters with one value a model follow the same rule; `name` is theirs, for the message.
+    """
     if weights is None:
         return (default,) * models
     if len(weights) == 1:
         return weights * models
     if len(weights) != models:
-        raise ValueError(f"{len(weights)} weights for {models} models")
+        raise ValueError(f"{len(weights)} {name} for {models} models")
     return weights
+
+
+def shares_of_one(weights: tuple[float, ...] | None, models: int) -> list[float]:
+    """The weights made to sum to one; raises ValueError where they sum to zero."""
+    w = weights_for(weights, models)
+    if not sum(w):
+        raise ValueError(f"weights {w} sum to zero, so they cannot be made to sum to one")
+    return [w_i / sum(w) for w_i in w]
