@@ -9,6 +9,9 @@ from typing import Any
 
 from branchmerge.errors import UserError
 from branchmerge.merge.operators.arcee_fusion import ArceeFusion
+from branchmerge.merge.operators.arcee_fusion_mergekit import ArceeFusionMergekit
+from branchmerge.merge.operators.arcee_fusion_null import ArceeFusionNull
+from branchmerge.merge.operators.arcee_fusion_paper import ArceeFusionPaper
 from branchmerge.merge.operators.base import Operator
 from branchmerge.merge.operators.breadcrumbs import Breadcrumbs
 from branchmerge.merge.operators.dare_linear import DareLinear
@@ -29,6 +32,9 @@ __all__ = ["OPERATORS", "Operator", "changed_parameters", "make_operator", "para
 
 OPERATORS: dict[str, type[Operator]] = {
     "arcee_fusion": ArceeFusion,
+    "arcee_fusion_paper": ArceeFusionPaper,
+    "arcee_fusion_mergekit": ArceeFusionMergekit,
+    "arcee_fusion_null": ArceeFusionNull,
     "breadcrumbs": Breadcrumbs,
     "dare_linear": DareLinear,
     "dare_ties": DareTies,

@@ -124,7 +124,9 @@ class ArceeFusion(Operator):
         if self.precision in ("float32", "bfloat16"):
             kl = rounded_kl(p, q, getattr(torch, self.precision)).double()
         else:
-            kl = torch.cat([row_kl(a.double(), b.double()) for a, b in _blocks(p, q)])
+            kl = torch.empty(len(p), dtype=torch.float64, device=p.device)
+            for rows in row_blocks(p):
+                kl[rows] = row_kl(p[rows].double(), q[rows].double())
         kl = kl.expand(len(left)) if self.kl == "tensor" else kl
         return Measured(kl, quartiles(self._scores(kl, left, right).cpu().numpy()), left.numel())
 
@@ -133,11 +135,16 @@ class ArceeFusion(Operator):
         return kl[:, None] * (d if self.delta == "signed" else d.abs())
 
     def apply(self, measured: Measured, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+        return self.fuse(measured, models)[0]
+
+    def fuse(self, measured: Measured, models: Sequence[Tensor]) -> tuple[Tensor, int]:
+        """The merged tensor, and in how many coordinates Right was taken."""
         left, right = as_rows(models)
         T = threshold(measured.quartiles, self.lam)
         if not _compiled_for(left):
             S = self._scores(measured.kl, left, right)
-            return torch.where(S > T if self.gate == "gt" else S >= T, right, left).reshape(models[0].shape)
+            mask = S > T if self.gate == "gt" else S >= T
+            return torch.where(mask, right, left).reshape(models[0].shape), int(mask.sum())
         x, y, kl = _stored(right), _stored(left), measured.kl.numpy()
         o = np.empty_like(x)  # numpy's large arrays are made of large pages, which cost a tenth of torch's
 
@@ -145,8 +152,8 @@ class ArceeFusion(Operator):
             signed, strict = self.delta == "signed", self.gate == "gt"
             return kernels.choose(x[part], y[part], kl[part], signed, T, strict, o[part])
 
-        workers.share(choose, *x.shape)
-        return torch.from_numpy(o).view(left.dtype).reshape(models[0].shape)
+        taken = sum(workers.share(choose, *x.shape))
+        return torch.from_numpy(o).view(left.dtype).reshape(models[0].shape), taken
 
     def facts(self, measured: Measured) -> dict[str, float]:
         if not measured.elements:
@@ -175,9 +182,10 @@ def _stored(tensor: Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _blocks(p: Tensor, q: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, BLOCK // max(p.shape[1], 1))
-    return zip(p.split(rows), q.split(rows), strict=True)
+def row_blocks(rows: Tensor) -> Iterator[slice]:
+    """Cut [R, C] into blocks of rows."""
+    step = max(1, BLOCK // max(rows.shape[1], 1))
+    return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
 def row_kl(x: Tensor, y: Tensor) -> Tensor:
