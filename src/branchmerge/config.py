@@ -208,6 +208,8 @@ class MergeConfig(CommonConfig):
     """`name` and the parameters of that operator, as in its file below src/branchmerge/merge/operators/."""
     tree: Any = None
     """Merge tree. Null: the study's, and for an n-way operator all its leaves at once."""
+    recipe: str | None = None
+    """recipe.yaml of a merged model that is to be made again, into `out`; says all that the other keys say."""
     rules: list[Any] = field(default_factory=list)
     """Other parameters of the operator for some tensors: [{tensors: mlp, layers: [0, 11], lam: 0.5}], see
     src/branchmerge/merge/rules.py."""

@@ -37,6 +37,8 @@ class Recipe:
     """Resolved configuration, for the manifest."""
     rules: tuple[Rule, ...] = ()
     """Other parameters for some tensors."""
+    expected: dict[Path, str] = field(default_factory=dict)
+    """SHA-256 that the weights of the models must have; empty for any."""
 
     def __post_init__(self) -> None:
         if not self.operator.n_way:

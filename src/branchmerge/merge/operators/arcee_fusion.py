@@ -29,7 +29,7 @@ from branchmerge.merge.threads import blocks_of, workers
 
 BLOCK = 1 << 20
 """Elements whose float64 temporaries are held at once."""
-SMALL = 1 << 18
+SMALL = 1 << 15
 """Tensors of up to so many elements are sorted whole."""
 CHOICES = {
     "kl": ("row", "tensor"),
@@ -243,7 +243,8 @@ def _quartiles_by_histogram(counts: Any, n: int, gather: Any) -> tuple[float, fl
     bins = np.unique(located[located[:, 0] != kernels.ZERO], axis=0)
     keys = np.full(3, kernels.KEYS, np.uint32)
     keys[: len(bins)] = bins[:, 0]
-    values = np.sort(gather(keys, int(bins[:, 2].sum())))
+    values = gather(keys, int(bins[:, 2].sum()))
+    values.sort()
     start_of = dict(zip(bins[:, 0].tolist(), (np.cumsum(bins[:, 2]) - bins[:, 2]).tolist(), strict=True))
     found = [
         float(values[start_of[key] + place - first]) if key in start_of else 0.0
