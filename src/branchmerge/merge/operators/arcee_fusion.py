@@ -106,7 +106,7 @@ class ArceeFusion(Operator):
         if x.size <= SMALL:
             S = np.empty(x.shape)
             kernels.scores(x, y, kl, self.delta == "signed", S)
-            return Measured(torch.from_numpy(kl), quartiles(S), x.size)
+            return Measured(torch.from_numpy(kl), quartiles(torch.from_numpy(S)), x.size)
 
         def gather(keys: Any, room: int) -> Any:
             def found(part: slice) -> Any:
@@ -128,7 +128,7 @@ class ArceeFusion(Operator):
             for rows in row_blocks(p):
                 kl[rows] = row_kl(p[rows].double(), q[rows].double())
         kl = kl.expand(len(left)) if self.kl == "tensor" else kl
-        return Measured(kl, quartiles(self._scores(kl, left, right).cpu().numpy()), left.numel())
+        return Measured(kl, quartiles(self._scores(kl, left, right)), left.numel())
 
     def _scores(self, kl: Tensor, left: Tensor, right: Tensor) -> Tensor:
         d = left.double() - right.double()
@@ -222,12 +222,16 @@ def rounded_kl(x: Tensor, y: Tensor, dtype: torch.dtype, epsilon: float = 1e-8) 
     return (p * torch.log(p / q)).sum(dim=-1)
 
 
-def quartiles(S: Any) -> tuple[float, float, float]:
-    """Q1, median and Q3 of a numpy array; the quantile q of n values is element floor(q (n - 1)) of them sorted."""
-    if not S.size:
+def quartiles(S: Tensor) -> tuple[float, float, float]:
+    """Q1, median and Q3; the quantile q of n values is element floor(q (n - 1)) of them sorted."""
+    if not S.numel():
         return math.inf, math.inf, math.inf
-    places = _places(S.size)
-    q1, median, q3 = np.partition(S, places, axis=None)[places].tolist()
+    places = _places(S.numel())
+    if S.device.type == "cpu":
+        found = np.partition(S.numpy(), places, axis=None)[places]
+    else:
+        found = S.flatten().sort().values[places]
+    q1, median, q3 = found.tolist()
     return q1, median, q3
 
 
