@@ -64,7 +64,7 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
             raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
     groups: dict[object, list[Recipe]] = {}
     for recipe in recipes:
-        groups.setdefault((frozenset(recipe.folders.items()), recipe.base), []).append(recipe)
+        groups.setdefault((frozenset(recipe.folders.items()), recipe.base, recipe.device), []).append(recipe)
     for group in groups.values():
         _merge_group(group)
     return outs
@@ -178,11 +178,13 @@ def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Read
     if not info.dtype.is_floating_point:
         return [(_the_same_in_all(readers, name).clone(), 0, [])] * len(results)
 
+    device = results[0].recipe.device
+
     def read(reader: Reader) -> Tensor:
         tensor = reader.read(name)
         if has_special(tensor):
             raise UserError(f"{reader.folder}: the tensor {name} holds NaN or infinity; that model is broken")
-        return tensor
+        return tensor.to(device)
 
     fold = TensorFold(name, lambda leaf: read(readers[leaf]), read(origin) if origin is not None else None)
     return [_merge_for(result.recipe, fold, result.writer.tensors[name], readers) for result in results]
@@ -192,7 +194,7 @@ def _merge_for(
     recipe: Recipe, fold: TensorFold, info: TensorInfo, readers: dict[str, Reader]
 ) -> tuple[Tensor, int, list[dict[str, Any]]]:
     facts = Facts()
-    merged = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts).to(info.dtype)
+    merged = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts).to("cpu", info.dtype)
     left = readers[recipe.tree.leaves[0]].read(fold.name)
     changed, norm = changes(merged, left)
     # The norm tells of NaN and infinity; large finite differences overflow it, too, so look again.

@@ -228,10 +228,9 @@ def quartiles(S: Tensor) -> tuple[float, float, float]:
         return math.inf, math.inf, math.inf
     places = _places(S.numel())
     if S.device.type == "cpu":
-        found = np.partition(S.numpy(), places, axis=None)[places]
+        q1, median, q3 = np.partition(S.numpy(), places, axis=None)[places].tolist()
     else:
-        found = S.flatten().sort().values[places]
-    q1, median, q3 = found.tolist()
+        q1, median, q3 = S.flatten().sort().values[places].tolist()
     return q1, median, q3
 
 
