@@ -17,9 +17,10 @@ config.register()
 def main(cfg: DictConfig) -> None:
     settings = config.typed(cfg, config.MergeConfig)
     # Imported here, so that a mistake on the command line is told at once and not after loading torch.
-    from branchmerge.merge import merge_all, recipe_file
-    from branchmerge.merge.recipe import from_config
-    from branchmerge.merge.threads import workers
+    with cli.importing():
+        from branchmerge.merge import merge_all, recipe_file
+        from branchmerge.merge.recipe import from_config
+        from branchmerge.merge.threads import workers
 
     if settings.threads is not None:
         workers.use(settings.threads)

@@ -60,16 +60,22 @@ def make_experts(folder: Path, arguments: Sequence[str] = ()) -> None:
     run([sys.executable, SYNTHETIC, folder, *arguments], folder.parent / "synthetic_experts.log")
 
 
-def branchmerge(tree: str, out: Path, work: Path, lam: float = 1.5, prefix: Sequence[str] = ()) -> Cost:
-    """`python merge.py` by Arcee Fusion; compiled code is cached in `work`.
+def branchmerge(
+    tree: str, out: Path | None, work: Path, arguments: Sequence[str] = (), prefix: Sequence[str] = ()
+) -> Cost:
+    """`python merge.py` by Arcee Fusion with lambda 1.5; compiled code is cached in `work`.
 
     Args:
         tree: of absolute paths
+        out: where the result goes; None: `arguments` say it
+        arguments: more of merge.py's
         prefix: a command that starts the merge, such as prlimit
     """
-    shutil.rmtree(out, ignore_errors=True)
-    command = [*prefix, sys.executable, str(ROOT / "merge.py"), f"tree={tree}", f"out={out}", "operator=arcee_fusion",
-               f"operator.lam={lam}", "progress=false", f"outputs={work / 'outputs'}"]  # fmt: skip
+    if out is not None:
+        shutil.rmtree(out, ignore_errors=True)
+        arguments = ("operator.lam=1.5", f"out={out}", *arguments)
+    command = [*prefix, sys.executable, str(ROOT / "merge.py"), *arguments, f"tree={tree}",
+               "operator=arcee_fusion", "progress=false", f"outputs={work / 'outputs'}"]  # fmt: skip
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {"PYTHONPATH": os.pathsep.join(paths), "NUMBA_CACHE_DIR": str(work / "numba"), "HF_HUB_OFFLINE": "1"}
     return run(command, work / "branchmerge.log", env)

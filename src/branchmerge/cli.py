@@ -1,10 +1,12 @@
 """What the three entry points share: start Hydra, and turn a user's mistake into one line and exit code 1."""
 
 import functools
+import gc
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hydra import compose
@@ -45,6 +47,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")
+    finally:
+        gc.freeze()  # as in `importing`: the last collection of all takes a second
 
 
 def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -71,6 +75,17 @@ def only(*keys: str) -> None:
         key = override.lstrip("+~").split("=")[0].split(".")[0]
         if key not in keys:
             raise UserError(f"{override}: cannot stand beside {keys[0]}=; change the file, or leave {keys[0]}= out")
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import large libraries without collecting garbage meanwhile, and leave what they made alone from then on."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def together(task: Callable[[list[Any]], object], item: Any) -> None:
