@@ -37,6 +37,10 @@ class Recipe:
     """Resolved configuration, for the manifest."""
     rules: tuple[Rule, ...] = ()
     """Other parameters for some tensors."""
+    anatomy: bool = False
+    """Compare the result with what it was made of, and draw that."""
+    origin: Path | None = None
+    """Checkpoint of the backbone for the anatomy, where the operator does not need it; no parent of the result."""
 
     def __post_init__(self) -> None:
         if not self.operator.n_way:
@@ -81,10 +85,13 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     else:
         out = study.merged(_name(operator_name, operator, usual, tree, default, rules))
     base = backbone.locate(config) if operator.needs_base() else None
+    ours = all(folder == study.expert(leaf) for leaf, folder in folders.items())
+    origin = backbone.find(config) if config.anatomy and base is None and (ours or config.backbone.path) else None
     shard = int(config.max_shard_gb * 1e9)
     return Recipe(
-        operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved, rules
-    )
+        operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved, rules,
+        config.anatomy, origin,
+    )  # fmt: skip
 
 
 def _folder(study: Study, leaf: str) -> Path:

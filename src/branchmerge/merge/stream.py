@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from branchmerge.errors import UserError
-from branchmerge.merge import card, compatibility
+from branchmerge.merge import anatomy, anatomy_report, card, compatibility
+from branchmerge.merge.anatomy import Anatomy
 from branchmerge.merge.checkpoint import Reader, TensorInfo, Writer
 from branchmerge.merge.fold import Facts, TensorFold
 from branchmerge.merge.operators import parameters_of
@@ -55,7 +56,7 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
             raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
     groups: dict[object, list[Recipe]] = {}
     for recipe in recipes:
-        groups.setdefault((frozenset(recipe.folders.items()), recipe.base), []).append(recipe)
+        groups.setdefault((frozenset(recipe.folders.items()), recipe.base, recipe.origin), []).append(recipe)
     for group in groups.values():
         _merge_group(group)
     return outs
@@ -71,6 +72,8 @@ class _Result:
     writer: Writer
     table: list[dict[str, Any]] = field(default_factory=list)
     differing: int = 0
+    anatomy: Anatomy | None = None
+    said: list[str] = field(default_factory=list)
 
 
 def _merge_group(recipes: Sequence[Recipe]) -> None:
@@ -94,14 +97,25 @@ def _merge_group(recipes: Sequence[Recipe]) -> None:
             else:
                 work.append((recipe, planned))
         if work:
-            _make(work, readers, origin, parents)
+            known = origin
+            if known is None and any(recipe.anatomy for recipe, _ in work):
+                known = anatomy.open_backbone(recipes[0].origin, next(iter(readers.values())))
+            with known or nullcontext():
+                _make(work, readers, origin, known, parents)
         parents.close()
 
 
 def _make(
-    work: Sequence[tuple[Recipe, Manifest]], readers: dict[str, Reader], origin: Reader | None, parents: "_Parents"
+    work: Sequence[tuple[Recipe, Manifest]],
+    readers: dict[str, Reader],
+    origin: Reader | None,
+    known: Reader | None,
+    parents: "_Parents",
 ) -> None:
-    """Make all results of a group in one pass, then publish them."""
+    """Make all results of a group in one pass, then publish them.
+
+    The operators get the backbone `origin`, the anatomy `known`, which is another only where `origin` is None.
+    """
     began = time.perf_counter()
     with ExitStack() as publishing:
         results = []
@@ -112,6 +126,8 @@ def _make(
                 _check_room(recipe, partial, infos, len(work))
                 writer = writing.enter_context(Writer(partial, infos, recipe.max_shard_bytes))
                 results.append(_Result(recipe, planned, partial, writer))
+                if recipe.anatomy:
+                    results[-1].anatomy = Anatomy(recipe.tree.leaves, known)
             _pass(results, readers, origin)
         for result in results:
             result.planned.parents = parents.of(result.recipe)
@@ -119,12 +135,13 @@ def _make(
     for result in results:
         recipe = result.recipe
         said = f"{recipe.operator_name} {parameters_of(recipe.operator)}"
-        print(f"{recipe.out}: merged {recipe.tree.nested()} by {said}", flush=True)
+        print(f"{recipe.out}: merged {recipe.tree.nested()} by {said}", *result.said, sep="\n  ", flush=True)
 
 
 def _pass(results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> None:
     """Walk over the tensors once: read each from every model, merge it for every recipe, hand it to the writers."""
     sources = [*readers.values(), *([origin] if origin is not None else [])]
+    sources += {result.anatomy.base for result in results if result.anatomy and result.anatomy.base} - {origin}
     infos = results[0].writer.tensors
     names = list(infos)
     total = sum(infos[name].nbytes for name in names) * (len(sources) + len(results))
@@ -166,10 +183,11 @@ def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Read
                 f"{recipe.out}: the merged {name} as {dtype} holds NaN or infinity; choose milder parameters"
             )
         left = readers[recipe.tree.leaves[0]].read(name)
-        changed, norm = changes(merged, left)
-        result.differing += changed
-        share = changed / max(left.numel(), 1)
-        entry = {"tensor": name, "shape": list(info.shape), "changed": share, "update_norm": norm, "nodes": facts}
+        change = changes(merged, left)
+        result.differing += change.changed
+        entry = {"tensor": name, "shape": list(info.shape), **change.facts, "nodes": facts}
+        if result.anatomy is not None:
+            entry |= result.anatomy.add(name, merged, [readers[leaf].read(name) for leaf in recipe.tree.leaves])
         result.table.append(entry)
         if merged.data_ptr() == left.data_ptr():  # an operator may give back what it got; a mapped file may not wait
             merged = merged.clone()
@@ -192,7 +210,9 @@ def _finish(result: _Result, seconds: float) -> None:
     if "tokenizer.json" not in copy_tokenizer(first, partial):
         print(f"warning: {first} has no tokenizer.json, so neither has the merged model", flush=True)
     write_json(partial / TABLE, result.table)
-    card.write(recipe, planned, partial)
+    told = anatomy_report.write(recipe, result.table, result.anatomy, partial)
+    result.said = told.lines
+    card.write(recipe, planned, partial, told)
 
 
 def _infos(reader: Reader) -> dict[str, TensorInfo]:
