@@ -7,11 +7,11 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from branchmerge.merge.density import modules_in_order  # noqa: E402
+from branchmerge.merge.density import modules_in_order
 
 SAME_SIGN, TAKEN = "#9aa0a6", "#4285a8"
 NAN = float("nan")
@@ -44,7 +44,9 @@ def _heat_maps(summary: Mapping[str, Any], key: str, label: str, path: Path) -> 
         for place in node["places"]:
             values[layers.index(place["layer"])][modules.index(place["module"])] = place[key]
         image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
-        figure.colorbar(image, ax=axes, label=label, shrink=0.8)
+        bar = figure.colorbar(image, ax=axes, shrink=0.8)
+        bar.set_label(label, fontsize=9)
+        bar.ax.tick_params(labelsize=8)
         axes.set_title(f"{name} ({key.replace('_', ' ')} {node[key]:.3g} in all)", fontsize=9)
         axes.set_xticks(range(len(modules)), modules, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
         axes.spines[:].set_visible(False)
@@ -68,8 +70,12 @@ def _cosines(cosines: Mapping[str, float | None], path: Path) -> None:
 def _contributions(summary: Mapping[str, Any], path: Path) -> None:
     """What each expert contributes: shares as bars; for operators that select, the overlaps as a matrix."""
     names = list(summary["taken"])
-    bars = [("merged = expert, where the experts differ", "taken", TAKEN)] if summary["selects"] else []
-    bars += [("sign of the update, where it is not 0", "same_sign", SAME_SIGN)] if "same_sign" in summary else []
+    bars = [("merged value is the expert's, where experts differ", "taken", TAKEN)] if summary["selects"] else []
+    bars += (
+        [("expert's change has the sign of the merged model's", "same_sign", SAME_SIGN)]
+        if "same_sign" in summary
+        else []
+    )
     columns = 1 + summary["selects"]
     figure, panels = plt.subplots(
         1, columns, figsize=(0.7 * len(names) + 2.6 + (0.8 * len(names) + 1.4) * (columns - 1), 3.8),

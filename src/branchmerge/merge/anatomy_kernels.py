@@ -1,8 +1,8 @@
 """The loops that compare a merged tensor with what it was made of: one sweep over a tensor, nothing stored in between.
 
-Tensors are flat, float32, float64, or the bits of bfloat16 in uint16. Each is worked on in chunks that stay in the
-first-level cache: elementwise in float32, sums of a chunk in a fixed tree of float32, sums of chunks in float64. Shapes:
-K leaves; M = K + 1, the leaves and the merged model.
+Tensors are flat, float32, float64, or the bits of bfloat16 in uint16. They are worked on in chunks that stay in the
+first-level cache: elementwise in float32, the sums of a chunk in a fixed tree of float32, sums of chunks in float64.
+Shapes: K leaves; M = K + 1, the leaves and the merged model.
 """
 
 from typing import Any
@@ -127,7 +127,7 @@ def _both(a: Any, b: Any, c: Any) -> int:
         lanes += x[i] & y[i] & z[i]
     low = np.uint64(0x00FF00FF00FF00FF)
     fours = (lanes & low) + ((lanes >> np.uint64(8)) & low)
-    return np.int64((fours * np.uint64(0x0001000100010001)) >> np.uint64(48))  # the sum of the four
+    return int((fours * np.uint64(0x0001000100010001)) >> np.uint64(48))  # the sum of the four
 
 
 @compiled
