@@ -85,7 +85,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     else:
         out = study.merged(_name(operator_name, operator, usual, tree, default, rules))
     base = backbone.locate(config) if operator.needs_base() else None
-    ours = all(folder == study.expert(leaf) for leaf, folder in folders.items())
+    ours = all(folder.parent == study.expert("*").parent for folder in folders.values())
     origin = backbone.find(config) if config.anatomy and base is None and (ours or config.backbone.path) else None
     shard = int(config.max_shard_gb * 1e9)
     return Recipe(
