@@ -1,7 +1,7 @@
 """The loops that compare a merged tensor with what it was made of: one sweep over a tensor, nothing stored in between.
 
 Tensors are flat, float32, float64, or the bits of bfloat16 in uint16. They are worked on in chunks that stay in the
-first-level cache: elementwise in float32, the sums of a chunk in a fixed tree of float32, sums of chunks in float64.
+first-level cache: elementwise in float32, sixteen products to a float32 in pairs, their sums in float64.
 Shapes: K leaves; M = K + 1, the leaves and the merged model.
 """
 
@@ -13,7 +13,8 @@ from numba.extending import overload
 
 from branchmerge.merge.kernels import CHUNK, compiled, number
 
-EIGHTH = CHUNK // 8
+LANES = CHUNK // 16
+"""Sums that are kept side by side until a tensor's end."""
 
 
 def bits(stored):  # type: ignore[no-untyped-def]  # Numba compares the signatures
@@ -33,16 +34,17 @@ def _bits(stored):  # type: ignore[no-untyped-def]
 @compiled
 def difference(a: Any, b: Any) -> Any:
     """Of two flat tensors: in how many elements they differ, ||a - b||^2 and ||b||^2."""
-    buffer = np.zeros((3, CHUNK), np.float32)
-    changed, total, size = 0, 0.0, 0.0
+    buffer = np.zeros((2, CHUNK), np.float32)
+    squares = np.zeros((2, LANES))
+    changed = 0
     for start in range(0, a.size, CHUNK):
         x, y = a[start : start + CHUNK], b[start : start + CHUNK]
         if x.size < CHUNK:
-            buffer[:2] = 0
+            buffer[:] = 0
         changed += _subtract(x, y, buffer[0], buffer[1])
-        total += _dot(buffer[0], buffer[0], buffer[2])
-        size += _dot(buffer[1], buffer[1], buffer[2])
-    return changed, total, size
+        _add_dot(buffer[0], buffer[0], squares[0])
+        _add_dot(buffer[1], buffer[1], squares[1])
+    return changed, _sum(squares[0]), _sum(squares[1])
 
 
 @compiled
@@ -71,14 +73,14 @@ def compare(models: Any, base: Any, taken: Any, gram: Any, signs: Any) -> None:
     """
     merged, K = models[-1], len(models) - 1
     equal = np.zeros((K + 1, CHUNK), np.uint8)  # the last: where the leaves differ
-    same_sign = np.zeros((K + 1, CHUNK), np.uint8)
     d = np.zeros((K + 1, CHUNK), np.float32)
-    scratch = np.empty(EIGHTH, np.float32)
+    products = np.zeros((K + 1, K + 1, LANES))
+    agreeing = np.zeros((K + 1, LANES), np.int32)  # enough for 2^31 elements a lane
     for start in range(0, merged.size, CHUNK):
         m, first = merged[start : start + CHUNK], models[0][start : start + CHUNK]
         equal[K] = 0
         if m.size < CHUNK:
-            equal[:], same_sign[:], d[:] = 0, 0, 0
+            equal[:], d[:] = 0, 0
         for k in range(K):
             _match(models[k][start : start + CHUNK], m, first, equal[k], equal[K])
         for j in range(K + 1):
@@ -91,10 +93,13 @@ def compare(models: Any, base: Any, taken: Any, gram: Any, signs: Any) -> None:
         for k in range(K + 1):
             _task_vector(models[k][start : start + CHUNK], origin, d[k])
         for k in range(K + 1):
-            _agree(d[k], d[K], same_sign[k])
-            signs[k] += _both(same_sign[k], same_sign[k], same_sign[k])
+            _add_agreeing(d[k], d[K], agreeing[k])
             for j in range(k + 1):
-                gram[j, k] += _dot(d[j], d[k], scratch)
+                _add_dot(d[j], d[k], products[j, k])
+    for k in range(K + 1):
+        signs[k] += _sum(agreeing[k])
+        for j in range(k + 1):
+            gram[j, k] += _sum(products[j, k])
 
 
 @compiled
@@ -113,9 +118,12 @@ def _task_vector(x: Any, base: Any, d: Any) -> None:
 
 
 @compiled
-def _agree(a: Any, b: Any, out: Any) -> None:
-    for i in range(a.size):
-        out[i] = (min(a[i], b[i]) > 0) | (max(a[i], b[i]) < 0)
+def _add_agreeing(a: Any, b: Any, lanes: Any) -> None:
+    """Add to int32 [LANES] in how many of CHUNK places both are above zero, or both below."""
+    for i in range(LANES):
+        for start in range(0, CHUNK, LANES):
+            x, y = a[start + i], b[start + i]
+            lanes[i] += np.int32((min(x, y) > 0) | (max(x, y) < 0))
 
 
 @compiled
@@ -131,21 +139,27 @@ def _both(a: Any, b: Any, c: Any) -> int:
 
 
 @compiled
-def _dot(a: Any, b: Any, v: Any) -> float:
-    """Sum of the products of CHUNK values, added in pairs; v: EIGHTH values of scratch."""
-    e = EIGHTH
+def _add_dot(a: Any, b: Any, lanes: Any) -> None:
+    """Add the products of CHUNK values to float64 [LANES]: sixteen to each, added in pairs in float32."""
+    e = LANES
     for i in range(e):
         one = (a[i] * b[i] + a[i + e] * b[i + e]) + (a[i + 2 * e] * b[i + 2 * e] + a[i + 3 * e] * b[i + 3 * e])
         two = (a[i + 4 * e] * b[i + 4 * e] + a[i + 5 * e] * b[i + 5 * e]) + (
             a[i + 6 * e] * b[i + 6 * e] + a[i + 7 * e] * b[i + 7 * e]
         )
-        v[i] = one + two
-    width = e // 2
-    while width >= 8:
-        for i in range(width):
-            v[i] += v[i + width]
-        width //= 2
-    total = 0.0
-    for i in range(8):
-        total += np.float64(v[i])
+        three = (a[i + 8 * e] * b[i + 8 * e] + a[i + 9 * e] * b[i + 9 * e]) + (
+            a[i + 10 * e] * b[i + 10 * e] + a[i + 11 * e] * b[i + 11 * e]
+        )
+        four = (a[i + 12 * e] * b[i + 12 * e] + a[i + 13 * e] * b[i + 13 * e]) + (
+            a[i + 14 * e] * b[i + 14 * e] + a[i + 15 * e] * b[i + 15 * e]
+        )
+        lanes[i] += np.float64((one + two) + (three + four))
+
+
+@compiled
+def _sum(lanes: Any) -> Any:
+    """Sum of LANES values, one after the other."""
+    total = lanes[0] - lanes[0]
+    for value in lanes:
+        total += value
     return total
