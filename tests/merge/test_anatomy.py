@@ -270,8 +270,15 @@ def test_a_backbone_of_another_dtype_changes_no_weight(experts: Folders, tmp_pat
     assert "cosines" in anatomy(full)
 
 
-def test_two_runs_write_the_same_bytes(experts: Folders, tmp_path: Path) -> None:
-    one, two = (merge(recipe(experts, tmp_path / run / "merged", origin=experts["base"])) for run in "ab")
+def test_two_runs_write_the_same_bytes_with_any_threads(experts: Folders, tmp_path: Path) -> None:
+    threads, made = workers.count, []
+    try:
+        for count in (1, 3):
+            workers.use(count)
+            made.append(merge(recipe(experts, tmp_path / str(count) / "merged", origin=experts["base"])))
+    finally:
+        workers.use(threads)
+    one, two = made
     files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
     assert [str(file) for file in files if (one / file).read_bytes() != (two / file).read_bytes()] in (
         [], ["manifest.json"],  # which holds times

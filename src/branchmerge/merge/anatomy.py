@@ -102,7 +102,7 @@ def compare(merged: Tensor, leaves: Sequence[Tensor], base: Tensor | None) -> Co
 
 @dataclass
 class Anatomy:
-    """Fed with every tensor of a merge, it knows the whole model's numbers at the end."""
+    """Given every tensor of a merge, it knows the whole model's numbers at the end."""
 
     leaves: Sequence[str]
     """From left to right, as in the tree."""
@@ -114,13 +114,17 @@ class Anatomy:
         self.total = Counts.zero(len(self.leaves))
         self.names = short_names(self.leaves)
 
-    def add(self, name: str, merged: Tensor, leaves: Sequence[Tensor]) -> dict[str, Any]:
-        """Compare one tensor.
+    def compare(self, name: str, merged: Tensor, leaves: Sequence[Tensor]) -> Counts:
+        """Look at one tensor; threads may do so side by side."""
+        base = self.base
+        return compare(merged, leaves, base.read(name) if base is not None else None)
+
+    def add(self, name: str, counts: Counts) -> dict[str, Any]:
+        """Add what was counted to the whole, tensor by tensor in one order, so that no sum depends on threads.
 
         Returns:
-            Its numbers, for the table of tensors.
+            The tensor's numbers, for the table of tensors.
         """
-        counts = compare(merged, leaves, self.base.read(name) if self.base is not None else None)
         if self.base is not None and not np.isfinite(counts.gram).all():
             print(f"anatomy: {self.base.folder}: {name} holds NaN or infinity, so there are no cosines", flush=True)
             self.base = None

@@ -10,6 +10,7 @@ import torch
 
 from branchmerge.config import MergeConfig
 from branchmerge.errors import UserError
+from branchmerge.machine import device_of
 from branchmerge.merge.fold import TensorFold
 from branchmerge.merge.operators import Operator, changed_parameters, make_operator, parameters_of
 from branchmerge.merge.rules import Rule, parse_rules
@@ -37,6 +38,10 @@ class Recipe:
     """Resolved configuration, for the manifest."""
     rules: tuple[Rule, ...] = ()
     """Other parameters for some tensors."""
+    device: str = "cpu"
+    """Where the arithmetic is done: cpu, cuda, cuda:1, ..."""
+    expected: dict[Path, str] = field(default_factory=dict)
+    """SHA-256 that the weights of the models must have; empty for any."""
     anatomy: bool = False
     """Compare the result with what it was made of, and draw that."""
     origin: Path | None = None
@@ -88,10 +93,23 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     ours = all(folder.parent == study.expert("*").parent for folder in folders.values())
     origin = backbone.find(config) if config.anatomy and base is None and (ours or config.backbone.path) else None
     shard = int(config.max_shard_gb * 1e9)
+    device = str(device_of(config.device))
     return Recipe(
-        operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved, rules,
-        config.anatomy, origin,
-    )  # fmt: skip
+        operator_name,
+        operator,
+        tree,
+        folders,
+        out,
+        base,
+        shard,
+        config.overwrite,
+        config.progress,
+        resolved,
+        rules,
+        device,
+        anatomy=config.anatomy,
+        origin=origin,
+    )
 
 
 def _folder(study: Study, leaf: str) -> Path:

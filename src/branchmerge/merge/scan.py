@@ -46,13 +46,25 @@ class Change:
 
 
 def changes(after: Tensor, before: Tensor) -> Change:
-    """Compare two CPU tensors of one shape."""
+    """Compare two tensors of one shape."""
+    if after.device.type != "cpu":
+        return _changes_torch(after.reshape(-1), before.reshape(-1))
     a, b = (flat(tensor) for tensor in (after, before))
     # Parts of a fixed size: the sum must not depend on how many threads there are.
     parts = [slice(start, start + (1 << 22)) for start in range(0, a.size, 1 << 22)]
     found = workers.each(lambda part: difference(a[part], b[part]), parts)
     changed, squares, squares_before = (sum(column) for column in zip((0, 0.0, 0.0), *found, strict=True))
     return Change(changed, math.sqrt(squares), math.sqrt(squares_before), a.size)
+
+
+def _changes_torch(after: Tensor, before: Tensor) -> Change:
+    changed, squares, squares_before = 0, 0.0, 0.0
+    for x, y in zip(after.split(1 << 22), before.split(1 << 22), strict=True):
+        d = x.double() - y.double()
+        changed += int(d.count_nonzero())
+        squares += float((d * d).sum())
+        squares_before += float((y.double() ** 2).sum())
+    return Change(changed, math.sqrt(squares), math.sqrt(squares_before), after.numel())
 
 
 def flat(tensor: Tensor) -> np.ndarray:

@@ -6,13 +6,16 @@
 Recipes over the same parents are made in one pass. One tensor of each model is in memory at a time.
 """
 
+import math
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,18 +25,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from branchmerge.errors import UserError
-from branchmerge.merge import anatomy, anatomy_report, card, compatibility
-from branchmerge.merge.anatomy import Anatomy
+from branchmerge.merge import anatomy, anatomy_report, card, compatibility, recipe_file
+from branchmerge.merge.anatomy import Anatomy, Counts
 from branchmerge.merge.checkpoint import Reader, TensorInfo, Writer
 from branchmerge.merge.fold import Facts, TensorFold
 from branchmerge.merge.operators import parameters_of
 from branchmerge.merge.recipe import Recipe
 from branchmerge.merge.scan import changes, has_special
+from branchmerge.merge.threads import keep_freed_memory, workers
 from branchmerge.student.backbone import check_checkpoint
 from branchmerge.student.export import copy_tokenizer
 from branchmerge.study import MANIFEST, Manifest, Parent, fingerprint, is_done, locked, parent_of, publish, write_json
 
 TABLE = "tensors.json"
+SIDE_BY_SIDE = 1 << 25
+"""Bytes of a tensor up to which several are merged side by side; larger ones are shared by all threads."""
+
+Merged = list[tuple[Tensor, int, list[dict[str, Any]], Counts | None]]
 
 
 def merge(recipe: Recipe) -> Path:
@@ -50,13 +58,15 @@ def merge(recipe: Recipe) -> Path:
 
 def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
     """Make the merged checkpoints of several recipes; those over the same parents share one pass over them."""
+    keep_freed_memory()
     outs = [recipe.out for recipe in recipes]
     for out in outs:
         if outs.count(out) > 1:
             raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
     groups: dict[object, list[Recipe]] = {}
     for recipe in recipes:
-        groups.setdefault((frozenset(recipe.folders.items()), recipe.base, recipe.origin), []).append(recipe)
+        together = (frozenset(recipe.folders.items()), recipe.base, recipe.origin, recipe.device)
+        groups.setdefault(together, []).append(recipe)
     for group in groups.values():
         _merge_group(group)
     return outs
@@ -68,7 +78,7 @@ class _Result:
 
     recipe: Recipe
     planned: Manifest
-    partial: Path
+    folder: Path
     writer: Writer
     table: list[dict[str, Any]] = field(default_factory=list)
     differing: int = 0
@@ -89,6 +99,7 @@ def _merge_group(recipes: Sequence[Recipe]) -> None:
             stack.enter_context(locked(recipe.out))
         work = []
         for recipe in recipes:
+            parents.check(recipe)
             planned = _plan_manifest(recipe)
             if (recipe.out / MANIFEST).exists():
                 planned.parents = parents.of(recipe)
@@ -121,11 +132,11 @@ def _make(
         results = []
         with ExitStack() as writing:
             for recipe, planned in work:
-                partial = publishing.enter_context(publish(recipe.out, planned))
+                folder = publishing.enter_context(publish(recipe.out, planned))
                 infos = _infos(readers[recipe.tree.leaves[0]])
-                _check_room(recipe, partial, infos, len(work))
-                writer = writing.enter_context(Writer(partial, infos, recipe.max_shard_bytes))
-                results.append(_Result(recipe, planned, partial, writer))
+                _check_room(recipe, folder, infos, len(work))
+                writer = writing.enter_context(Writer(folder, infos, recipe.max_shard_bytes))
+                results.append(_Result(recipe, planned, folder, writer))
                 if recipe.anatomy:
                     results[-1].anatomy = Anatomy(recipe.tree.leaves, known)
             _pass(results, readers, origin)
@@ -148,55 +159,80 @@ def _pass(results: Sequence[_Result], readers: dict[str, Reader], origin: Reader
     title = f"merge {results[0].recipe.name}" if len(results) == 1 else f"merge {len(results)} recipes"
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=not results[0].recipe.progress)
     with bar:
-        for number, (name, following) in enumerate(zip(names, [*names[1:], None], strict=True), start=1):
+        underway: deque[tuple[str, Future[Merged]]] = deque()
+
+        def hand_over(left: int) -> None:
+            """Give finished tensors to the writers, in order, until so many are underway."""
+            while len(underway) > left:
+                name, future = underway.popleft()
+                for result, (merged, changed, entry, counts) in zip(results, future.result(), strict=True):
+                    result.writer.write(name, merged)
+                    result.differing += changed
+                    if result.anatomy is not None and counts is not None:
+                        entry[0] |= result.anatomy.add(name, counts)
+                    result.table += entry
+                for source in sources:
+                    source.release(name)
+                bar.set_postfix_str(f"{names.index(name) + 1}/{len(names)} tensors", refresh=False)
+                bar.update(infos[name].nbytes * (len(sources) + len(results)))
+
+        for name, following in zip(names, [*names[1:], None], strict=True):
             if following is not None:
                 for source in sources:
                     source.prefetch(following)
-            _merge_tensor(name, results, readers, origin)
-            for source in sources:
-                source.release(name)
-            bar.set_postfix_str(f"{number}/{len(names)} tensors", refresh=False)
-            bar.update(infos[name].nbytes * (len(sources) + len(results)))
+            work = partial(_merge_tensor, name, results, readers, origin)
+            if infos[name].nbytes > SIDE_BY_SIDE:
+                hand_over(0)
+                future: Future[Merged] = Future()
+                future.set_result(work())
+            else:
+                future = workers.begin(work)
+            underway.append((name, future))
+            hand_over(workers.count)
+        hand_over(0)
 
 
-def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> None:
+def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> Merged:
+    """Of each recipe: the merged tensor, in how many elements it differs from its first leaf's, its table entry, and
+    what its anatomy counted."""
     info = results[0].writer.tensors[name]
     if not info.dtype.is_floating_point:
-        same = _the_same_in_all(readers, name).clone()
-        for result in results:
-            result.writer.write(name, same)
-        return
+        return [(_the_same_in_all(readers, name).clone(), 0, [], None)] * len(results)
+
+    device = results[0].recipe.device
 
     def read(reader: Reader) -> Tensor:
         tensor = reader.read(name)
         if has_special(tensor):
             raise UserError(f"{reader.folder}: the tensor {name} holds NaN or infinity; that model is broken")
-        return tensor
+        return tensor.to(device)
 
     fold = TensorFold(name, lambda leaf: read(readers[leaf]), read(origin) if origin is not None else None)
-    for result in results:
-        recipe, facts = result.recipe, Facts()
-        dtype = result.writer.tensors[name].dtype
-        merged = fold.merge(recipe.tree, recipe.operator_for(name), facts).to(dtype)
-        if has_special(merged):
-            raise UserError(
-                f"{recipe.out}: the merged {name} as {dtype} holds NaN or infinity; choose milder parameters"
-            )
-        left = readers[recipe.tree.leaves[0]].read(name)
-        change = changes(merged, left)
-        result.differing += change.changed
-        entry = {"tensor": name, "shape": list(info.shape), **change.facts, "nodes": facts}
-        if result.anatomy is not None:
-            entry |= result.anatomy.add(name, merged, [readers[leaf].read(name) for leaf in recipe.tree.leaves])
-        result.table.append(entry)
-        if merged.data_ptr() == left.data_ptr():  # an operator may give back what it got; a mapped file may not wait
-            merged = merged.clone()
-        result.writer.write(name, merged)
+    return [_merge_for(result, fold, readers) for result in results]
+
+
+def _merge_for(
+    result: _Result, fold: TensorFold, readers: dict[str, Reader]
+) -> tuple[Tensor, int, list[dict[str, Any]], Counts | None]:
+    recipe, info, facts = result.recipe, result.writer.tensors[fold.name], Facts()
+    merged = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts).to("cpu", info.dtype)
+    leaves = [readers[leaf].read(fold.name) for leaf in recipe.tree.leaves]
+    change = changes(merged, leaves[0])
+    # The norm tells of NaN and infinity; large finite differences overflow it, too, so look again.
+    if not math.isfinite(change.norm) and has_special(merged):
+        raise UserError(
+            f"{recipe.out}: the merged {fold.name} as {info.dtype} holds NaN or infinity; choose milder parameters"
+        )
+    counts = result.anatomy.compare(fold.name, merged, leaves) if result.anatomy is not None else None
+    if merged.data_ptr() == leaves[0].data_ptr():  # an operator may give back what it got, which is not to stay mapped
+        merged = merged.clone()
+    entry = {"tensor": fold.name, "shape": list(info.shape), **change.facts, "nodes": facts}
+    return merged, change.changed, [entry], counts
 
 
 def _finish(result: _Result, seconds: float) -> None:
     """What stands beside the weights."""
-    recipe, planned, partial = result.recipe, result.planned, result.partial
+    recipe, planned, folder = result.recipe, result.planned, result.folder
     elements = sum(torch.Size(info.shape).numel() for info in result.writer.tensors.values())
     planned.weights_sha256 = fingerprint(result.writer.sha256)
     planned.merge |= {
@@ -206,13 +242,14 @@ def _finish(result: _Result, seconds: float) -> None:
         "seconds": round(seconds, 2),
     }
     first = recipe.folders[recipe.tree.leaves[0]]
-    shutil.copyfile(first / "config.json", partial / "config.json")
-    if "tokenizer.json" not in copy_tokenizer(first, partial):
+    shutil.copyfile(first / "config.json", folder / "config.json")
+    if "tokenizer.json" not in copy_tokenizer(first, folder):
         print(f"warning: {first} has no tokenizer.json, so neither has the merged model", flush=True)
-    write_json(partial / TABLE, result.table)
-    told = anatomy_report.write(recipe, result.table, result.anatomy, partial)
+    write_json(folder / TABLE, result.table)
+    told = anatomy_report.write(recipe, result.table, result.anatomy, folder)
     result.said = told.lines
-    card.write(recipe, planned, partial, told)
+    card.write(recipe, planned, folder, told)
+    recipe_file.write(recipe, planned, folder)
 
 
 def _infos(reader: Reader) -> dict[str, TensorInfo]:
@@ -224,9 +261,9 @@ def _infos(reader: Reader) -> dict[str, TensorInfo]:
     return {name: reader.tensors[name] for name in sorted(reader.tensors, key=natural)}
 
 
-def _check_room(recipe: Recipe, partial: Path, infos: dict[str, TensorInfo], results: int) -> None:
+def _check_room(recipe: Recipe, folder: Path, infos: dict[str, TensorInfo], results: int) -> None:
     total = results * sum(info.nbytes for info in infos.values())
-    free = shutil.disk_usage(partial).free
+    free = shutil.disk_usage(folder).free
     if free < total:
         what = "the merged model takes" if results == 1 else f"{results} merged models take"
         raise UserError(f"{recipe.out.parent}: {what} {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
@@ -253,13 +290,23 @@ class _Parents:
         folders = [recipe.folders[leaf] for leaf in recipe.tree.leaves]
         return [self._found[folder].result() for folder in [*folders, *([recipe.base] if recipe.base else [])]]
 
+    def check(self, recipe: Recipe) -> None:
+        """Refuse parents that are not those which the recipe was written for."""
+        for folder, expected in recipe.expected.items():
+            found = self._found[folder].result().weights_sha256
+            if found != expected:
+                raise UserError(
+                    f"{folder}: its weights have the SHA-256 {found[:12]}..., the recipe was made with"
+                    f" {expected[:12]}...; give it the folder of that model"
+                )
+
     def close(self) -> None:
         self._pool.shutdown()
 
 
 def _plan_manifest(recipe: Recipe) -> Manifest:
     parameters = parameters_of(recipe.operator)
-    rules = [{"tensors": rule.patterns, "layers": rule.layers, **rule.parameters} for rule in recipe.rules]
+    rules = [rule.entry() for rule in recipe.rules]
     # Which parent stands where is told by the parents' order; leaf names are only names.
     work = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules,
             "tree": _shape(recipe.tree.nested()), "max_shard_bytes": recipe.max_shard_bytes}  # fmt: skip

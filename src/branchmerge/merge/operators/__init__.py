@@ -4,7 +4,7 @@ base.py says what an operator is. To add one: write its file, list it here, add 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from branchmerge.errors import UserError
@@ -68,7 +68,7 @@ def make_operator(name: str, parameters: Mapping[str, Any]) -> Operator:
 
 def parameters_of(operator: Operator) -> dict[str, Any]:
     """All parameters with their values."""
-    return asdict(operator)
+    return {item.name: getattr(operator, item.name) for item in fields(operator)}
 
 
 def changed_parameters(operator: Operator, usual: Operator) -> dict[str, Any]:

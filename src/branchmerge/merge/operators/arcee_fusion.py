@@ -29,7 +29,7 @@ from branchmerge.merge.threads import blocks_of, workers
 
 BLOCK = 1 << 20
 """Elements whose float64 temporaries are held at once."""
-SMALL = 1 << 18
+SMALL = 1 << 15
 """Tensors of up to so many elements are sorted whole."""
 CHOICES = {
     "kl": ("row", "tensor"),
@@ -107,7 +107,7 @@ class ArceeFusion(Operator):
         if x.size <= SMALL:
             S = np.empty(x.shape)
             kernels.scores(x, y, kl, self.delta == "signed", S)
-            return Measured(torch.from_numpy(kl), quartiles(S), x.size)
+            return Measured(torch.from_numpy(kl), quartiles(torch.from_numpy(S)), x.size)
 
         def gather(keys: Any, room: int) -> Any:
             def found(part: slice) -> Any:
@@ -129,7 +129,7 @@ class ArceeFusion(Operator):
             for rows in row_blocks(p):
                 kl[rows] = row_kl(p[rows].double(), q[rows].double())
         kl = kl.expand(len(left)) if self.kl == "tensor" else kl
-        return Measured(kl, quartiles(self._scores(kl, left, right).cpu().numpy()), left.numel())
+        return Measured(kl, quartiles(self._scores(kl, left, right)), left.numel())
 
     def _scores(self, kl: Tensor, left: Tensor, right: Tensor) -> Tensor:
         d = left.double() - right.double()
@@ -223,12 +223,15 @@ def rounded_kl(x: Tensor, y: Tensor, dtype: torch.dtype, epsilon: float = 1e-8) 
     return (p * torch.log(p / q)).sum(dim=-1)
 
 
-def quartiles(S: Any) -> tuple[float, float, float]:
-    """Q1, median and Q3 of a numpy array; the quantile q of n values is element floor(q (n - 1)) of them sorted."""
-    if not S.size:
+def quartiles(S: Tensor) -> tuple[float, float, float]:
+    """Q1, median and Q3; the quantile q of n values is element floor(q (n - 1)) of them sorted."""
+    if not S.numel():
         return math.inf, math.inf, math.inf
-    places = _places(S.size)
-    q1, median, q3 = np.partition(S, places, axis=None)[places].tolist()
+    places = _places(S.numel())
+    if S.device.type == "cpu":
+        q1, median, q3 = np.partition(S.numpy(), places, axis=None)[places].tolist()
+    else:
+        q1, median, q3 = S.flatten().sort().values[places].tolist()
     return q1, median, q3
 
 
@@ -244,7 +247,8 @@ def _quartiles_by_histogram(counts: Any, n: int, gather: Any) -> tuple[float, fl
     bins = np.unique(located[located[:, 0] != kernels.ZERO], axis=0)
     keys = np.full(3, kernels.KEYS, np.uint32)
     keys[: len(bins)] = bins[:, 0]
-    values = np.sort(gather(keys, int(bins[:, 2].sum())))
+    values = gather(keys, int(bins[:, 2].sum()))
+    values.sort()
     start_of = dict(zip(bins[:, 0].tolist(), (np.cumsum(bins[:, 2]) - bins[:, 2]).tolist(), strict=True))
     found = [
         float(values[start_of[key] + place - first]) if key in start_of else 0.0
