@@ -221,6 +221,9 @@ class MergeConfig(CommonConfig):
     max_shard_gb: float = field(default=5.0, metadata=_at_least(0.001))
     """Largest safetensors file written, in 1e9 bytes."""
     progress: bool = True
+    anatomy: bool = True
+    """Compare the result with what it was made of, and draw that: anatomy.json and figures/ beside the weights. It
+    needs the backbone for the task vectors: the study's, or backbone.path."""
 
 
 @dataclass

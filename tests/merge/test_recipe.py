@@ -1,5 +1,6 @@
 """From merge.py's configuration to a recipe: which experts, which tree, what the result is called."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,42 @@ def test_what_cannot_work_is_refused_before_any_weight_is_read(outputs: Path, ov
 def test_weights_that_do_not_fit_the_tree_are_refused(outputs: Path) -> None:
     with pytest.raises(UserError, match="2 weights for 3 models"):
         made(outputs, "operator=linear", "operator.weights=[1,2]")
+
+
+def backbone(outputs: Path, student: Path) -> Path:
+    """A copy of a student where the study keeps the backbone it made."""
+    folder = outputs / "demo" / "backbone"
+    with publish(folder, Manifest("backbone", "demo", {}, {})) as partial:
+        shutil.copytree(student, partial, dirs_exist_ok=True)
+    return folder
+
+
+def test_the_anatomy_finds_the_studys_backbone(outputs: Path, tiny_student: Path) -> None:
+    folder = backbone(outputs, tiny_student)
+    recipe = made(outputs)
+    assert (recipe.anatomy, recipe.base, recipe.origin) == (True, None, folder)
+    arithmetic = made(outputs, "operator=task_arithmetic")
+    assert (arithmetic.base, arithmetic.origin) == (folder, None)
+    off = made(outputs, "anatomy=false")
+    assert (off.anatomy, off.origin) == (False, None)
+
+
+def test_the_anatomy_goes_without_a_backbone_that_does_not_lie_ready(outputs: Path) -> None:
+    before = sorted(outputs.rglob("*"))
+    assert made(outputs).origin is None
+    assert made(outputs, "study.warmup=false").origin is None  # a GGUF file that was not imported
+    assert made(outputs, "backbone.path=/no/such/folder").origin is None
+    assert sorted(outputs.rglob("*")) == before
+
+
+def test_the_anatomy_takes_a_given_backbone(outputs: Path, tiny_student: Path) -> None:
+    backbone(outputs, tiny_student)
+    other = shutil.copytree(tiny_student, outputs / "other")
+    assert made(outputs, f"backbone.path={other}").origin == other
+
+
+def test_folders_from_elsewhere_have_no_backbone_unless_it_is_given(outputs: Path, tiny_student: Path) -> None:
+    backbone(outputs, tiny_student)
+    outside = [f"tree=[code,{tiny_student}]", "out=/my/merged"]
+    assert made(outputs, *outside).origin is None
+    assert made(outputs, *outside, f"backbone.path={tiny_student}").origin == tiny_student

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from branchmerge.merge.anatomy_report import Told
 from branchmerge.merge.recipe import Recipe
 from branchmerge.study import Manifest
 
@@ -20,11 +21,12 @@ Merge tree ([left, right], nested): `{tree}`
 |---|---|
 {parents}
 
+{anatomy}
 `manifest.json` beside this file holds the whole recipe.
 """
 
 
-def write(recipe: Recipe, manifest: Manifest, out: Path) -> None:
+def write(recipe: Recipe, manifest: Manifest, out: Path, told: Told) -> None:
     """Write README.md into the checkpoint folder."""
     from branchmerge import __version__
 
@@ -32,6 +34,6 @@ def write(recipe: Recipe, manifest: Manifest, out: Path) -> None:
     parameters = ", ".join(f"`{key}={value}`" for key, value in manifest.merge["parameters"].items())
     text = CARD.format(
         name=recipe.name, version=__version__, operator=recipe.operator_name, parameters=parameters,
-        tree=recipe.tree.nested(), parents=parents,
+        tree=recipe.tree.nested(), parents=parents, anatomy=told.markdown,
     )  # fmt: skip
     (out / "README.md").write_text(text)

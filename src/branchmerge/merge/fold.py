@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from branchmerge.merge.operators import Operator, parameters_of
+from branchmerge.merge.scan import changes
 from branchmerge.merge.tree import Tree
 
 Facts = dict[str, dict[str, float]]
@@ -34,9 +35,9 @@ class TensorFold:
                 self._leaves[leaf] = self.read(leaf)
         tensors = [self._leaves[leaf] for leaf in tree.leaves] + ([self.base] if self.base is not None else [])
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-        return self._node(tree, operator, dtype, {} if facts is None else facts)
+        return self._node(tree, operator, dtype, facts)
 
-    def _node(self, tree: Tree, operator: Operator, dtype: torch.dtype, facts: Facts) -> Tensor:
+    def _node(self, tree: Tree, operator: Operator, dtype: torch.dtype, facts: Facts | None) -> Tensor:
         if tree.leaf:
             return self._leaves[tree.leaf].to(dtype)
         models = [self._node(child, operator, dtype, facts) for child in tree.children]
@@ -46,8 +47,10 @@ class TensorFold:
         key = self._key(tree, seeded)
         if key not in self._measured:
             self._measured[key] = seeded.measure(models, base)
-        facts[tree.name()] = seeded.facts(self._measured[key])
-        return seeded.apply(self._measured[key], models, base)
+        merged = seeded.apply(self._measured[key], models, base)
+        if facts is not None:
+            facts[tree.name()] = seeded.facts(self._measured[key]) | changes(merged, models[0]).facts
+        return merged
 
     def _key(self, tree: Tree, operator: Operator) -> Hashable:
         """What a node's measurement depends on: what its children are, and all parameters that `measure` looks at."""

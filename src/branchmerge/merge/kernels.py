@@ -279,23 +279,6 @@ def special(bits: Any, exponent: Any) -> bool:
 
 
 @compiled
-def difference(a: Any, b: Any) -> Any:
-    """Of two flat tensors: in how many elements they differ, and the sum of the squared differences."""
-    squares = np.empty(CHUNK, np.float32)
-    changed, total = 0, 0.0
-    for start in range(0, a.size, CHUNK):
-        x, y = a[start : start + CHUNK], b[start : start + CHUNK]
-        if x.size < CHUNK:
-            squares[:] = 0
-        for i in range(x.size):
-            d = number(x[i]) - number(y[i])
-            squares[i] = d * d
-            changed += d != 0
-        total += _sum(squares)
-    return changed, total
-
-
-@compiled
 def choose(right: Any, left: Any, kl: Any, signed: bool, T: float, strict: bool, out: Any) -> int:
     """out = Right where S >= T (strict: S > T), else Left, as they are stored; returns how often Right was taken."""
     taken = 0

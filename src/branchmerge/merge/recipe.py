@@ -42,6 +42,10 @@ class Recipe:
     """Where the arithmetic is done: cpu, cuda, cuda:1, ..."""
     expected: dict[Path, str] = field(default_factory=dict)
     """SHA-256 that the weights of the models must have; empty for any."""
+    anatomy: bool = False
+    """Compare the result with what it was made of, and draw that."""
+    origin: Path | None = None
+    """Checkpoint of the backbone for the anatomy, where the operator does not need it; no parent of the result."""
 
     def __post_init__(self) -> None:
         if not self.operator.n_way:
@@ -86,6 +90,8 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     else:
         out = study.merged(_name(operator_name, operator, usual, tree, default, rules))
     base = backbone.locate(config) if operator.needs_base() else None
+    ours = all(folder.parent == study.expert("*").parent for folder in folders.values())
+    origin = backbone.find(config) if config.anatomy and base is None and (ours or config.backbone.path) else None
     shard = int(config.max_shard_gb * 1e9)
     device = str(device_of(config.device))
     return Recipe(
@@ -101,6 +107,8 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
         resolved,
         rules,
         device,
+        anatomy=config.anatomy,
+        origin=origin,
     )
 
 

@@ -1,12 +1,14 @@
 """One look over a tensor as it is stored: does it hold NaN, and how far is it from another."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from branchmerge.merge import kernels
+from branchmerge.merge.anatomy_kernels import difference
 from branchmerge.merge.threads import workers
 
 BITS = {  # the integers of a float's size, and its exponent bits
@@ -24,16 +26,49 @@ def has_special(tensor: Tensor) -> bool:
     return any(workers.share(lambda part: kernels.special(bits[part], exponent), bits.size, 1))
 
 
-def changes(merged: Tensor, left: Tensor) -> tuple[int, float]:
-    """In how many elements two CPU tensors differ, and the 2-norm of their difference."""
-    a, b = (_flat(tensor) for tensor in (merged, left))
-    # Parts of a fixed number: the sum must not depend on how many threads there are.
+@dataclass(frozen=True)
+class Change:
+    """From one tensor to another of its shape."""
+
+    changed: int
+    """Elements that differ"""
+    norm: float
+    """2-norm of the difference"""
+    norm_before: float
+    """2-norm of what was there"""
+    elements: int
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """For the table of tensors."""
+        share = self.changed / max(self.elements, 1)
+        return {"changed": share, "update_norm": self.norm, "left_norm": self.norm_before}
+
+
+def changes(after: Tensor, before: Tensor) -> Change:
+    """Compare two tensors of one shape."""
+    if after.device.type != "cpu":
+        return _changes_torch(after.reshape(-1), before.reshape(-1))
+    a, b = (flat(tensor) for tensor in (after, before))
+    # Parts of a fixed size: the sum must not depend on how many threads there are.
     parts = [slice(start, start + (1 << 22)) for start in range(0, a.size, 1 << 22)]
-    found = workers.each(lambda part: kernels.difference(a[part], b[part]), parts)
-    return sum(changed for changed, _ in found), math.sqrt(sum(squares for _, squares in found))
+    found = workers.each(lambda part: difference(a[part], b[part]), parts)
+    changed, squares, squares_before = (sum(column) for column in zip((0, 0.0, 0.0), *found, strict=True))
+    return Change(changed, math.sqrt(squares), math.sqrt(squares_before), a.size)
 
 
-def _flat(tensor: Tensor) -> np.ndarray:
+def _changes_torch(after: Tensor, before: Tensor) -> Change:
+    changed, squares, squares_before = 0, 0.0, 0.0
+    for x, y in zip(after.split(1 << 22), before.split(1 << 22), strict=True):
+        d = x.double() - y.double()
+        changed += int(d.count_nonzero())
+        squares += float((d * d).sum())
+        squares_before += float((y.double() ** 2).sum())
+    return Change(changed, math.sqrt(squares), math.sqrt(squares_before), after.numel())
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    """A tensor as one row for the compiled loops: bfloat16 as its bits, float16 as float32, others as stored."""
     tensor = tensor.contiguous().reshape(-1)
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy()

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from branchmerge.errors import UserError
-from branchmerge.merge import card, compatibility, recipe_file
+from branchmerge.merge import anatomy, anatomy_report, card, compatibility, recipe_file
+from branchmerge.merge.anatomy import Anatomy, Counts
 from branchmerge.merge.checkpoint import Reader, TensorInfo, Writer
 from branchmerge.merge.fold import Facts, TensorFold
 from branchmerge.merge.operators import parameters_of
@@ -40,7 +41,7 @@ TABLE = "tensors.json"
 SIDE_BY_SIDE = 1 << 25
 """Bytes of a tensor up to which several are merged side by side; larger ones are shared by all threads."""
 
-Merged = list[tuple[Tensor, int, list[dict[str, Any]]]]
+Merged = list[tuple[Tensor, int, list[dict[str, Any]], Counts | None]]
 
 
 def merge(recipe: Recipe) -> Path:
@@ -64,7 +65,8 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
             raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
     groups: dict[object, list[Recipe]] = {}
     for recipe in recipes:
-        groups.setdefault((frozenset(recipe.folders.items()), recipe.base, recipe.device), []).append(recipe)
+        together = (frozenset(recipe.folders.items()), recipe.base, recipe.origin, recipe.device)
+        groups.setdefault(together, []).append(recipe)
     for group in groups.values():
         _merge_group(group)
     return outs
@@ -80,6 +82,8 @@ class _Result:
     writer: Writer
     table: list[dict[str, Any]] = field(default_factory=list)
     differing: int = 0
+    anatomy: Anatomy | None = None
+    said: list[str] = field(default_factory=list)
 
 
 def _merge_group(recipes: Sequence[Recipe]) -> None:
@@ -104,14 +108,25 @@ def _merge_group(recipes: Sequence[Recipe]) -> None:
             else:
                 work.append((recipe, planned))
         if work:
-            _make(work, readers, origin, parents)
+            known = origin
+            if known is None and any(recipe.anatomy for recipe, _ in work):
+                known = anatomy.open_backbone(recipes[0].origin, next(iter(readers.values())))
+            with known or nullcontext():
+                _make(work, readers, origin, known, parents)
         parents.close()
 
 
 def _make(
-    work: Sequence[tuple[Recipe, Manifest]], readers: dict[str, Reader], origin: Reader | None, parents: "_Parents"
+    work: Sequence[tuple[Recipe, Manifest]],
+    readers: dict[str, Reader],
+    origin: Reader | None,
+    known: Reader | None,
+    parents: "_Parents",
 ) -> None:
-    """Make all results of a group in one pass, then publish them."""
+    """Make all results of a group in one pass, then publish them.
+
+    The operators get the backbone `origin`, the anatomy `known`, which is another only where `origin` is None.
+    """
     began = time.perf_counter()
     with ExitStack() as publishing:
         results = []
@@ -122,6 +137,8 @@ def _make(
                 _check_room(recipe, folder, infos, len(work))
                 writer = writing.enter_context(Writer(folder, infos, recipe.max_shard_bytes))
                 results.append(_Result(recipe, planned, folder, writer))
+                if recipe.anatomy:
+                    results[-1].anatomy = Anatomy(recipe.tree.leaves, known)
             _pass(results, readers, origin)
         for result in results:
             result.planned.parents = parents.of(result.recipe)
@@ -129,12 +146,13 @@ def _make(
     for result in results:
         recipe = result.recipe
         said = f"{recipe.operator_name} {parameters_of(recipe.operator)}"
-        print(f"{recipe.out}: merged {recipe.tree.nested()} by {said}", flush=True)
+        print(f"{recipe.out}: merged {recipe.tree.nested()} by {said}", *result.said, sep="\n  ", flush=True)
 
 
 def _pass(results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> None:
     """Walk over the tensors once: read each from every model, merge it for every recipe, hand it to the writers."""
     sources = [*readers.values(), *([origin] if origin is not None else [])]
+    sources += {result.anatomy.base for result in results if result.anatomy and result.anatomy.base} - {origin}
     infos = results[0].writer.tensors
     names = list(infos)
     total = sum(infos[name].nbytes for name in names) * (len(sources) + len(results))
@@ -147,9 +165,11 @@ def _pass(results: Sequence[_Result], readers: dict[str, Reader], origin: Reader
             """Give finished tensors to the writers, in order, until so many are underway."""
             while len(underway) > left:
                 name, future = underway.popleft()
-                for result, (merged, changed, entry) in zip(results, future.result(), strict=True):
+                for result, (merged, changed, entry, counts) in zip(results, future.result(), strict=True):
                     result.writer.write(name, merged)
                     result.differing += changed
+                    if result.anatomy is not None and counts is not None:
+                        entry[0] |= result.anatomy.add(name, counts)
                     result.table += entry
                 for source in sources:
                     source.release(name)
@@ -173,10 +193,11 @@ def _pass(results: Sequence[_Result], readers: dict[str, Reader], origin: Reader
 
 
 def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> Merged:
-    """The merged tensor of each recipe, in how many elements it differs from its first leaf's, and its table entry."""
+    """Of each recipe: the merged tensor, in how many elements it differs from its first leaf's, its table entry, and
+    what its anatomy counted."""
     info = results[0].writer.tensors[name]
     if not info.dtype.is_floating_point:
-        return [(_the_same_in_all(readers, name).clone(), 0, [])] * len(results)
+        return [(_the_same_in_all(readers, name).clone(), 0, [], None)] * len(results)
 
     device = results[0].recipe.device
 
@@ -187,26 +208,26 @@ def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Read
         return tensor.to(device)
 
     fold = TensorFold(name, lambda leaf: read(readers[leaf]), read(origin) if origin is not None else None)
-    return [_merge_for(result.recipe, fold, result.writer.tensors[name], readers) for result in results]
+    return [_merge_for(result, fold, readers) for result in results]
 
 
 def _merge_for(
-    recipe: Recipe, fold: TensorFold, info: TensorInfo, readers: dict[str, Reader]
-) -> tuple[Tensor, int, list[dict[str, Any]]]:
-    facts = Facts()
+    result: _Result, fold: TensorFold, readers: dict[str, Reader]
+) -> tuple[Tensor, int, list[dict[str, Any]], Counts | None]:
+    recipe, info, facts = result.recipe, result.writer.tensors[fold.name], Facts()
     merged = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts).to("cpu", info.dtype)
-    left = readers[recipe.tree.leaves[0]].read(fold.name)
-    changed, norm = changes(merged, left)
+    leaves = [readers[leaf].read(fold.name) for leaf in recipe.tree.leaves]
+    change = changes(merged, leaves[0])
     # The norm tells of NaN and infinity; large finite differences overflow it, too, so look again.
-    if not math.isfinite(norm) and has_special(merged):
+    if not math.isfinite(change.norm) and has_special(merged):
         raise UserError(
             f"{recipe.out}: the merged {fold.name} as {info.dtype} holds NaN or infinity; choose milder parameters"
         )
-    if merged.data_ptr() == left.data_ptr():  # an operator may give back what it got, which is not to stay mapped
+    counts = result.anatomy.compare(fold.name, merged, leaves) if result.anatomy is not None else None
+    if merged.data_ptr() == leaves[0].data_ptr():  # an operator may give back what it got, which is not to stay mapped
         merged = merged.clone()
-    share = changed / max(left.numel(), 1)
-    entry = {"tensor": fold.name, "shape": list(info.shape), "changed": share, "update_norm": norm, "nodes": facts}
-    return merged, changed, [entry]
+    entry = {"tensor": fold.name, "shape": list(info.shape), **change.facts, "nodes": facts}
+    return merged, change.changed, [entry], counts
 
 
 def _finish(result: _Result, seconds: float) -> None:
@@ -225,7 +246,9 @@ def _finish(result: _Result, seconds: float) -> None:
     if "tokenizer.json" not in copy_tokenizer(first, folder):
         print(f"warning: {first} has no tokenizer.json, so neither has the merged model", flush=True)
     write_json(folder / TABLE, result.table)
-    card.write(recipe, planned, folder)
+    told = anatomy_report.write(recipe, result.table, result.anatomy, folder)
+    result.said = told.lines
+    card.write(recipe, planned, folder, told)
     recipe_file.write(recipe, planned, folder)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from branchmerge.config import CommonConfig
 from branchmerge.errors import UserError
-from branchmerge.study import Manifest, Study, file_sha256, is_done, locked, publish, read_manifest
+from branchmerge.study import MANIFEST, Manifest, Study, file_sha256, is_done, locked, publish, read_manifest
 
 if TYPE_CHECKING:  # transformers is imported where a model is loaded: merging only needs to find the folder
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,12 +44,36 @@ def locate(config: CommonConfig, domain: str | None = None) -> Path:
     return folder
 
 
+def find(config: CommonConfig) -> Path | None:
+    """Folder of the study's backbone where it lies ready; None otherwise. Imports and downloads nothing."""
+    backbone = config.backbone
+    if backbone.path is None and config.study.warmup:
+        folder = Study(config).backbone
+        return folder if (folder / MANIFEST).is_file() else None
+    name = backbone.path or backbone.pretrained
+    if name is None:
+        return None
+    folder = Study(config).pretrained(backbone.name) if name.startswith(GGUF) else Path(name).expanduser()
+    if not folder.exists() and _is_hub_name(name):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, revision=backbone.revision, local_files_only=True))
+        except (OSError, ValueError):  # not in the hub's cache
+            return None
+    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+
+
+def _is_hub_name(name: str) -> bool:
+    return not name.startswith(("/", ".", "~", GGUF)) and name.count("/") == 1
+
+
 def _resolve(config: CommonConfig, name: str) -> Path:
     """A folder as it is; gguf:<package> is imported once; a hub name is downloaded into the hub's cache."""
     if name.startswith(GGUF):
         return import_gguf(config, name.removeprefix(GGUF))
     folder = Path(name).expanduser()
-    if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    if folder.exists() or not _is_hub_name(name):
         return folder
     from huggingface_hub import snapshot_download
 

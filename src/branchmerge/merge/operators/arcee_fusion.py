@@ -70,6 +70,7 @@ class ArceeFusion(Operator):
     logarithm in that dtype with 1e-8 added, which shows what rounding does to the mask."""
 
     n_way: ClassVar[bool] = False
+    selects: ClassVar[bool] = True
     late = frozenset({"lam", "gate"})
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ class ArceeFusionMergekit(Operator):
     """Of the samples of large tensors."""
 
     n_way: ClassVar[bool] = False
+    selects: ClassVar[bool] = True
     late = frozenset({"lam"})
 
     def __post_init__(self) -> None:

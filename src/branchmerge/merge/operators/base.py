@@ -19,6 +19,8 @@ class Operator(ABC):
 
     n_way: ClassVar[bool] = True
     """Takes any number of models; else exactly two, Left and Right."""
+    selects: ClassVar[bool] = False
+    """Takes every value over from one of the models, so that a density says how much it took from each."""
     late: ClassVar[frozenset[str]] = frozenset()
     """Parameters that `measure` does not look at."""
 

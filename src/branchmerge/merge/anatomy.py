@@ -1,0 +1,211 @@
+"""The anatomy of a merge: how the experts' task vectors lie to each other, and what each contributes to the result.
+
+For every tensor, with the task vectors d_i = W_i - W_0 of the leaves and d = W - W_0 of the merged model:
+
+    cosines       <d_i, d_j> / (|d_i| |d_j|), also of d with each; they need the backbone W_0
+    taken         where the leaves are not all equal: share of the coordinates with W = W_i, bit for bit
+    overlap       of two leaves' taken coordinates, |A and B| / |A or B| (Jaccard)
+    same sign     where d is not zero: share of the coordinates where d_i has its sign
+
+`taken` means something for operators that select; averaged values are seldom one of the leaves'. `same sign` always
+does. The whole model's numbers are those of all its tensors laid end to end. Shapes: K leaves, M = K + 1.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from branchmerge.errors import UserError
+from branchmerge.merge import anatomy_kernels
+from branchmerge.merge.checkpoint import Reader
+from branchmerge.merge.scan import flat
+from branchmerge.merge.threads import workers
+
+NEAR_ORTHOGONAL = 0.1
+"""|cosine| below which two task vectors count as near-orthogonal; the paper gives no number, this one is ours."""
+PART = 1 << 20
+"""Elements a thread compares at a time; fixed, so that no sum depends on how many threads there are."""
+MERGED = "merged"
+
+
+@dataclass
+class Counts:
+    """What is summed up over coordinates; see `anatomy_kernels.compare`."""
+
+    taken: NDArray[np.int64]
+    """[M, M]"""
+    gram: NDArray[np.float64]
+    """[M, M], upper half"""
+    signs: NDArray[np.int64]
+    """[M]"""
+
+    @classmethod
+    def zero(cls, leaves: int) -> "Counts":
+        m = leaves + 1
+        return cls(np.zeros((m, m), np.int64), np.zeros((m, m)), np.zeros(m, np.int64))
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.taken + other.taken, self.gram + other.gram, self.signs + other.signs)
+
+    @property
+    def norms(self) -> list[float]:
+        """|d| of the leaves and of the merged model."""
+        return [math.sqrt(square) for square in np.diagonal(self.gram).tolist()]
+
+    def cosine(self, j: int, k: int) -> float | None:
+        """None where one of the two task vectors is zero."""
+        size = self.norms[j] * self.norms[k]
+        return float(np.clip(self.gram[min(j, k), max(j, k)] / size, -1.0, 1.0)) if size else None
+
+    def taken_share(self, k: int) -> float | None:
+        """None where the leaves are equal everywhere."""
+        return _share(self.taken[k, k], self.taken[-1, -1])
+
+    def overlap(self, j: int, k: int) -> float | None:
+        both = self.taken[min(j, k), max(j, k)]
+        return _share(both, self.taken[j, j] + self.taken[k, k] - both)
+
+    def same_sign(self, k: int) -> float | None:
+        return _share(self.signs[k], self.signs[-1])
+
+
+def _share(part: Any, whole: Any) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def compare(merged: Tensor, leaves: Sequence[Tensor], base: Tensor | None) -> Counts:
+    """Compare CPU tensors of one shape, in any floating-point dtypes."""
+    tensors = [*leaves, merged, *([base] if base is not None else [])]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    arrays = [tensor.contiguous().reshape(-1) for tensor in tensors]
+
+    def compared(part: slice) -> Counts:
+        # Where dtypes differ, only a part at a time is converted.
+        stored = [flat(array[part].to(dtype)) for array in arrays]
+        models = tuple(stored[: len(leaves) + 1])
+        counts = Counts.zero(len(leaves))
+        origin = stored[-1] if base is not None else stored[0][:0]
+        anatomy_kernels.compare(models, origin, counts.taken, counts.gram, counts.signs)
+        return counts
+
+    parts = [slice(start, start + PART) for start in range(0, merged.numel(), PART)]
+    return sum(workers.each(compared, parts), Counts.zero(len(leaves)))
+
+
+@dataclass
+class Anatomy:
+    """Given every tensor of a merge, it knows the whole model's numbers at the end."""
+
+    leaves: Sequence[str]
+    """From left to right, as in the tree."""
+    base: Reader | None
+    """The backbone's checkpoint, where it is known"""
+    total: Counts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = Counts.zero(len(self.leaves))
+        self.names = short_names(self.leaves)
+
+    def compare(self, name: str, merged: Tensor, leaves: Sequence[Tensor]) -> Counts:
+        """Look at one tensor; threads may do so side by side."""
+        base = self.base
+        return compare(merged, leaves, base.read(name) if base is not None else None)
+
+    def add(self, name: str, counts: Counts) -> dict[str, Any]:
+        """Add what was counted to the whole, tensor by tensor in one order, so that no sum depends on threads.
+
+        Returns:
+            The tensor's numbers, for the table of tensors.
+        """
+        if self.base is not None and not np.isfinite(counts.gram).all():
+            print(f"anatomy: {self.base.folder}: {name} holds NaN or infinity, so there are no cosines", flush=True)
+            self.base = None
+        self.total += counts
+        return self._numbers(counts)
+
+    def summary(self) -> dict[str, Any]:
+        """The whole model's numbers, for anatomy.json."""
+        return {"leaves": list(self.leaves), "near_orthogonal_below": NEAR_ORTHOGONAL, **self._numbers(self.total)}
+
+    def _numbers(self, counts: Counts) -> dict[str, Any]:
+        names, K = self.names, len(self.leaves)
+        pairs = [(j, k) for j in range(K) for k in range(j + 1, K)]
+        numbers: dict[str, Any] = {
+            "contested": int(counts.taken[-1, -1]),
+            "taken": {names[k]: counts.taken_share(k) for k in range(K)},
+            "overlap": {f"{names[j]} {names[k]}": counts.overlap(j, k) for j, k in pairs},
+        }
+        if self.base is None:
+            return numbers
+        models = [*names, MERGED]
+        return numbers | {
+            "norms": dict(zip(models, counts.norms, strict=True)),
+            "cosines": {
+                f"{models[j]} {models[k]}": counts.cosine(j, k) for j in range(K + 1) for k in range(j + 1, K + 1)
+            },
+            "same_sign": {names[k]: counts.same_sign(k) for k in range(K)},
+        }
+
+
+def open_backbone(folder: Path | None, model: Reader) -> Reader | None:
+    """The backbone, where it is known and has the tensors of the models; else None, and a line that says why."""
+    if folder is None:
+        print("anatomy: the backbone is not known, so there are no cosines of task vectors; give it with"
+              " backbone.path=/folder/of/the/backbone", flush=True)  # fmt: skip
+        return None
+    try:
+        base = Reader(folder)
+    except UserError as error:
+        print(f"anatomy: the backbone is left out: {error}", flush=True)
+        return None
+    for name, info in model.tensors.items():
+        found = base.tensors.get(name)
+        if found is None or found.shape != info.shape:
+            shapes = f"{list(info.shape)}, there {list(found.shape) if found else 'missing'}"
+            print(f"anatomy: {folder} is no backbone of these models ({name}: {shapes}); it is left out", flush=True)
+            return None
+    return base
+
+
+def said(summary: Mapping[str, Any], selects: bool) -> list[str]:
+    """The anatomy in a line or two."""
+    lines = []
+    if "cosines" in summary:
+        lines.append(f"task vectors: {_orthogonality(summary['cosines'])}")
+    shares = [("takes", "taken")] if selects else []
+    shares += [("has the sign of", "same_sign")] if "same_sign" in summary else []
+    told = [f"{verb} {_listed(summary[key])}" for verb, key in shares]
+    if told:
+        lines.append(f"merged model: {'; '.join(told)} (shares of the values that differ)")
+    return lines
+
+
+def _orthogonality(cosines: Mapping[str, float | None]) -> str:
+    between = {pair: c for pair, c in cosines.items() if not pair.endswith(f" {MERGED}") and c is not None}
+    if not between:
+        return "no two of them differ from zero, so they have no cosines"
+    listed = "cosines " + ", ".join(f"{pair.replace(' ', '-')} {c:z.2f}" for pair, c in between.items())
+    far = {pair: c for pair, c in between.items() if abs(c) >= NEAR_ORTHOGONAL}
+    if not far:
+        return f"{listed}: near-orthogonal (all |cos| < {NEAR_ORTHOGONAL}), as the paper assumes"
+    worst = max(far, key=lambda pair: abs(far[pair]))
+    return f"{listed}: not orthogonal ({worst.replace(' ', '-')} {far[worst]:z.2f}), though the paper assumes so"
+
+
+def _listed(shares: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {'-' if share is None else format(share, '.2f')}" for name, share in shares.items())
+
+
+def short_names(leaves: Sequence[str]) -> list[str]:
+    """Leaves that are folders by the last part of their path, where that tells them apart."""
+    short = [Path(leaf).name for leaf in leaves]
+    good = len({*short, MERGED}) == len(short) + 1 and all(name and " " not in name for name in short)
+    return short if good else [f"model{number}" for number in range(1, len(leaves) + 1)]

@@ -1,0 +1,66 @@
+"""What is told of a merge's anatomy: lines for the terminal, a table for the model card, anatomy.json, figures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from branchmerge.merge import density
+from branchmerge.merge.anatomy import Anatomy, said
+from branchmerge.merge.recipe import Recipe
+from branchmerge.study import write_json
+
+FILE = "anatomy.json"
+FIGURES = "figures"
+
+
+@dataclass(frozen=True)
+class Told:
+    """For readers."""
+
+    lines: list[str]
+    nodes: Mapping[str, density.Change]
+
+    @property
+    def markdown(self) -> str:
+        """For the model card."""
+        rows = [
+            f"| `{node}` | {change.density:.3f} | {change.relative_update:.2e} |" for node, change in self.nodes.items()
+        ]
+        head = ["| node of the tree | share of values that are not Left's | norm of the update / norm of Left |"]
+        paragraphs = [
+            "\n".join([*head, "|---|---|---|", *rows]),
+            *(f"{line[0].upper()}{line[1:]}" for line in self.lines),
+        ]
+        return "\n\n".join(paragraphs) + "\n"
+
+
+def write(recipe: Recipe, table: Sequence[Mapping[str, Any]], anatomy: Anatomy | None, out: Path) -> Told:
+    """Write what the recipe asks for into a checkpoint folder."""
+    nodes = density.by_node(table)
+    if anatomy is None:
+        return Told([], nodes)
+    # Imported here, because a merge without an anatomy has no use for it.
+    from branchmerge.merge import anatomy_figures
+
+    summary = anatomy.summary() | {"selects": recipe.operator.selects, "nodes": _nodes(table, nodes)}
+    write_json(out / FILE, summary)
+    (out / FIGURES).mkdir()
+    anatomy_figures.draw(summary, out / FIGURES)
+    return Told(said(summary, recipe.operator.selects), nodes)
+
+
+def _nodes(table: Sequence[Mapping[str, Any]], nodes: Mapping[str, density.Change]) -> dict[str, Any]:
+    """Each node's change in total and by place."""
+    return {
+        node: {
+            "density": total.density,
+            "relative_update": total.relative_update,
+            "places": [
+                {"layer": layer, "module": module, "density": change.density,
+                 "relative_update": change.relative_update, "elements": change.elements}
+                for (layer, module), change in density.by_place(table, node).items()
+            ],
+        }
+        for node, total in nodes.items()
+    }  # fmt: skip
