@@ -6,7 +6,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from branchmerge import cli, config
+from branchmerge import cli, config, fingerprints
 from branchmerge.errors import UserError
 
 config.register()
@@ -16,6 +16,7 @@ config.register()
 @cli.job
 def main(cfg: DictConfig) -> None:
     settings = config.typed(cfg, config.MergeConfig)
+    fingerprints.begin_leaves(settings.tree)  # meanwhile torch is imported
     # Imported here, so that a mistake on the command line is told at once and not after loading torch.
     with cli.importing():
         from branchmerge.merge import merge_all, recipe_file

@@ -28,7 +28,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-PIECE = 1 << 20
+PIECE = 1 << 22
 """Bytes written and fingerprinted at a time."""
 SYNC = 1 << 28
 """Bytes written before the disk is told to store them."""

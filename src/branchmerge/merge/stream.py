@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from branchmerge import fingerprints
 from branchmerge.errors import UserError
 from branchmerge.merge import anatomy, anatomy_report, card, compatibility, recipe_file
 from branchmerge.merge.anatomy import Anatomy, Counts
@@ -35,7 +36,7 @@ from branchmerge.merge.scan import changes, has_special
 from branchmerge.merge.threads import keep_freed_memory, workers
 from branchmerge.student.backbone import check_checkpoint
 from branchmerge.student.export import copy_tokenizer
-from branchmerge.study import MANIFEST, Manifest, Parent, fingerprint, is_done, locked, parent_of, publish, write_json
+from branchmerge.study import MANIFEST, Manifest, Parent, fingerprint, is_done, locked, publish, write_json
 
 TABLE = "tensors.json"
 SIDE_BY_SIDE = 1 << 25
@@ -94,15 +95,16 @@ def _merge_group(recipes: Sequence[Recipe]) -> None:
         readers = {leaf: stack.enter_context(Reader(folder)) for leaf, folder in folders.items()}
         origin = stack.enter_context(Reader(base)) if base is not None else None
         compatibility.check({**readers, "the backbone": origin} if origin is not None else readers)
-        parents = _Parents([*folders.values(), *([base] if base is not None else [])])
+        for folder in [*folders.values(), *([base] if base is not None else [])]:
+            fingerprints.begin(folder)
         for recipe in sorted(recipes, key=lambda recipe: recipe.out):
             stack.enter_context(locked(recipe.out))
         work = []
         for recipe in recipes:
-            parents.check(recipe)
+            _check_expected(recipe)
             planned = _plan_manifest(recipe)
             if (recipe.out / MANIFEST).exists():
-                planned.parents = parents.of(recipe)
+                planned.parents = _parents(recipe)
             if is_done(recipe.out, planned, recipe.overwrite):
                 print(f"{recipe.out}: done already", flush=True)
             else:
@@ -112,8 +114,7 @@ def _merge_group(recipes: Sequence[Recipe]) -> None:
             if known is None and any(recipe.anatomy for recipe, _ in work):
                 known = anatomy.open_backbone(recipes[0].origin, next(iter(readers.values())))
             with known or nullcontext():
-                _make(work, readers, origin, known, parents)
-        parents.close()
+                _make(work, readers, origin, known)
 
 
 def _make(
@@ -121,7 +122,6 @@ def _make(
     readers: dict[str, Reader],
     origin: Reader | None,
     known: Reader | None,
-    parents: "_Parents",
 ) -> None:
     """Make all results of a group in one pass, then publish them.
 
@@ -141,7 +141,7 @@ def _make(
                     results[-1].anatomy = Anatomy(recipe.tree.leaves, known)
             _pass(results, readers, origin)
         for result in results:
-            result.planned.parents = parents.of(result.recipe)
+            result.planned.parents = _parents(result.recipe)
             _finish(result, time.perf_counter() - began)
     for result in results:
         recipe = result.recipe
@@ -278,30 +278,21 @@ def _the_same_in_all(readers: dict[str, Reader], name: str) -> Tensor:
     return tensor
 
 
-class _Parents:
-    """Fingerprints of the parents' weights, taken by threads while the merge goes on."""
+def _parents(recipe: Recipe) -> list[Parent]:
+    """Those of a recipe's leaves from left to right, then the backbone."""
+    folders = [recipe.folders[leaf] for leaf in recipe.tree.leaves]
+    return [fingerprints.of(folder) for folder in [*folders, *([recipe.base] if recipe.base else [])]]
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._pool = ThreadPoolExecutor(max(len(folders), 1), "fingerprint")
-        self._found: dict[Path, Future[Parent]] = {folder: self._pool.submit(parent_of, folder) for folder in folders}
 
-    def of(self, recipe: Recipe) -> list[Parent]:
-        """Those of a recipe's leaves from left to right, then the backbone's."""
-        folders = [recipe.folders[leaf] for leaf in recipe.tree.leaves]
-        return [self._found[folder].result() for folder in [*folders, *([recipe.base] if recipe.base else [])]]
-
-    def check(self, recipe: Recipe) -> None:
-        """Refuse parents that are not those which the recipe was written for."""
-        for folder, expected in recipe.expected.items():
-            found = self._found[folder].result().weights_sha256
-            if found != expected:
-                raise UserError(
-                    f"{folder}: its weights have the SHA-256 {found[:12]}..., the recipe was made with"
-                    f" {expected[:12]}...; give it the folder of that model"
-                )
-
-    def close(self) -> None:
-        self._pool.shutdown()
+def _check_expected(recipe: Recipe) -> None:
+    """Refuse parents that are not those which the recipe was written for."""
+    for folder, expected in recipe.expected.items():
+        found = fingerprints.of(folder).weights_sha256
+        if found != expected:
+            raise UserError(
+                f"{folder}: its weights have the SHA-256 {found[:12]}..., the recipe was made with"
+                f" {expected[:12]}...; give it the folder of that model"
+            )
 
 
 def _plan_manifest(recipe: Recipe) -> Manifest:
