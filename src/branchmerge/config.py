@@ -211,6 +211,9 @@ class MergeConfig(CommonConfig):
     rules: list[Any] = field(default_factory=list)
     """Other parameters of the operator for some tensors: [{tensors: mlp, layers: [0, 11], lam: 0.5}], see
     src/branchmerge/merge/rules.py."""
+    vocab: str = field(default="same", metadata=_choice("same", "pad", "intersect"))
+    """Models whose vocabularies differ. same: refused. pad: as many entries as the largest has; a model that lacks some
+    takes them from the first that has them. intersect: only the entries that all have."""
     threads: int | None = field(default=None, metadata=_at_least(1))
     """Null: one for each core that the process may use."""
     max_shard_gb: float = field(default=5.0, metadata=_at_least(0.001))

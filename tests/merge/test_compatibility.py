@@ -54,7 +54,7 @@ def test_fine_tunes_of_one_backbone_pass(tiny_student: Path, copied: Path, stude
         ({"num_attention_heads": 2, "head_dim": 8}, "num_attention_heads 4 and 2"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 2 and 4"),
         ({"intermediate_size": 96}, "intermediate_size 64 and 96"),
-        ({"vocab_size": 520}, "vocabularies have 512 and 520 entries"),
+        ({"vocab_size": 520}, r"the embedding of code has 8 more rows \(512 and 520\)"),
     ],
 )
 def test_another_architecture_is_refused(
@@ -77,7 +77,7 @@ def test_a_vocabulary_of_the_same_size_with_other_ids_is_refused(tiny_student: P
         return {**vocabulary, first: vocabulary[second], second: vocabulary[first]}
 
     edit_tokenizer(copied, swap)
-    with pytest.raises(UserError, match=r"math and code cannot be merged: .*vocabularies differ \(token .* has id 300"):
+    with pytest.raises(UserError, match=r"math and code cannot be merged: .*vocabularies differ \(id 300 is token"):
         check_folders(math=tiny_student, code=copied)
 
 

@@ -14,6 +14,7 @@ from branchmerge.merge.fold import TensorFold
 from branchmerge.merge.operators import Operator, changed_parameters, make_operator, parameters_of
 from branchmerge.merge.rules import Rule, parse_rules
 from branchmerge.merge.tree import Tree, parse
+from branchmerge.merge.vocabulary import WAYS
 from branchmerge.student import backbone
 from branchmerge.study import Study, read_manifest
 
@@ -37,8 +38,15 @@ class Recipe:
     """Resolved configuration, for the manifest."""
     rules: tuple[Rule, ...] = ()
     """Other parameters for some tensors."""
+    vocab: str = "same"
+    """What happens to vocabularies that differ, see vocabulary.py."""
 
     def __post_init__(self) -> None:
+        if self.vocab not in WAYS:
+            raise UserError(f"vocab={self.vocab}: choose one of {', '.join(WAYS)}")
+        lost = [leaf for leaf in self.tree.leaves if leaf not in self.folders]
+        if lost:
+            raise UserError(f"tree={self.tree.nested()}: no folder is given for {lost[0]}; add it to folders")
         if not self.operator.n_way:
             _check_binary(self.tree, self.operator_name)
         # A dry run on single numbers finds parameters that do not fit the tree, such as two weights for three models.
@@ -79,12 +87,13 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     if config.out is not None:
         out = Path(config.out).expanduser()
     else:
-        out = study.merged(_name(operator_name, operator, usual, tree, default, rules))
+        out = study.merged(_name(operator_name, operator, usual, tree, default, rules, config.vocab))
     base = backbone.locate(config) if operator.needs_base() else None
     shard = int(config.max_shard_gb * 1e9)
     return Recipe(
-        operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved, rules
-    )
+        operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved, rules,
+        config.vocab,
+    )  # fmt: skip
 
 
 def _folder(study: Study, leaf: str) -> Path:
@@ -104,12 +113,15 @@ def _folder(study: Study, leaf: str) -> Path:
 
 
 def _name(
-    operator_name: str, operator: Operator, usual: Operator, tree: Tree, default: Tree, rules: tuple[Rule, ...]
-) -> str:
+    operator_name: str, operator: Operator, usual: Operator, tree: Tree, default: Tree, rules: tuple[Rule, ...],
+    vocab: str,
+) -> str:  # fmt: skip
     """How the result was made: the operator, parameters that are not the study's usual ones, rules, another tree."""
     parts = [operator_name, *(f"{key}{_value(value)}" for key, value in changed_parameters(operator, usual).items())]
     if rules:
         parts.append(f"rules{hashlib.sha256(repr(rules).encode()).hexdigest()[:6]}")
+    if vocab != "same":
+        parts.append(f"vocab_{vocab}")
     if tree != default:
         if any("/" in leaf for leaf in tree.leaves):
             raise UserError(f"tree={tree.nested()}: say where a merge of other folders goes, with out=/my/merged")

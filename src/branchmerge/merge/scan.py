@@ -1,11 +1,13 @@
 """One look over a tensor as it is stored: does it hold NaN, and how far is it from another."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from branchmerge.errors import UserError
 from branchmerge.merge import kernels
 from branchmerge.merge.threads import workers
 
@@ -22,6 +24,12 @@ def has_special(tensor: Tensor) -> bool:
     integers, exponent = BITS[tensor.dtype]
     bits = tensor.contiguous().reshape(-1).view(integers).numpy()
     return any(workers.share(lambda part: kernels.special(bits[part], exponent), bits.size, 1))
+
+
+def check_finite(tensor: Tensor, name: str, folder: Path) -> None:
+    """Refuse a parent's tensor that holds NaN or infinity."""
+    if has_special(tensor):
+        raise UserError(f"{folder}: the tensor {name} holds NaN or infinity; that model is broken")
 
 
 def changes(merged: Tensor, left: Tensor) -> tuple[int, float]:

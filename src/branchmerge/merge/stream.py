@@ -27,12 +27,27 @@ from branchmerge.merge.checkpoint import Reader, TensorInfo, Writer
 from branchmerge.merge.fold import Facts, TensorFold
 from branchmerge.merge.operators import parameters_of
 from branchmerge.merge.recipe import Recipe
-from branchmerge.merge.scan import changes, has_special
+from branchmerge.merge.scan import changes, check_finite, has_special
+from branchmerge.merge.views import Source
+from branchmerge.merge.vocabulary import write_config
 from branchmerge.student.backbone import check_checkpoint
 from branchmerge.student.export import copy_tokenizer
-from branchmerge.study import MANIFEST, Manifest, Parent, fingerprint, is_done, locked, parent_of, publish, write_json
+from branchmerge.study import (
+    MANIFEST,
+    Manifest,
+    Parent,
+    fingerprint,
+    is_done,
+    locked,
+    parent_of,
+    publish,
+    read_manifest,
+    write_json,
+)  # fmt: skip
 
 TABLE = "tensors.json"
+BACKBONE = "the backbone"
+"""Its name among the leaves."""
 
 
 def merge(recipe: Recipe) -> Path:
@@ -55,7 +70,10 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
             raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
     groups: dict[object, list[Recipe]] = {}
     for recipe in recipes:
-        groups.setdefault((frozenset(recipe.folders.items()), recipe.base), []).append(recipe)
+        # Padding takes a row from the first leaf that has it, so there the leaves' order counts.
+        order = tuple(recipe.tree.leaves) if recipe.vocab != "same" else ()
+        key = (frozenset(recipe.folders.items()), recipe.base, recipe.vocab, order)
+        groups.setdefault(key, []).append(recipe)
     for group in groups.values():
         _merge_group(group)
     return outs
@@ -74,16 +92,19 @@ class _Result:
 
 
 def _merge_group(recipes: Sequence[Recipe]) -> None:
-    folders, base = recipes[0].folders, recipes[0].base
+    folders = {leaf: recipe.folders[leaf] for recipe in recipes for leaf in recipe.tree.leaves}
+    if recipes[0].base is not None:
+        folders[BACKBONE] = recipes[0].base
     for folder in folders.values():
         check_checkpoint(folder)
     with ExitStack() as stack:
         readers = {leaf: stack.enter_context(Reader(folder)) for leaf, folder in folders.items()}
-        origin = stack.enter_context(Reader(base)) if base is not None else None
-        compatibility.check({**readers, "the backbone": origin} if origin is not None else readers)
-        parents = _Parents([*folders.values(), *([base] if base is not None else [])])
+        common = compatibility.check(readers, recipes[0].vocab)
         for recipe in sorted(recipes, key=lambda recipe: recipe.out):
             stack.enter_context(locked(recipe.out))
+            _check_place(recipe)
+        parents = _Parents(list(folders.values()))
+        stack.callback(parents.close)
         work = []
         for recipe in recipes:
             planned = _plan_manifest(recipe)
@@ -94,15 +115,21 @@ def _merge_group(recipes: Sequence[Recipe]) -> None:
             else:
                 work.append((recipe, planned))
         if work:
-            _make(work, readers, origin, parents)
-        parents.close()
+            _make(work, common, parents)
 
 
-def _make(
-    work: Sequence[tuple[Recipe, Manifest]], readers: dict[str, Reader], origin: Reader | None, parents: "_Parents"
-) -> None:
+def _check_place(recipe: Recipe) -> None:
+    """Refuse a folder that holds something else, as far as that can be seen without the parents' fingerprints."""
+    planned, found = _plan_manifest(recipe), read_manifest(recipe.out)
+    planned.parents = found.parents if found is not None else []
+    is_done(recipe.out, planned, recipe.overwrite)
+
+
+def _make(work: Sequence[tuple[Recipe, Manifest]], common: compatibility.Common, parents: "_Parents") -> None:
     """Make all results of a group in one pass, then publish them."""
     began = time.perf_counter()
+    readers = dict(common.models)
+    origin = readers.pop(BACKBONE, None)
     with ExitStack() as publishing:
         results = []
         with ExitStack() as writing:
@@ -115,14 +142,14 @@ def _make(
             _pass(results, readers, origin)
         for result in results:
             result.planned.parents = parents.of(result.recipe)
-            _finish(result, time.perf_counter() - began)
+            _finish(result, common, time.perf_counter() - began)
     for result in results:
         recipe = result.recipe
         said = f"{recipe.operator_name} {parameters_of(recipe.operator)}"
         print(f"{recipe.out}: merged {recipe.tree.nested()} by {said}", flush=True)
 
 
-def _pass(results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> None:
+def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source | None) -> None:
     """Walk over the tensors once: read each from every model, merge it for every recipe, hand it to the writers."""
     sources = [*readers.values(), *([origin] if origin is not None else [])]
     infos = results[0].writer.tensors
@@ -142,7 +169,7 @@ def _pass(results: Sequence[_Result], readers: dict[str, Reader], origin: Reader
             bar.update(infos[name].nbytes * (len(sources) + len(results)))
 
 
-def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> None:
+def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Source], origin: Source | None) -> None:
     info = results[0].writer.tensors[name]
     if not info.dtype.is_floating_point:
         same = _the_same_in_all(readers, name).clone()
@@ -150,10 +177,9 @@ def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Read
             result.writer.write(name, same)
         return
 
-    def read(reader: Reader) -> Tensor:
+    def read(reader: Source) -> Tensor:
         tensor = reader.read(name)
-        if has_special(tensor):
-            raise UserError(f"{reader.folder}: the tensor {name} holds NaN or infinity; that model is broken")
+        check_finite(tensor, name, reader.folder)
         return tensor
 
     fold = TensorFold(name, lambda leaf: read(readers[leaf]), read(origin) if origin is not None else None)
@@ -176,7 +202,7 @@ def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Read
         result.writer.write(name, merged)
 
 
-def _finish(result: _Result, seconds: float) -> None:
+def _finish(result: _Result, common: compatibility.Common, seconds: float) -> None:
     """What stands beside the weights."""
     recipe, planned, partial = result.recipe, result.planned, result.partial
     elements = sum(torch.Size(info.shape).numel() for info in result.writer.tensors.values())
@@ -188,14 +214,15 @@ def _finish(result: _Result, seconds: float) -> None:
         "seconds": round(seconds, 2),
     }
     first = recipe.folders[recipe.tree.leaves[0]]
-    shutil.copyfile(first / "config.json", partial / "config.json")
-    if "tokenizer.json" not in copy_tokenizer(first, partial):
-        print(f"warning: {first} has no tokenizer.json, so neither has the merged model", flush=True)
+    tokenizer = common.tokenizer or first
+    write_config(first, tokenizer, common.rows, partial)
+    if "tokenizer.json" not in copy_tokenizer(tokenizer, partial):
+        print(f"warning: {tokenizer} has no tokenizer.json, so neither has the merged model", flush=True)
     write_json(partial / TABLE, result.table)
     card.write(recipe, planned, partial)
 
 
-def _infos(reader: Reader) -> dict[str, TensorInfo]:
+def _infos(reader: Source) -> dict[str, TensorInfo]:
     """All tensors in the order of their names, numbers by value, however the parents' files order them."""
 
     def natural(name: str) -> list[tuple[int, str]]:
@@ -212,7 +239,7 @@ def _check_room(recipe: Recipe, partial: Path, infos: dict[str, TensorInfo], res
         raise UserError(f"{recipe.out.parent}: {what} {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
 
-def _the_same_in_all(readers: dict[str, Reader], name: str) -> Tensor:
+def _the_same_in_all(readers: dict[str, Source], name: str) -> Tensor:
     """A tensor of integers cannot be merged, only taken over where all models agree."""
     (first, tensor), *others = ((leaf, reader.read(name)) for leaf, reader in readers.items())
     for leaf, other in others:
@@ -234,7 +261,7 @@ class _Parents:
         return [self._found[folder].result() for folder in [*folders, *([recipe.base] if recipe.base else [])]]
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)  # an error need not wait for them
 
 
 def _plan_manifest(recipe: Recipe) -> Manifest:
@@ -243,7 +270,10 @@ def _plan_manifest(recipe: Recipe) -> Manifest:
     # Which parent stands where is told by the parents' order; leaf names are only names.
     work = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules,
             "tree": _shape(recipe.tree.nested()), "max_shard_bytes": recipe.max_shard_bytes}  # fmt: skip
-    facts = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules, "tree": recipe.tree.nested()}
+    if recipe.vocab != "same":  # results from before there was a choice stay what they are
+        work["vocab"] = recipe.vocab
+    facts = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules, "tree": recipe.tree.nested(),
+             "vocab": recipe.vocab}  # fmt: skip
     return Manifest("merged", recipe.name, recipe.config, work, merge=facts)
 
 
