@@ -25,8 +25,10 @@ TRAINING = (
     "initializer_range", "initializer_factor", "problem_type", "id2label", "label2id", "num_labels", "finetuning_task",
     "task_specific_params", "router_aux_loss_coef", "output_router_logits",
 )  # fmt: skip
-TOKENS = ("vocab_size", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-TOKENS += tuple(f"{kind}_token_id" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video"))
+TOKENS = (
+    "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id",
+    "mask_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
+)  # fmt: skip
 """Compared by what the tokenizers say."""
 MAY_DIFFER = frozenset((*LOADING, *TRAINING, *TOKENS))
 DROPOUT = ("dropout", "_pdrop", "layerdrop", "dropout_prob")
