@@ -59,6 +59,9 @@ def test_the_default_is_arcee_fusion_over_the_studys_tree(outputs: Path) -> None
         (["tree=[[code,science],math]"], "arcee_fusion-code+science++math"),
         (["tree=[code,[math,science]]"], "arcee_fusion-code++math+science"),
         (["tree=[math,code]", "operator.lam=0.5"], "arcee_fusion-lam0.5-math+code"),
+        (["vocab=same"], "arcee_fusion"),
+        (["vocab=pad"], "arcee_fusion-vocab_pad"),
+        (["vocab=intersect", "operator.lam=0.5", "tree=[math,code]"], "arcee_fusion-lam0.5-vocab_intersect-math+code"),
         (["operator=linear"], "linear"),
         (["operator=linear", "tree=[code,science,math]"], "linear"),
         (["operator=linear", "operator.weights=[2,1,1]"], "linear-weights2.0_1.0_1.0"),
@@ -162,3 +165,13 @@ def test_what_cannot_work_is_refused_before_any_weight_is_read(outputs: Path, ov
 def test_weights_that_do_not_fit_the_tree_are_refused(outputs: Path) -> None:
     with pytest.raises(UserError, match="2 weights for 3 models"):
         made(outputs, "operator=linear", "operator.weights=[1,2]")
+
+
+def test_a_vocab_that_is_none_is_refused(outputs: Path) -> None:
+    with pytest.raises(UserError, match="vocab=all: choose one of same, pad, intersect"):
+        made(outputs, "vocab=all")
+
+
+def test_a_leaf_without_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder is given for b"):
+        Recipe("linear", make_operator("linear", {}), parse(["a", "b"]), {"a": tmp_path}, tmp_path / "out")
