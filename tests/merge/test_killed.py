@@ -20,11 +20,13 @@ from branchmerge.study import read_manifest, weights_sha256
 SERVER = textwrap.dedent(
     """
     # For each line read, fork children that merge: imports take seconds, and are paid once.
-    import os, signal, sys, time
+    import os, signal, sys, tempfile, time
     from dataclasses import dataclass
     from pathlib import Path
+    import torch
     from branchmerge.merge import Recipe, merge
     from branchmerge.merge.operators.linear import Linear
+    from branchmerge.merge.threads import workers
     from branchmerge.merge.tree import parse
 
     STEPS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.copyfile", "shutil.rmtree")
@@ -56,6 +58,12 @@ SERVER = textwrap.dedent(
         recipe = Recipe("linear", Slow(), parse(["a", "b"]), folders, out, None, shard, overwrite, False)
         merge(recipe)
 
+    # Once here, so that no child compiles anything; with one thread, so that none is missing after a fork.
+    pause = 0.0
+    workers.use(1)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        child(Path(folder, "out"), 1 << 30, False, -1)
     print("ready", flush=True)
     for line in sys.stdin:
         out, shard, overwrite, step, pause, seconds, count = line.split("\\t")
