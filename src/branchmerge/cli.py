@@ -65,6 +65,14 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     return wrapped
 
 
+def only(*keys: str) -> None:
+    """Refuse other overrides than of these keys, as the first of them says all that they would say."""
+    for override in HydraConfig.get().overrides.task:
+        key = override.lstrip("+~").split("=")[0].split(".")[0]
+        if key not in keys:
+            raise UserError(f"{override}: cannot stand beside {keys[0]}=; change the file, or leave {keys[0]}= out")
+
+
 def together(task: Callable[[list[Any]], object], item: Any) -> None:
     """Call `task([item])`; in a multirun of this process, once at its end with the items of all members.
 

@@ -208,12 +208,17 @@ class MergeConfig(CommonConfig):
     """`name` and the parameters of that operator, as in its file below src/branchmerge/merge/operators/."""
     tree: Any = None
     """Merge tree. Null: the study's, and for an n-way operator all its leaves at once."""
+    recipe: str | None = None
+    """recipe.yaml of a merged model that is to be made again, into `out`; says all that the other keys say."""
     rules: list[Any] = field(default_factory=list)
     """Other parameters of the operator for some tensors: [{tensors: mlp, layers: [0, 11], lam: 0.5}], see
     src/branchmerge/merge/rules.py."""
     vocab: str = field(default="same", metadata=_choice("same", "pad", "intersect"))
     """Models whose vocabularies differ. same: refused. pad: as many entries as the largest has; a model that lacks some
     takes them from the first that has them. intersect: only the entries that all have."""
+    device: str = "cpu"
+    """Where the arithmetic is done: cpu, cuda, auto. Results are the same bytes on every CPU; on CUDA their masks may
+    differ in ties at rounding level."""
     threads: int | None = field(default=None, metadata=_at_least(1))
     """Null: one for each core that the process may use."""
     max_shard_gb: float = field(default=5.0, metadata=_at_least(0.001))

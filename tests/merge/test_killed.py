@@ -64,6 +64,7 @@ SERVER = textwrap.dedent(
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         child(Path(folder, "out"), 1 << 30, False, -1)
+    workers.use(2)  # ends the pool of that one thread
     print("ready", flush=True)
     for line in sys.stdin:
         out, shard, overwrite, step, pause, seconds, count = line.split("\\t")

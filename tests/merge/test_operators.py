@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -47,7 +48,7 @@ def test_any_shape_and_size_gives_finite_numbers_and_leaves_the_inputs_alone(
     before = [tensor.clone() for tensor in (base, *models)]
     merged = OPERATORS[name]()(models, base)
     assert merged.shape == base.shape
-    assert merged.dtype == (dtype if name == "arcee_fusion" else torch.float32)
+    assert merged.dtype == (dtype if name.startswith("arcee_fusion") else torch.float32)
     assert torch.isfinite(merged).all()
     assert all(torch.equal(x, y) for x, y in zip((base, *models), before, strict=True))
 
@@ -84,7 +85,7 @@ def test_exactly_opposite_models_stay_finite(name: str) -> None:
 def test_blocks_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base, *models = [random(16, 8, seed=i).bfloat16() for i in range(count_for(name) + 1)]
     operator = OPERATORS[name]()
-    if "seed" in parameters_of(operator):
+    if "density" in parameters_of(operator) and "seed" in parameters_of(operator):
         operator = make_operator(name, {"density": 0.9999, **({"epsilon": 1e-5} if name == "della" else {})})
     whole = operator(models, base)
     monkeypatch.setattr(blocks_module, "BLOCK", 24)
@@ -99,7 +100,16 @@ def test_late_parameters_are_parameters_and_change_nothing_that_is_measured(name
     changed = replace(kind(), **{key: value for key, value in other.items() if key in kind.late})
     base, left, right = (random(4, 6, seed=i) for i in range(3))
     once, again = kind().measure([left, right], base), changed.measure([left, right], base)
-    assert torch.equal(once, again) if isinstance(once, Tensor) else once == again
+    assert plain(once) == plain(again)
+
+
+def plain(measured: Any) -> Any:
+    """With lists for tensors, which do not compare as a whole."""
+    if isinstance(measured, Tensor):
+        return measured.tolist()
+    if isinstance(measured, list | tuple):
+        return [plain(value) for value in measured]
+    return [plain(value) for value in vars(measured).values()] if hasattr(measured, "kl") else measured
 
 
 @EVERY

@@ -57,7 +57,7 @@ def test_merging_one_model_with_itself_is_the_identity(name: str) -> None:
 
 
 def test_unknown_operators_and_parameters_are_refused() -> None:
-    with pytest.raises(UserError, match="choose one of arcee_fusion, breadcrumbs"):
+    with pytest.raises(UserError, match="choose one of arcee_fusion, arcee_fusion_paper"):
         make_operator("ties2", {})
     with pytest.raises(UserError, match="has no such parameter; it has delta, direction"):
         make_operator("arcee_fusion", {"lambda": 1})

@@ -10,6 +10,7 @@ import torch
 
 from branchmerge.config import MergeConfig
 from branchmerge.errors import UserError
+from branchmerge.machine import device_of
 from branchmerge.merge.fold import TensorFold
 from branchmerge.merge.operators import Operator, changed_parameters, make_operator, parameters_of
 from branchmerge.merge.rules import Rule, parse_rules
@@ -38,6 +39,10 @@ class Recipe:
     """Resolved configuration, for the manifest."""
     rules: tuple[Rule, ...] = ()
     """Other parameters for some tensors."""
+    device: str = "cpu"
+    """Where the arithmetic is done: cpu, cuda, cuda:1, ..."""
+    expected: dict[Path, str] = field(default_factory=dict)
+    """SHA-256 that the weights of the models must have; empty for any."""
     vocab: str = "same"
     """What happens to vocabularies that differ, see vocabulary.py."""
 
@@ -90,10 +95,22 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
         out = study.merged(_name(operator_name, operator, usual, tree, default, rules, config.vocab))
     base = backbone.locate(config) if operator.needs_base() else None
     shard = int(config.max_shard_gb * 1e9)
+    device = str(device_of(config.device))
     return Recipe(
-        operator_name, operator, tree, folders, out, base, shard, config.overwrite, config.progress, resolved, rules,
-        config.vocab,
-    )  # fmt: skip
+        operator_name,
+        operator,
+        tree,
+        folders,
+        out,
+        base,
+        shard,
+        config.overwrite,
+        config.progress,
+        resolved,
+        rules,
+        device,
+        vocab=config.vocab,
+    )
 
 
 def _folder(study: Study, leaf: str) -> Path:

@@ -32,6 +32,11 @@ class Rule:
     layers: tuple[int, int] | None
     parameters: Mapping[str, Any]
 
+    def entry(self) -> dict[str, Any]:
+        """As in the configuration."""
+        where = {"tensors": list(self.patterns), **({"layers": list(self.layers)} if self.layers else {})}
+        return {**where, **self.parameters}
+
     def holds_for(self, tensor: str) -> bool:
         if not any(fnmatchcase(tensor, pattern) for pattern in self.patterns):
             return False

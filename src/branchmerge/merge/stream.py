@@ -6,13 +6,16 @@
 Recipes over the same parents are made in one pass. One tensor of each model is in memory at a time.
 """
 
+import math
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,32 +25,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from branchmerge.errors import UserError
-from branchmerge.merge import card, compatibility
+from branchmerge.merge import card, compatibility, recipe_file
 from branchmerge.merge.checkpoint import Reader, TensorInfo, Writer
 from branchmerge.merge.fold import Facts, TensorFold
 from branchmerge.merge.operators import parameters_of
+from branchmerge.merge.parents import Parents
 from branchmerge.merge.recipe import Recipe
 from branchmerge.merge.scan import changes, check_finite, has_special
+from branchmerge.merge.threads import keep_freed_memory, workers
 from branchmerge.merge.views import Source
 from branchmerge.merge.vocabulary import write_config
 from branchmerge.student.backbone import check_checkpoint
 from branchmerge.student.export import copy_tokenizer
-from branchmerge.study import (
-    MANIFEST,
-    Manifest,
-    Parent,
-    fingerprint,
-    is_done,
-    locked,
-    parent_of,
-    publish,
-    read_manifest,
-    write_json,
-)  # fmt: skip
+from branchmerge.study import MANIFEST, Manifest, fingerprint, is_done, locked, publish, read_manifest, write_json
 
 TABLE = "tensors.json"
 BACKBONE = "the backbone"
 """Its name among the leaves."""
+SIDE_BY_SIDE = 1 << 25
+"""Bytes of a tensor up to which several are merged side by side; larger ones are shared by all threads."""
+
+Merged = list[tuple[Tensor, int, list[dict[str, Any]]]]
 
 
 def merge(recipe: Recipe) -> Path:
@@ -64,6 +62,7 @@ def merge(recipe: Recipe) -> Path:
 
 def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
     """Make the merged checkpoints of several recipes; those over the same parents share one pass over them."""
+    keep_freed_memory()
     outs = [recipe.out for recipe in recipes]
     for out in outs:
         if outs.count(out) > 1:
@@ -72,7 +71,7 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
     for recipe in recipes:
         # Padding takes a row from the first leaf that has it, so there the leaves' order counts.
         order = tuple(recipe.tree.leaves) if recipe.vocab != "same" else ()
-        key = (frozenset(recipe.folders.items()), recipe.base, recipe.vocab, order)
+        key = (frozenset(recipe.folders.items()), recipe.base, recipe.device, recipe.vocab, order)
         groups.setdefault(key, []).append(recipe)
     for group in groups.values():
         _merge_group(group)
@@ -85,7 +84,7 @@ class _Result:
 
     recipe: Recipe
     planned: Manifest
-    partial: Path
+    folder: Path
     writer: Writer
     table: list[dict[str, Any]] = field(default_factory=list)
     differing: int = 0
@@ -103,10 +102,11 @@ def _merge_group(recipes: Sequence[Recipe]) -> None:
         for recipe in sorted(recipes, key=lambda recipe: recipe.out):
             stack.enter_context(locked(recipe.out))
             _check_place(recipe)
-        parents = _Parents(list(folders.values()))
+        parents = Parents(list(folders.values()))
         stack.callback(parents.close)
         work = []
         for recipe in recipes:
+            parents.check(recipe)
             planned = _plan_manifest(recipe)
             if (recipe.out / MANIFEST).exists():
                 planned.parents = parents.of(recipe)
@@ -125,7 +125,7 @@ def _check_place(recipe: Recipe) -> None:
     is_done(recipe.out, planned, recipe.overwrite)
 
 
-def _make(work: Sequence[tuple[Recipe, Manifest]], common: compatibility.Common, parents: "_Parents") -> None:
+def _make(work: Sequence[tuple[Recipe, Manifest]], common: compatibility.Common, parents: Parents) -> None:
     """Make all results of a group in one pass, then publish them."""
     began = time.perf_counter()
     readers = dict(common.models)
@@ -134,11 +134,11 @@ def _make(work: Sequence[tuple[Recipe, Manifest]], common: compatibility.Common,
         results = []
         with ExitStack() as writing:
             for recipe, planned in work:
-                partial = publishing.enter_context(publish(recipe.out, planned))
+                folder = publishing.enter_context(publish(recipe.out, planned))
                 infos = _infos(readers[recipe.tree.leaves[0]])
-                _check_room(recipe, partial, infos, len(work))
-                writer = writing.enter_context(Writer(partial, infos, recipe.max_shard_bytes))
-                results.append(_Result(recipe, planned, partial, writer))
+                _check_room(recipe, folder, infos, len(work))
+                writer = writing.enter_context(Writer(folder, infos, recipe.max_shard_bytes))
+                results.append(_Result(recipe, planned, folder, writer))
             _pass(results, readers, origin)
         for result in results:
             result.planned.parents = parents.of(result.recipe)
@@ -158,53 +158,76 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
     title = f"merge {results[0].recipe.name}" if len(results) == 1 else f"merge {len(results)} recipes"
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=not results[0].recipe.progress)
     with bar:
-        for number, (name, following) in enumerate(zip(names, [*names[1:], None], strict=True), start=1):
+        underway: deque[tuple[str, Future[Merged]]] = deque()
+
+        def hand_over(left: int) -> None:
+            """Give finished tensors to the writers, in order, until so many are underway."""
+            while len(underway) > left:
+                name, future = underway.popleft()
+                for result, (merged, changed, entry) in zip(results, future.result(), strict=True):
+                    result.writer.write(name, merged)
+                    result.differing += changed
+                    result.table += entry
+                for source in sources:
+                    source.release(name)
+                bar.set_postfix_str(f"{names.index(name) + 1}/{len(names)} tensors", refresh=False)
+                bar.update(infos[name].nbytes * (len(sources) + len(results)))
+
+        for name, following in zip(names, [*names[1:], None], strict=True):
             if following is not None:
                 for source in sources:
                     source.prefetch(following)
-            _merge_tensor(name, results, readers, origin)
-            for source in sources:
-                source.release(name)
-            bar.set_postfix_str(f"{number}/{len(names)} tensors", refresh=False)
-            bar.update(infos[name].nbytes * (len(sources) + len(results)))
+            work = partial(_merge_tensor, name, results, readers, origin)
+            if infos[name].nbytes > SIDE_BY_SIDE:
+                hand_over(0)
+                future: Future[Merged] = Future()
+                future.set_result(work())
+            else:
+                future = workers.begin(work)
+            underway.append((name, future))
+            hand_over(workers.count)
+        hand_over(0)
 
 
-def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Source], origin: Source | None) -> None:
+def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Source], origin: Source | None) -> Merged:
+    """The merged tensor of each recipe, in how many elements it differs from its first leaf's, and its table entry."""
     info = results[0].writer.tensors[name]
     if not info.dtype.is_floating_point:
-        same = _the_same_in_all(readers, name).clone()
-        for result in results:
-            result.writer.write(name, same)
-        return
+        return [(_the_same_in_all(readers, name).clone(), 0, [])] * len(results)
+
+    device = results[0].recipe.device
 
     def read(reader: Source) -> Tensor:
         tensor = reader.read(name)
         check_finite(tensor, name, reader.folder)
-        return tensor
+        return tensor.to(device)
 
     fold = TensorFold(name, lambda leaf: read(readers[leaf]), read(origin) if origin is not None else None)
-    for result in results:
-        recipe, facts = result.recipe, Facts()
-        dtype = result.writer.tensors[name].dtype
-        merged = fold.merge(recipe.tree, recipe.operator_for(name), facts).to(dtype)
-        if has_special(merged):
-            raise UserError(
-                f"{recipe.out}: the merged {name} as {dtype} holds NaN or infinity; choose milder parameters"
-            )
-        left = readers[recipe.tree.leaves[0]].read(name)
-        changed, norm = changes(merged, left)
-        result.differing += changed
-        share = changed / max(left.numel(), 1)
-        entry = {"tensor": name, "shape": list(info.shape), "changed": share, "update_norm": norm, "nodes": facts}
-        result.table.append(entry)
-        if merged.data_ptr() == left.data_ptr():  # an operator may give back what it got; a mapped file may not wait
-            merged = merged.clone()
-        result.writer.write(name, merged)
+    return [_merge_for(result.recipe, fold, result.writer.tensors[name], readers) for result in results]
+
+
+def _merge_for(
+    recipe: Recipe, fold: TensorFold, info: TensorInfo, readers: dict[str, Source]
+) -> tuple[Tensor, int, list[dict[str, Any]]]:
+    facts = Facts()
+    merged = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts).to("cpu", info.dtype)
+    left = readers[recipe.tree.leaves[0]].read(fold.name)
+    changed, norm = changes(merged, left)
+    # The norm tells of NaN and infinity; large finite differences overflow it, too, so look again.
+    if not math.isfinite(norm) and has_special(merged):
+        raise UserError(
+            f"{recipe.out}: the merged {fold.name} as {info.dtype} holds NaN or infinity; choose milder parameters"
+        )
+    if merged.data_ptr() == left.data_ptr():  # an operator may give back what it got, which is not to stay mapped
+        merged = merged.clone()
+    share = changed / max(left.numel(), 1)
+    entry = {"tensor": fold.name, "shape": list(info.shape), "changed": share, "update_norm": norm, "nodes": facts}
+    return merged, changed, [entry]
 
 
 def _finish(result: _Result, common: compatibility.Common, seconds: float) -> None:
     """What stands beside the weights."""
-    recipe, planned, partial = result.recipe, result.planned, result.partial
+    recipe, planned, folder = result.recipe, result.planned, result.folder
     elements = sum(torch.Size(info.shape).numel() for info in result.writer.tensors.values())
     planned.weights_sha256 = fingerprint(result.writer.sha256)
     planned.merge |= {
@@ -215,11 +238,12 @@ def _finish(result: _Result, common: compatibility.Common, seconds: float) -> No
     }
     first = recipe.folders[recipe.tree.leaves[0]]
     tokenizer = common.tokenizer or first
-    write_config(first, tokenizer, common.rows, partial)
-    if "tokenizer.json" not in copy_tokenizer(tokenizer, partial):
+    write_config(first, tokenizer, common.rows, folder)
+    if "tokenizer.json" not in copy_tokenizer(tokenizer, folder):
         print(f"warning: {tokenizer} has no tokenizer.json, so neither has the merged model", flush=True)
-    write_json(partial / TABLE, result.table)
-    card.write(recipe, planned, partial)
+    write_json(folder / TABLE, result.table)
+    card.write(recipe, planned, folder)
+    recipe_file.write(recipe, planned, folder)
 
 
 def _infos(reader: Source) -> dict[str, TensorInfo]:
@@ -231,9 +255,9 @@ def _infos(reader: Source) -> dict[str, TensorInfo]:
     return {name: reader.tensors[name] for name in sorted(reader.tensors, key=natural)}
 
 
-def _check_room(recipe: Recipe, partial: Path, infos: dict[str, TensorInfo], results: int) -> None:
+def _check_room(recipe: Recipe, folder: Path, infos: dict[str, TensorInfo], results: int) -> None:
     total = results * sum(info.nbytes for info in infos.values())
-    free = shutil.disk_usage(partial).free
+    free = shutil.disk_usage(folder).free
     if free < total:
         what = "the merged model takes" if results == 1 else f"{results} merged models take"
         raise UserError(f"{recipe.out.parent}: {what} {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
@@ -248,25 +272,9 @@ def _the_same_in_all(readers: dict[str, Source], name: str) -> Tensor:
     return tensor
 
 
-class _Parents:
-    """Fingerprints of the parents' weights, taken by threads while the merge goes on."""
-
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self._pool = ThreadPoolExecutor(max(len(folders), 1), "fingerprint")
-        self._found: dict[Path, Future[Parent]] = {folder: self._pool.submit(parent_of, folder) for folder in folders}
-
-    def of(self, recipe: Recipe) -> list[Parent]:
-        """Those of a recipe's leaves from left to right, then the backbone's."""
-        folders = [recipe.folders[leaf] for leaf in recipe.tree.leaves]
-        return [self._found[folder].result() for folder in [*folders, *([recipe.base] if recipe.base else [])]]
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)  # an error need not wait for them
-
-
 def _plan_manifest(recipe: Recipe) -> Manifest:
     parameters = parameters_of(recipe.operator)
-    rules = [{"tensors": rule.patterns, "layers": rule.layers, **rule.parameters} for rule in recipe.rules]
+    rules = [rule.entry() for rule in recipe.rules]
     # Which parent stands where is told by the parents' order; leaf names are only names.
     work = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules,
             "tree": _shape(recipe.tree.nested()), "max_shard_bytes": recipe.max_shard_bytes}  # fmt: skip

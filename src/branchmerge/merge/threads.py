@@ -1,8 +1,14 @@
-"""Threads for the compiled loops, which release the interpreter's lock: blocks of rows, side by side."""
+"""Threads for the compiled loops, which release the interpreter's lock, and the memory that they share.
 
+A large tensor is cut into blocks of rows that are worked on side by side. Of smaller ones several are worked on side by
+side, each by one thread, so that what Python does between the loops is done side by side, too.
+"""
+
+import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import TypeVar
 
@@ -18,6 +24,7 @@ class Workers:
     def __init__(self) -> None:
         self.count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._pool: ThreadPoolExecutor | None = None
+        self._inside = threading.local()
 
     def use(self, count: int) -> None:
         """Use so many threads from now on."""
@@ -35,14 +42,44 @@ class Workers:
 
     def each(self, work: Callable[[slice], T], slices: Sequence[slice]) -> list[T]:
         """Call `work` on each slice; the results come in their order."""
-        if len(slices) <= 1 or self.count == 1:
+        if len(slices) <= 1 or self.count == 1 or getattr(self._inside, "yes", False):
             return [work(part) for part in slices]
+        return list(self.pool.map(work, slices))
+
+    def begin(self, work: Callable[[], T]) -> Future[T]:
+        """Call `work` in a thread of its own; what it shares it does alone."""
+
+        def alone() -> T:
+            self._inside.yes = True
+            try:
+                return work()
+            finally:
+                self._inside.yes = False
+
+        return self.pool.submit(alone)
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.count, "merge")
-        return list(self._pool.map(work, slices))
+        return self._pool
 
 
 workers = Workers()
+
+
+def keep_freed_memory(limit: int = 1 << 25) -> None:
+    """Let the C library hand out freed blocks of up to `limit` bytes again.
+
+    It would give them back to the system and ask for new pages, which costs more than a merge of them.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # names and numbers of glibc's malloc.h
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, limit)
+        library.mallopt(trim_threshold, 8 * limit)
+    except (OSError, AttributeError):  # another C library: slower, nothing else
+        return
 
 
 def blocks_of(part: slice, columns: int) -> list[slice]:

@@ -4,11 +4,14 @@ base.py says what an operator is. To add one: write its file, list it here, add 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from branchmerge.errors import UserError
 from branchmerge.merge.operators.arcee_fusion import ArceeFusion
+from branchmerge.merge.operators.arcee_fusion_mergekit import ArceeFusionMergekit
+from branchmerge.merge.operators.arcee_fusion_null import ArceeFusionNull
+from branchmerge.merge.operators.arcee_fusion_paper import ArceeFusionPaper
 from branchmerge.merge.operators.base import Operator
 from branchmerge.merge.operators.breadcrumbs import Breadcrumbs
 from branchmerge.merge.operators.dare_linear import DareLinear
@@ -29,6 +32,9 @@ __all__ = ["OPERATORS", "Operator", "changed_parameters", "make_operator", "para
 
 OPERATORS: dict[str, type[Operator]] = {
     "arcee_fusion": ArceeFusion,
+    "arcee_fusion_paper": ArceeFusionPaper,
+    "arcee_fusion_mergekit": ArceeFusionMergekit,
+    "arcee_fusion_null": ArceeFusionNull,
     "breadcrumbs": Breadcrumbs,
     "dare_linear": DareLinear,
     "dare_ties": DareTies,
@@ -62,7 +68,7 @@ def make_operator(name: str, parameters: Mapping[str, Any]) -> Operator:
 
 def parameters_of(operator: Operator) -> dict[str, Any]:
     """All parameters with their values."""
-    return asdict(operator)
+    return {item.name: getattr(operator, item.name) for item in fields(operator)}
 
 
 def changed_parameters(operator: Operator, usual: Operator) -> dict[str, Any]:

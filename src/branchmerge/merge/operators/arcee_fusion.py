@@ -29,7 +29,7 @@ from branchmerge.merge.threads import blocks_of, workers
 
 BLOCK = 1 << 20
 """Elements whose float64 temporaries are held at once."""
-SMALL = 1 << 18
+SMALL = 1 << 15
 """Tensors of up to so many elements are sorted whole."""
 CHOICES = {
     "kl": ("row", "tensor"),
@@ -106,7 +106,7 @@ class ArceeFusion(Operator):
         if x.size <= SMALL:
             S = np.empty(x.shape)
             kernels.scores(x, y, kl, self.delta == "signed", S)
-            return Measured(torch.from_numpy(kl), quartiles(S), x.size)
+            return Measured(torch.from_numpy(kl), quartiles(torch.from_numpy(S)), x.size)
 
         def gather(keys: Any, room: int) -> Any:
             def found(part: slice) -> Any:
@@ -124,20 +124,27 @@ class ArceeFusion(Operator):
         if self.precision in ("float32", "bfloat16"):
             kl = rounded_kl(p, q, getattr(torch, self.precision)).double()
         else:
-            kl = torch.cat([row_kl(a.double(), b.double()) for a, b in _blocks(p, q)])
+            kl = torch.empty(len(p), dtype=torch.float64, device=p.device)
+            for rows in row_blocks(p):
+                kl[rows] = row_kl(p[rows].double(), q[rows].double())
         kl = kl.expand(len(left)) if self.kl == "tensor" else kl
-        return Measured(kl, quartiles(self._scores(kl, left, right).cpu().numpy()), left.numel())
+        return Measured(kl, quartiles(self._scores(kl, left, right)), left.numel())
 
     def _scores(self, kl: Tensor, left: Tensor, right: Tensor) -> Tensor:
         d = left.double() - right.double()
         return kl[:, None] * (d if self.delta == "signed" else d.abs())
 
     def apply(self, measured: Measured, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+        return self.fuse(measured, models)[0]
+
+    def fuse(self, measured: Measured, models: Sequence[Tensor]) -> tuple[Tensor, int]:
+        """The merged tensor, and in how many coordinates Right was taken."""
         left, right = as_rows(models)
         T = threshold(measured.quartiles, self.lam)
         if not _compiled_for(left):
             S = self._scores(measured.kl, left, right)
-            return torch.where(S > T if self.gate == "gt" else S >= T, right, left).reshape(models[0].shape)
+            mask = S > T if self.gate == "gt" else S >= T
+            return torch.where(mask, right, left).reshape(models[0].shape), int(mask.sum())
         x, y, kl = _stored(right), _stored(left), measured.kl.numpy()
         o = np.empty_like(x)  # numpy's large arrays are made of large pages, which cost a tenth of torch's
 
@@ -145,8 +152,8 @@ class ArceeFusion(Operator):
             signed, strict = self.delta == "signed", self.gate == "gt"
             return kernels.choose(x[part], y[part], kl[part], signed, T, strict, o[part])
 
-        workers.share(choose, *x.shape)
-        return torch.from_numpy(o).view(left.dtype).reshape(models[0].shape)
+        taken = sum(workers.share(choose, *x.shape))
+        return torch.from_numpy(o).view(left.dtype).reshape(models[0].shape), taken
 
     def facts(self, measured: Measured) -> dict[str, float]:
         if not measured.elements:
@@ -175,9 +182,10 @@ def _stored(tensor: Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _blocks(p: Tensor, q: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, BLOCK // max(p.shape[1], 1))
-    return zip(p.split(rows), q.split(rows), strict=True)
+def row_blocks(rows: Tensor) -> Iterator[slice]:
+    """Cut [R, C] into blocks of rows."""
+    step = max(1, BLOCK // max(rows.shape[1], 1))
+    return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
 def row_kl(x: Tensor, y: Tensor) -> Tensor:
@@ -214,12 +222,15 @@ def rounded_kl(x: Tensor, y: Tensor, dtype: torch.dtype, epsilon: float = 1e-8) 
     return (p * torch.log(p / q)).sum(dim=-1)
 
 
-def quartiles(S: Any) -> tuple[float, float, float]:
-    """Q1, median and Q3 of a numpy array; the quantile q of n values is element floor(q (n - 1)) of them sorted."""
-    if not S.size:
+def quartiles(S: Tensor) -> tuple[float, float, float]:
+    """Q1, median and Q3; the quantile q of n values is element floor(q (n - 1)) of them sorted."""
+    if not S.numel():
         return math.inf, math.inf, math.inf
-    places = _places(S.size)
-    q1, median, q3 = np.partition(S, places, axis=None)[places].tolist()
+    places = _places(S.numel())
+    if S.device.type == "cpu":
+        q1, median, q3 = np.partition(S.numpy(), places, axis=None)[places].tolist()
+    else:
+        q1, median, q3 = S.flatten().sort().values[places].tolist()
     return q1, median, q3
 
 
@@ -235,7 +246,8 @@ def _quartiles_by_histogram(counts: Any, n: int, gather: Any) -> tuple[float, fl
     bins = np.unique(located[located[:, 0] != kernels.ZERO], axis=0)
     keys = np.full(3, kernels.KEYS, np.uint32)
     keys[: len(bins)] = bins[:, 0]
-    values = np.sort(gather(keys, int(bins[:, 2].sum())))
+    values = gather(keys, int(bins[:, 2].sum()))
+    values.sort()
     start_of = dict(zip(bins[:, 0].tolist(), (np.cumsum(bins[:, 2]) - bins[:, 2]).tolist(), strict=True))
     found = [
         float(values[start_of[key] + place - first]) if key in start_of else 0.0

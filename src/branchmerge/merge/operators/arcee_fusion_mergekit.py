@@ -1,0 +1,95 @@
+"""Arcee Fusion with the arithmetic of mergekit 0.1.5, rounding included: what TinyR1's published models went through.
+
+    p = softmax(Right) + 1e-8,  q = softmax(Left) + 1e-8       by row
+    S = (sum p log(p / q)) * |Right - Left|
+    T = median(S) + lam * (Q3(S) - Q1(S))                      of a random million of S where there are more
+    out = Left + (S >= T) * (Right - Left)
+
+Every step is rounded to the models' dtype. The KL is mostly rounding noise then, and Left + (Right - Left) is not
+always Right. Bit for bit mergekit's result on tensors of up to a million elements (tests/parity); above, mergekit draws
+unseeded, and so do we but with a seed. For new merges take arcee_fusion.
+
+Source: outputs of mergekit 0.1.5 (Goddard et al., Arcee's MergeKit, arXiv 2403.13257). Shapes: R rows, C columns.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from branchmerge.merge.operators.arcee_fusion import as_rows, row_blocks
+from branchmerge.merge.operators.base import Operator
+from branchmerge.merge.operators.limits import whole
+
+EPSILON = 1e-8
+SAMPLE = 1_000_000
+"""Elements that the quartiles are taken from."""
+
+
+@dataclass(frozen=True)
+class ArceeFusionMergekit(Operator):
+    """Left and Right -> their fusion in the arithmetic of mergekit."""
+
+    lam: float = 1.5
+    """lambda of the threshold; mergekit has no other value."""
+    seed: int = 42
+    """Of the samples of large tensors."""
+
+    n_way: ClassVar[bool] = False
+    late = frozenset({"lam"})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lam, int | float) or math.isnan(self.lam):
+            raise ValueError(f"lam must be a number, it is {self.lam!r}")
+        object.__setattr__(self, "lam", float(self.lam))
+        whole("seed", self.seed, 0)
+
+    def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """S in the models' dtype, [R, C], and its quartiles."""
+        left, right = as_rows(models)
+        S = torch.empty_like(left)
+        for rows in row_blocks(left):
+            p, q = (torch.softmax(model[rows], dim=-1) + EPSILON for model in (right, left))
+            kl = (p * torch.log(p / q)).sum(dim=-1, keepdim=True)
+            S[rows] = kl * (right[rows] - left[rows]).abs()
+        if not S.numel():
+            return S, [torch.tensor(math.inf)] * 3
+        draw = torch.Generator().manual_seed(self.seed)
+        median = _quantiles(_sample(S, draw), [0.5])
+        q1, q3 = _quantiles(_sample(S, draw), [0.25, 0.75])  # from another draw, as there
+        return S, [q1, *median, q3]
+
+    def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+        S, (q1, median, q3) = measured
+        left, right = as_rows(models)
+        T = torch.full_like(median, self.lam) if math.isinf(self.lam) else median + self.lam * (q3 - q1)
+        out = torch.empty_like(left)
+        for rows in row_blocks(left):
+            mask = (S[rows] >= T).to(left.dtype)
+            out[rows] = left[rows] + mask * (right[rows] - left[rows])
+        return out.reshape(models[0].shape)
+
+    def facts(self, measured: Any) -> dict[str, float]:
+        S, (q1, median, q3) = measured
+        if not S.numel():
+            return {}
+        T = float(median + self.lam * (q3 - q1)) if math.isfinite(self.lam) else self.lam
+        return {"S_q1": float(q1), "S_median": float(median), "S_q3": float(q3), "T": T,
+                "S_negative": float((S < 0).double().mean())}  # fmt: skip
+
+
+def _sample(S: Tensor, draw: torch.Generator) -> Tensor:
+    """All of S, flat, or a million of it drawn with replacement."""
+    flat = S.reshape(-1)
+    if flat.numel() <= SAMPLE:
+        return flat
+    return flat[torch.randint(flat.numel(), (SAMPLE,), generator=draw).to(flat.device)]
+
+
+def _quantiles(values: Tensor, qs: Sequence[float]) -> list[Tensor]:
+    """Element floor(q (n - 1)) of the sorted values for each q."""
+    ordered = values.sort().values
+    return [ordered[math.floor(q * (ordered.numel() - 1))] for q in qs]

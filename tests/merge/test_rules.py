@@ -1,0 +1,88 @@
+"""Rules: other parameters for some tensors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from merging import NESTED, load, perturbed, recipe
+
+from branchmerge.errors import UserError
+from branchmerge.merge import merge
+from branchmerge.merge.operators import make_operator
+from branchmerge.merge.rules import layer_of, parse_rules
+
+PAIR = ["math", "code"]
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("experts")
+    return {name: perturbed(tiny_student, root / name, seed) for seed, name in enumerate(["math", "code", "science"])}
+
+
+def test_each_tensor_is_merged_with_its_own_parameters(experts: dict[str, Path], tmp_path: Path) -> None:
+    rules = [{"tensors": "mlp", "lam": 0.0}, {"tensors": ["*q_proj*", "norms"], "layers": [1, 1], "lam": 5.0}]
+    merged = load(merge(recipe(experts, tmp_path / "merged", rules=rules)))
+    models = {name: load(folder) for name, folder in experts.items()}
+    seen = set()
+    for name, tensor in merged.items():
+        lam = 0.0 if "mlp" in name else 5.0 if ".1." in name and ("q_proj" in name or "norm" in name) else 1.5
+        seen.add(lam)
+        operator = make_operator("arcee_fusion", {"lam": lam})
+        inner = operator([models["science"][name], models["math"][name]])
+        assert torch.equal(tensor, operator([models["code"][name], inner])), name
+    assert seen == {0.0, 1.5, 5.0}
+
+
+def test_weights_differ_by_layer(experts: dict[str, Path], tmp_path: Path) -> None:
+    rules = [{"layers": [0, 0], "weights": [1, 0]}, {"tensors": "embeddings", "weights": [0, 1]}]
+    folders = {leaf: experts[leaf] for leaf in PAIR}
+    merged = load(merge(recipe(folders, tmp_path / "merged", "linear", PAIR, rules=rules)))
+    math, code = load(experts["math"]), load(experts["code"])
+    for name, tensor in merged.items():
+        expected = math[name] if layer_of(name) == 0 else code[name] if "embed" in name else None
+        torch.testing.assert_close(tensor, (math[name] + code[name]) / 2 if expected is None else expected)
+
+
+def test_a_rule_holds_where_both_name_and_layer_fit() -> None:
+    first, second = parse_rules([{"lam": 1.0, "layers": 3}, {"tensors": "*.mlp.*", "lam": 2.0}])
+    up = "model.layers.{}.mlp.up_proj.weight"
+    assert first.holds_for(up.format(3)) and second.holds_for(up.format(3))
+    assert not first.holds_for(up.format(13)) and second.holds_for(up.format(13))
+    assert not first.holds_for("model.embed_tokens.weight") and not second.holds_for("model.embed_tokens.weight")
+    assert first.layers == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ({"tensors": "mlp"}, "changes nothing"),
+        ("mlp", "changes nothing"),
+        ({"layers": [5, 2], "lam": 1}, "is not .first, last."),
+        ({"layers": [1, 2, 3], "lam": 1}, "is not .first, last."),
+    ],
+)
+def test_what_is_no_rule_is_refused(rule: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_rules([rule])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"), [({"lambda": 1}, "has no such parameter"), ({"lam": "much"}, "lam must be a number")]
+)
+def test_parameters_of_rules_are_checked_before_the_merge(
+    experts: dict[str, Path], tmp_path: Path, rule: dict[str, object], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        recipe(experts, tmp_path / "merged", tree=NESTED, rules=[rule])
+
+
+def test_weights_of_rules_must_fit_the_tree(experts: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 weights for 3 models"):
+        recipe(
+            experts,
+            tmp_path / "m",
+            "linear",
+            ["math", "code", "science"],
+            rules=[{"tensors": "mlp", "weights": [1, 2]}],
+        )
