@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from branchmerge.errors import UserError
-from branchmerge.merge import Recipe, merge, merge_all
+from branchmerge.merge import Recipe, merge, merge_all, recipe_file
 from branchmerge.merge.checkpoint import Reader
 from branchmerge.merge.operators import make_operator
 from branchmerge.merge.tree import parse
@@ -165,6 +165,13 @@ def test_the_choice_is_part_of_what_was_done(tmp_path: Path) -> None:
         merged(out, "intersect", **folders)
     same = read_manifest(merged(tmp_path / "same", "same", a=folders["a"], b=model(tmp_path / "c", 2, 4)))
     assert same is not None and "vocab" not in same.work
+
+
+def test_a_recipe_file_keeps_the_choice(tmp_path: Path) -> None:
+    out = merged(tmp_path / "out", "pad", a=model(tmp_path / "a", 0, 4), b=model(tmp_path / "b", 1, 8))
+    again = merge(recipe_file.load(out / recipe_file.NAME, tmp_path / "again", progress=False))
+    for name in ("model.safetensors", "config.json", "tokenizer.json", recipe_file.NAME):
+        assert (again / name).read_bytes() == (out / name).read_bytes()
 
 
 def test_a_sweep_over_orders_pads_each_by_its_own(tmp_path: Path) -> None:
