@@ -213,6 +213,9 @@ class MergeConfig(CommonConfig):
     rules: list[Any] = field(default_factory=list)
     """Other parameters of the operator for some tensors: [{tensors: mlp, layers: [0, 11], lam: 0.5}], see
     src/branchmerge/merge/rules.py."""
+    vocab: str = field(default="same", metadata=_choice("same", "pad", "intersect"))
+    """Models whose vocabularies differ. same: refused. pad: as many entries as the largest has; a model that lacks some
+    takes them from the first that has them. intersect: only the entries that all have."""
     device: str = "cpu"
     """Where the arithmetic is done: cpu, cuda, auto. Results are the same bytes on every CPU; on CUDA their masks may
     differ in ties at rounding level."""

@@ -5,6 +5,8 @@ last and is moved into place by one rename, so a killed process never leaves a f
 per result makes a second process wait for the first and then find the work done.
 """
 
+import errno
+import glob
 import hashlib
 import json
 import mmap
@@ -26,6 +28,8 @@ from branchmerge.config import PROJECT, CommonConfig
 from branchmerge.errors import UserError
 
 MANIFEST = "manifest.json"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a place that is full or not ours, in contrast to those of a broken disk."""
 PACKAGES = ("branchmerge", "torch", "transformers", "lightning", "lm-eval", "math-verify", "safetensors", "datasets")
 
 
@@ -138,11 +142,10 @@ def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
 
     The caller holds `locked(folder)`, so hidden folders of the same name are left-overs of killed runs.
     """
-    for stale in folder.parent.glob(f".{folder.name}.partial*"):
-        shutil.rmtree(stale)
+    remove_left_overs(folder)
     partial = folder.parent / f".{folder.name}.partial"
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
         if not planned.weights_sha256 and any(partial.glob("*.safetensors")):
             planned.weights_sha256 = weights_sha256(partial)
@@ -158,22 +161,42 @@ def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
             shutil.rmtree(retired)
         else:
             partial.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise _unwritable(folder, error) from error
         raise
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove what killed runs left of their way to `folder`; the caller holds `locked(folder)`."""
+    for stale in folder.parent.glob(f".{glob.escape(folder.name)}.partial*"):
+        shutil.rmtree(stale)
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder.parent}: cannot write {folder.name} there ({error.strerror}); make room on that disk, or give"
+        " another out="
+    )
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the right to make `folder`; wait, and say so once, while another process makes it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         print(f"waiting for another process that is making {folder}", flush=True)
         lock.acquire()
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise _unwritable(folder, error) from error
     try:
+        remove_left_overs(folder)
         yield
     finally:
         lock.release()

@@ -60,6 +60,9 @@ def test_the_default_is_arcee_fusion_over_the_studys_tree(outputs: Path) -> None
         (["tree=[[code,science],math]"], "arcee_fusion-code+science++math"),
         (["tree=[code,[math,science]]"], "arcee_fusion-code++math+science"),
         (["tree=[math,code]", "operator.lam=0.5"], "arcee_fusion-lam0.5-math+code"),
+        (["vocab=same"], "arcee_fusion"),
+        (["vocab=pad"], "arcee_fusion-vocab_pad"),
+        (["vocab=intersect", "operator.lam=0.5", "tree=[math,code]"], "arcee_fusion-lam0.5-vocab_intersect-math+code"),
         (["operator=linear"], "linear"),
         (["operator=linear", "tree=[code,science,math]"], "linear"),
         (["operator=linear", "operator.weights=[2,1,1]"], "linear-weights2.0_1.0_1.0"),
@@ -202,3 +205,13 @@ def test_folders_from_elsewhere_have_no_backbone_unless_it_is_given(outputs: Pat
     outside = [f"tree=[code,{tiny_student}]", "out=/my/merged"]
     assert made(outputs, *outside).origin is None
     assert made(outputs, *outside, f"backbone.path={tiny_student}").origin == tiny_student
+
+
+def test_a_vocab_that_is_none_is_refused(outputs: Path) -> None:
+    with pytest.raises(UserError, match="vocab=all: choose one of same, pad, intersect"):
+        made(outputs, "vocab=all")
+
+
+def test_a_leaf_without_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder is given for b"):
+        Recipe("linear", make_operator("linear", {}), parse(["a", "b"]), {"a": tmp_path}, tmp_path / "out")

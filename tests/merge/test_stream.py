@@ -190,6 +190,19 @@ def test_other_work_in_the_same_place_is_refused(
     assert weights_sha256(out) == before
 
 
+def test_other_work_in_the_same_place_is_refused_before_the_parents_weights_are_read(
+    experts: Folders, tmp_path: Path
+) -> None:
+    math = shutil.copytree(experts["math"], tmp_path / "math")
+    folders = {**experts, "math": math}
+    out = merge(recipe(folders, tmp_path / "merged"))
+    (math / "manifest.json").write_text("{")  # whoever asks for its fingerprint stumbles over this
+    with pytest.raises(UserError, match="holds a result made otherwise"):
+        merge(recipe(folders, out, lam=0.5))
+    with pytest.raises(UserError, match="not a manifest"):
+        merge(recipe(folders, out))
+
+
 def test_overwrite_replaces(experts: Folders, tmp_path: Path) -> None:
     merge(recipe(experts, tmp_path / "merged", max_shard_bytes=60_000))
     out = merge(recipe(experts, tmp_path / "merged", lam=0.5, overwrite=True))

@@ -12,7 +12,8 @@ does. The whole model's numbers are those of all its tensors laid end to end. Sh
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -28,6 +29,7 @@ from branchmerge.merge import anatomy_kernels
 from branchmerge.merge.checkpoint import Reader
 from branchmerge.merge.scan import flat
 from branchmerge.merge.threads import workers
+from branchmerge.merge.views import Source
 
 NEAR_ORTHOGONAL = 0.1
 """|cosine| below which two task vectors count as near-orthogonal; the paper gives no number, this one is ours."""
@@ -106,7 +108,7 @@ class Anatomy:
 
     leaves: Sequence[str]
     """From left to right, as in the tree."""
-    base: Reader | None
+    base: Source | None
     """The backbone's checkpoint, where it is known"""
     total: Counts = field(init=False)
 
@@ -155,24 +157,32 @@ class Anatomy:
         }
 
 
-def open_backbone(folder: Path | None, model: Reader) -> Reader | None:
+@contextmanager
+def opened(folder: Path | None, model: Source) -> Iterator[Source | None]:
     """The backbone, where it is known and has the tensors of the models; else None, and a line that says why."""
-    if folder is None:
-        print("anatomy: the backbone is not known, so there are no cosines of task vectors; give it with"
-              " backbone.path=/folder/of/the/backbone", flush=True)  # fmt: skip
-        return None
-    try:
-        base = Reader(folder)
-    except UserError as error:
-        print(f"anatomy: the backbone is left out: {error}", flush=True)
-        return None
+    with ExitStack() as stack:
+        base = None
+        if folder is None:
+            why = "the backbone is not known, so there are no cosines of task vectors; give it with backbone.path=/its/folder"
+        else:
+            try:
+                base = stack.enter_context(Reader(folder))
+                why = _misfit(base, model)
+            except UserError as error:
+                why = f"the backbone is left out: {error}"
+        if why:
+            print(f"anatomy: {why}", flush=True)
+        yield None if why else base
+
+
+def _misfit(base: Source, model: Source) -> str:
+    """Why a checkpoint cannot be the backbone of a model; empty where it can."""
     for name, info in model.tensors.items():
         found = base.tensors.get(name)
         if found is None or found.shape != info.shape:
-            shapes = f"{list(info.shape)}, there {list(found.shape) if found else 'missing'}"
-            print(f"anatomy: {folder} is no backbone of these models ({name}: {shapes}); it is left out", flush=True)
-            return None
-    return base
+            shapes = f"{list(info.shape)} and {list(found.shape) if found else 'missing'}"
+            return f"{base.folder} is no backbone of these models ({name}: {shapes}); it is left out"
+    return ""
 
 
 def said(summary: Mapping[str, Any], selects: bool) -> list[str]:

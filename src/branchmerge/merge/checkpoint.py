@@ -7,6 +7,7 @@ its bytes), then the bytes of all tensors.
 import errno
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from branchmerge.errors import UserError
+from branchmerge.merge.shards import AGAIN, INDEX, weight_files
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -44,20 +46,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, by its index where it has one; raises UserError if one is lost."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        lost = [path for path in paths if not path.is_file()]
-        if lost:
-            raise UserError(f"{lost[0]}: named in {index.name} but not there; copy or download it again")
-        return paths
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Reader:
@@ -67,29 +56,34 @@ class Reader:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[mmap.mmap, int]] = {}
-        for path in weight_files(folder):
+        for path, named in weight_files(folder).items():
             try:
-                self._add(path)
+                self._add(path, named)
             except (SafetensorError, OSError, ValueError) as error:
-                raise UserError(
-                    f"{path}: not a readable safetensors file ({error}); copy or download it again"
-                ) from error
+                raise UserError(f"{path}: not a readable safetensors file ({error}); {AGAIN}") from error
             except KeyError as error:
                 raise UserError(f"{path}: holds a tensor of dtype {error}, which cannot be merged") from error
 
-    def _add(self, path: Path) -> None:
+    def _add(self, path: Path, named: set[str] | None) -> None:
         with safe_open(path, framework="pt"):  # the library checks the header against the file's length
             pass
         with path.open("rb") as file:
             # Copy on write: torch wants memory that could be written to, the file stays as it is.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         (length,) = struct.unpack("<Q", mapped[:8])
-        for name, entry in json.loads(mapped[8 : 8 + length]).items():
-            if name == "__metadata__":
-                continue
+        header = json.loads(mapped[8 : 8 + length])
+        header.pop("__metadata__", None)
+        if named is not None and named != header.keys():
+            name = min(named ^ header.keys())
+            what = "lacks {}, which {} places in it" if name in named else "holds {}, which {} does not place in it"
+            raise UserError(f"{path}: {what.format(name, INDEX)}; {AGAIN}")
+        for name, entry in header.items():
             if name in self.tensors:
                 raise ValueError(f"the tensor {name} is in another shard too")
-            self.tensors[name] = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if math.prod(max(size, 1) for size in info.shape) >= 1 << 62:  # an empty tensor may claim such sizes
+                raise ValueError(f"the tensor {name} has the shape {list(info.shape)}")
+            self.tensors[name] = info
             self._places[name] = mapped, 8 + length + entry["data_offsets"][0]
 
     def __enter__(self) -> "Reader":
@@ -245,7 +239,7 @@ class Writer:
         places = {name: self._file_name(number) for number, shard in enumerate(self.shards) for name in shard}
         total = sum(info.nbytes for info in self.tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _allocate(descriptor: int, size: int) -> None:

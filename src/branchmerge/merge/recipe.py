@@ -15,6 +15,7 @@ from branchmerge.merge.fold import TensorFold
 from branchmerge.merge.operators import Operator, changed_parameters, make_operator, parameters_of
 from branchmerge.merge.rules import Rule, parse_rules
 from branchmerge.merge.tree import Tree, parse
+from branchmerge.merge.vocabulary import WAYS
 from branchmerge.student import backbone
 from branchmerge.study import Study, read_manifest
 
@@ -46,8 +47,15 @@ class Recipe:
     """Compare the result with what it was made of, and draw that."""
     origin: Path | None = None
     """Checkpoint of the backbone for the anatomy, where the operator does not need it; no parent of the result."""
+    vocab: str = "same"
+    """What happens to vocabularies that differ, see vocabulary.py."""
 
     def __post_init__(self) -> None:
+        if self.vocab not in WAYS:
+            raise UserError(f"vocab={self.vocab}: choose one of {', '.join(WAYS)}")
+        lost = [leaf for leaf in self.tree.leaves if leaf not in self.folders]
+        if lost:
+            raise UserError(f"tree={self.tree.nested()}: no folder is given for {lost[0]}; add it to folders")
         if not self.operator.n_way:
             _check_binary(self.tree, self.operator_name)
         # A dry run on single numbers finds parameters that do not fit the tree, such as two weights for three models.
@@ -88,7 +96,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     if config.out is not None:
         out = Path(config.out).expanduser()
     else:
-        out = study.merged(_name(operator_name, operator, usual, tree, default, rules))
+        out = study.merged(_name(operator_name, operator, usual, tree, default, rules, config.vocab))
     base = backbone.locate(config) if operator.needs_base() else None
     ours = all(folder.parent == study.expert("*").parent for folder in folders.values())
     origin = backbone.find(config) if config.anatomy and base is None and (ours or config.backbone.path) else None
@@ -109,6 +117,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
         device,
         anatomy=config.anatomy,
         origin=origin,
+        vocab=config.vocab,
     )
 
 
@@ -129,12 +138,15 @@ def _folder(study: Study, leaf: str) -> Path:
 
 
 def _name(
-    operator_name: str, operator: Operator, usual: Operator, tree: Tree, default: Tree, rules: tuple[Rule, ...]
-) -> str:
+    operator_name: str, operator: Operator, usual: Operator, tree: Tree, default: Tree, rules: tuple[Rule, ...],
+    vocab: str,
+) -> str:  # fmt: skip
     """How the result was made: the operator, parameters that are not the study's usual ones, rules, another tree."""
     parts = [operator_name, *(f"{key}{_value(value)}" for key, value in changed_parameters(operator, usual).items())]
     if rules:
         parts.append(f"rules{hashlib.sha256(repr(rules).encode()).hexdigest()[:6]}")
+    if vocab != "same":
+        parts.append(f"vocab_{vocab}")
     if tree != default:
         if any("/" in leaf for leaf in tree.leaves):
             raise UserError(f"tree={tree.nested()}: say where a merge of other folders goes, with out=/my/merged")

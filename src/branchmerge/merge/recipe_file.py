@@ -36,6 +36,7 @@ def write(recipe: Recipe, manifest: Manifest, folder: Path) -> None:
         "models": dict(zip(leaves, known, strict=False)),
         "base": known[len(leaves)] if len(known) > len(leaves) else None,
         "max_shard_bytes": recipe.max_shard_bytes,
+        **({"vocab": recipe.vocab} if recipe.vocab != "same" else {}),
     }
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
     write_text(folder / NAME, HEAD.format(name=NAME) + text)
@@ -55,7 +56,7 @@ def load(path: Path, out: Path, *, overwrite: bool = False, progress: bool = Tru
             {leaf: Path(model["path"]) for leaf, model in models.items()}, out,
             base=Path(base["path"]) if base else None, max_shard_bytes=int(content["max_shard_bytes"]),
             overwrite=overwrite, progress=progress, config={"recipe": str(path)},
-            rules=parse_rules(content["rules"]),
+            rules=parse_rules(content["rules"]), vocab=content.get("vocab", "same"),
             expected={Path(model["path"]): str(model["sha256"]) for model in known.values()},
         )  # fmt: skip
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:

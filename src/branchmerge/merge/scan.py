@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from branchmerge.errors import UserError
 from branchmerge.merge import kernels
 from branchmerge.merge.anatomy_kernels import difference
 from branchmerge.merge.threads import workers
@@ -43,6 +45,12 @@ class Change:
         """For the table of tensors."""
         share = self.changed / max(self.elements, 1)
         return {"changed": share, "update_norm": self.norm, "left_norm": self.norm_before}
+
+
+def check_finite(tensor: Tensor, name: str, folder: Path) -> None:
+    """Refuse a parent's tensor that holds NaN or infinity."""
+    if has_special(tensor):
+        raise UserError(f"{folder}: the tensor {name} holds NaN or infinity; that model is broken")
 
 
 def changes(after: Tensor, before: Tensor) -> Change:

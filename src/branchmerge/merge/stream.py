@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -31,14 +31,19 @@ from branchmerge.merge.anatomy import Anatomy, Counts
 from branchmerge.merge.checkpoint import Reader, TensorInfo, Writer
 from branchmerge.merge.fold import Facts, TensorFold
 from branchmerge.merge.operators import parameters_of
+from branchmerge.merge.parents import check_expected, parents_of
 from branchmerge.merge.recipe import Recipe
-from branchmerge.merge.scan import changes, has_special
+from branchmerge.merge.scan import changes, check_finite, has_special
 from branchmerge.merge.threads import keep_freed_memory, workers
+from branchmerge.merge.views import Source
+from branchmerge.merge.vocabulary import write_config
 from branchmerge.student.backbone import check_checkpoint
 from branchmerge.student.export import copy_tokenizer
-from branchmerge.study import MANIFEST, Manifest, Parent, fingerprint, is_done, locked, publish, write_json
+from branchmerge.study import MANIFEST, Manifest, fingerprint, is_done, locked, publish, read_manifest, write_json
 
 TABLE = "tensors.json"
+BACKBONE = "the backbone"
+"""Its name among the leaves."""
 SIDE_BY_SIDE = 1 << 25
 """Bytes of a tensor up to which several are merged side by side; larger ones are shared by all threads."""
 
@@ -66,8 +71,10 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
             raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
     groups: dict[object, list[Recipe]] = {}
     for recipe in recipes:
-        together = (frozenset(recipe.folders.items()), recipe.base, recipe.origin, recipe.device)
-        groups.setdefault(together, []).append(recipe)
+        # Padding takes a row from the first leaf that has it, so there the leaves' order counts.
+        order = tuple(recipe.tree.leaves) if recipe.vocab != "same" else ()
+        places = frozenset(recipe.folders.items()), recipe.base, recipe.origin
+        groups.setdefault((*places, recipe.device, recipe.vocab, order), []).append(recipe)
     for group in groups.values():
         _merge_group(group)
     return outs
@@ -88,46 +95,51 @@ class _Result:
 
 
 def _merge_group(recipes: Sequence[Recipe]) -> None:
-    folders, base = recipes[0].folders, recipes[0].base
+    folders = {leaf: recipe.folders[leaf] for recipe in recipes for leaf in recipe.tree.leaves}
+    if recipes[0].base is not None:
+        folders[BACKBONE] = recipes[0].base
     for folder in folders.values():
         check_checkpoint(folder)
     with ExitStack() as stack:
         readers = {leaf: stack.enter_context(Reader(folder)) for leaf, folder in folders.items()}
-        origin = stack.enter_context(Reader(base)) if base is not None else None
-        compatibility.check({**readers, "the backbone": origin} if origin is not None else readers)
-        for folder in [*folders.values(), *([base] if base is not None else [])]:
-            fingerprints.begin(folder)
+        common = compatibility.check(readers, recipes[0].vocab)
         for recipe in sorted(recipes, key=lambda recipe: recipe.out):
             stack.enter_context(locked(recipe.out))
+            _check_place(recipe)
+        for folder in folders.values():
+            fingerprints.begin(folder)
         work = []
         for recipe in recipes:
-            _check_expected(recipe)
+            check_expected(recipe)
             planned = _plan_manifest(recipe)
             if (recipe.out / MANIFEST).exists():
-                planned.parents = _parents(recipe)
+                planned.parents = parents_of(recipe)
             if is_done(recipe.out, planned, recipe.overwrite):
                 print(f"{recipe.out}: done already", flush=True)
             else:
                 work.append((recipe, planned))
         if work:
-            known = origin
+            known = common.models.get(BACKBONE)
             if known is None and any(recipe.anatomy for recipe, _ in work):
-                known = anatomy.open_backbone(recipes[0].origin, next(iter(readers.values())))
-            with known or nullcontext():
-                _make(work, readers, origin, known)
+                known = stack.enter_context(anatomy.opened(recipes[0].origin, common.models[recipes[0].tree.leaves[0]]))
+            _make(work, common, known)
 
 
-def _make(
-    work: Sequence[tuple[Recipe, Manifest]],
-    readers: dict[str, Reader],
-    origin: Reader | None,
-    known: Reader | None,
-) -> None:
+def _check_place(recipe: Recipe) -> None:
+    """Refuse a folder that holds something else, as far as that can be seen without the parents' fingerprints."""
+    planned, found = _plan_manifest(recipe), read_manifest(recipe.out)
+    planned.parents = found.parents if found is not None else []
+    is_done(recipe.out, planned, recipe.overwrite)
+
+
+def _make(work: Sequence[tuple[Recipe, Manifest]], common: compatibility.Common, known: Source | None) -> None:
     """Make all results of a group in one pass, then publish them.
 
-    The operators get the backbone `origin`, the anatomy `known`, which is another only where `origin` is None.
+    The anatomy gets the backbone `known` also where the operators get none.
     """
     began = time.perf_counter()
+    readers = dict(common.models)
+    origin = readers.pop(BACKBONE, None)
     with ExitStack() as publishing:
         results = []
         with ExitStack() as writing:
@@ -141,15 +153,15 @@ def _make(
                     results[-1].anatomy = Anatomy(recipe.tree.leaves, known)
             _pass(results, readers, origin)
         for result in results:
-            result.planned.parents = _parents(result.recipe)
-            _finish(result, time.perf_counter() - began)
+            result.planned.parents = parents_of(result.recipe)
+            _finish(result, common, time.perf_counter() - began)
     for result in results:
         recipe = result.recipe
         said = f"{recipe.operator_name} {parameters_of(recipe.operator)}"
         print(f"{recipe.out}: merged {recipe.tree.nested()} by {said}", *result.said, sep="\n  ", flush=True)
 
 
-def _pass(results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> None:
+def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source | None) -> None:
     """Walk over the tensors once: read each from every model, merge it for every recipe, hand it to the writers."""
     sources = [*readers.values(), *([origin] if origin is not None else [])]
     sources += {result.anatomy.base for result in results if result.anatomy and result.anatomy.base} - {origin}
@@ -192,7 +204,7 @@ def _pass(results: Sequence[_Result], readers: dict[str, Reader], origin: Reader
         hand_over(0)
 
 
-def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Reader], origin: Reader | None) -> Merged:
+def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Source], origin: Source | None) -> Merged:
     """Of each recipe: the merged tensor, in how many elements it differs from its first leaf's, its table entry, and
     what its anatomy counted."""
     info = results[0].writer.tensors[name]
@@ -201,10 +213,9 @@ def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Read
 
     device = results[0].recipe.device
 
-    def read(reader: Reader) -> Tensor:
+    def read(reader: Source) -> Tensor:
         tensor = reader.read(name)
-        if has_special(tensor):
-            raise UserError(f"{reader.folder}: the tensor {name} holds NaN or infinity; that model is broken")
+        check_finite(tensor, name, reader.folder)
         return tensor.to(device)
 
     fold = TensorFold(name, lambda leaf: read(readers[leaf]), read(origin) if origin is not None else None)
@@ -212,7 +223,7 @@ def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Read
 
 
 def _merge_for(
-    result: _Result, fold: TensorFold, readers: dict[str, Reader]
+    result: _Result, fold: TensorFold, readers: dict[str, Source]
 ) -> tuple[Tensor, int, list[dict[str, Any]], Counts | None]:
     recipe, info, facts = result.recipe, result.writer.tensors[fold.name], Facts()
     merged = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts).to("cpu", info.dtype)
@@ -230,7 +241,7 @@ def _merge_for(
     return merged, change.changed, [entry], counts
 
 
-def _finish(result: _Result, seconds: float) -> None:
+def _finish(result: _Result, common: compatibility.Common, seconds: float) -> None:
     """What stands beside the weights."""
     recipe, planned, folder = result.recipe, result.planned, result.folder
     elements = sum(torch.Size(info.shape).numel() for info in result.writer.tensors.values())
@@ -242,9 +253,10 @@ def _finish(result: _Result, seconds: float) -> None:
         "seconds": round(seconds, 2),
     }
     first = recipe.folders[recipe.tree.leaves[0]]
-    shutil.copyfile(first / "config.json", folder / "config.json")
-    if "tokenizer.json" not in copy_tokenizer(first, folder):
-        print(f"warning: {first} has no tokenizer.json, so neither has the merged model", flush=True)
+    tokenizer = common.tokenizer or first
+    write_config(first, tokenizer, common.rows, folder)
+    if "tokenizer.json" not in copy_tokenizer(tokenizer, folder):
+        print(f"warning: {tokenizer} has no tokenizer.json, so neither has the merged model", flush=True)
     write_json(folder / TABLE, result.table)
     told = anatomy_report.write(recipe, result.table, result.anatomy, folder)
     result.said = told.lines
@@ -252,7 +264,7 @@ def _finish(result: _Result, seconds: float) -> None:
     recipe_file.write(recipe, planned, folder)
 
 
-def _infos(reader: Reader) -> dict[str, TensorInfo]:
+def _infos(reader: Source) -> dict[str, TensorInfo]:
     """All tensors in the order of their names, numbers by value, however the parents' files order them."""
 
     def natural(name: str) -> list[tuple[int, str]]:
@@ -269,7 +281,7 @@ def _check_room(recipe: Recipe, folder: Path, infos: dict[str, TensorInfo], resu
         raise UserError(f"{recipe.out.parent}: {what} {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
 
-def _the_same_in_all(readers: dict[str, Reader], name: str) -> Tensor:
+def _the_same_in_all(readers: dict[str, Source], name: str) -> Tensor:
     """A tensor of integers cannot be merged, only taken over where all models agree."""
     (first, tensor), *others = ((leaf, reader.read(name)) for leaf, reader in readers.items())
     for leaf, other in others:
@@ -278,30 +290,16 @@ def _the_same_in_all(readers: dict[str, Reader], name: str) -> Tensor:
     return tensor
 
 
-def _parents(recipe: Recipe) -> list[Parent]:
-    """Those of a recipe's leaves from left to right, then the backbone."""
-    folders = [recipe.folders[leaf] for leaf in recipe.tree.leaves]
-    return [fingerprints.of(folder) for folder in [*folders, *([recipe.base] if recipe.base else [])]]
-
-
-def _check_expected(recipe: Recipe) -> None:
-    """Refuse parents that are not those which the recipe was written for."""
-    for folder, expected in recipe.expected.items():
-        found = fingerprints.of(folder).weights_sha256
-        if found != expected:
-            raise UserError(
-                f"{folder}: its weights have the SHA-256 {found[:12]}..., the recipe was made with"
-                f" {expected[:12]}...; give it the folder of that model"
-            )
-
-
 def _plan_manifest(recipe: Recipe) -> Manifest:
     parameters = parameters_of(recipe.operator)
     rules = [rule.entry() for rule in recipe.rules]
     # Which parent stands where is told by the parents' order; leaf names are only names.
     work = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules,
             "tree": _shape(recipe.tree.nested()), "max_shard_bytes": recipe.max_shard_bytes}  # fmt: skip
-    facts = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules, "tree": recipe.tree.nested()}
+    if recipe.vocab != "same":  # results from before there was a choice stay what they are
+        work["vocab"] = recipe.vocab
+    facts = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules, "tree": recipe.tree.nested(),
+             "vocab": recipe.vocab}  # fmt: skip
     return Manifest("merged", recipe.name, recipe.config, work, merge=facts)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # transformers is imported where a model is loaded: merging o
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GGUF = "gguf:"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def locate(config: CommonConfig, domain: str | None = None) -> Path:
@@ -90,11 +91,19 @@ def check_checkpoint(folder: Path) -> None:
     """Refuse a folder that is no Hugging Face checkpoint with safetensors weights."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a Hugging Face checkpoint")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder}: holds an adapter (LoRA), not a whole model; merge it into its base first (peft:"
+            " merge_and_unload, then save_pretrained) and give that folder"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json in it, so it is no Hugging Face checkpoint")
     if not any(folder.glob("*.safetensors")):
-        pickled = [path.name for path in folder.glob("*.bin")]
-        why = f"only pickled ones ({pickled[0]}), which can run code; convert them" if pickled else "no weights at all"
+        pickled = sorted(path.name for kind in PICKLED for path in folder.glob(kind))
+        why = "no weights at all"
+        if pickled:
+            why = f"only pickled ones ({pickled[0]}), which can run code; convert them where that does no harm"
+            why += " (transformers: from_pretrained, then save_pretrained) and give that folder"
         raise UserError(f"{folder}: a checkpoint needs *.safetensors weights; this folder has {why}")
 
 
@@ -106,7 +115,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no end-of-sequence token, so a student could not learn to stop")
-    vocabulary = _config(folder).get("vocab_size")
+    vocabulary = read_config(folder).get("vocab_size")
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise UserError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, its model only {vocabulary}; they are of two models"
@@ -115,12 +124,19 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
 
 def context_length(folder: Path) -> int | None:
     """Longest document that the model was made for, in tokens; None where its config does not say."""
-    length: int | None = _config(folder).get("max_position_embeddings")
+    length: int | None = read_config(folder).get("max_position_embeddings")
     return length
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json; raises UserError where it is broken."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); copy or download it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not the JSON of a model's config; copy or download it again")
     return config
 
 
