@@ -163,7 +163,7 @@ def opened(folder: Path | None, model: Source) -> Iterator[Source | None]:
     with ExitStack() as stack:
         base = None
         if folder is None:
-            why = "the backbone is not known, so there are no cosines of task vectors; give it with backbone.path=/its/folder"
+            why = "the backbone is not known, so there are no cosines; give it with backbone.path=/its/folder"
         else:
             try:
                 base = stack.enter_context(Reader(folder))
