@@ -5,7 +5,8 @@
 mergekit (`pip install mergekit==0.1.5` into an environment of its own) merges as TinyR1's authors do, by two
 commands: science with math, then code with that, `dtype: bfloat16`. Its results are then float32 files of twice the
 bytes, so it also runs with `out_dtype: bfloat16` (`mergekit_out_bf16`), which writes what `merge.py` writes. That
-does the tree [code, [science, math]] in one. `cp` copies one model's bytes, `cat` reads those of the three parents.
+does the tree [code, [science, math]] in one command, `branchmerge_anatomy` with the figures, of which mergekit has
+none. `cp` copies one model's bytes, `cat` reads those of the three parents.
 All are timed from start to exit, in turns, `--repeats` times; before each the disk is synced and what it will read
 is read once, so all find their parents in the page cache if memory allows. The best counts, all are reported.
 
@@ -85,17 +86,21 @@ def by_mergekit(experts: Path, work: Path, program: Path, name: str, out_dtype: 
     return measure.Cost(one.seconds + two.seconds, max(one.rss_mb, two.rss_mb), one.cpu_seconds + two.cpu_seconds)
 
 
-def by_branchmerge(experts: Path, work: Path, program: Path) -> measure.Cost:
+def by_branchmerge(experts: Path, work: Path, program: Path, name: str, arguments: tuple[str, ...]) -> measure.Cost:
     science, math, code = parents(experts)
     measure.read([science, math, code])
-    return measure.branchmerge(f"[{code},[{science},{math}]]", work / "branchmerge", work)
+    return measure.branchmerge(f"[{code},[{science},{math}]]", work / name, work, arguments)
 
 
 THEIRS = {
     "mergekit": partial(by_mergekit, name="mergekit", out_dtype=None),
     "mergekit_out_bf16": partial(by_mergekit, name="mergekit_out_bf16", out_dtype="bfloat16"),
 }
-SIDES: dict[str, Callable[[Path, Path, Path], measure.Cost]] = {**THEIRS, "branchmerge": by_branchmerge}
+SIDES: dict[str, Callable[[Path, Path, Path], measure.Cost]] = {
+    **THEIRS,
+    "branchmerge": partial(by_branchmerge, name="branchmerge", arguments=("anatomy=false",)),
+    "branchmerge_anatomy": partial(by_branchmerge, name="branchmerge_anatomy", arguments=()),
+}
 
 
 def copy(source: Path, target: Path) -> measure.Cost:

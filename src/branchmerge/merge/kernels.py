@@ -2,8 +2,8 @@
 
 Every kernel takes tensors as they lie on disk, [R rows, C columns], float32 or the bits of bfloat16 in uint16, and
 works on chunks of CHUNK columns that stay in the first-level cache. No kernel allows the compiler to reorder or fuse
-floating-point operations, and sums are taken in a fixed tree: the results are the same bits on every machine and for
-any number of threads.
+floating-point operations (where they are fused it is written), and sums are taken in a fixed tree: the results are the
+same bits on every machine and for any number of threads.
 """
 
 import math
@@ -38,6 +38,18 @@ def _float_of_bits(context: Any, bits: Any) -> Any:
 
 
 @intrinsic
+def _bits_of_float(context: Any, value: Any) -> Any:
+    return types.uint32(types.float32), lambda c, build, sig, args: build.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def _fma(context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once: the same bits wherever it runs, which leaving it to the compiler would not be."""
+    number = types.float32
+    return number(number, number, number), lambda c, build, sig, args: build.fma(*args)
+
+
+@intrinsic
 def _bits_of_double(context: Any, value: Any) -> Any:
     return types.int64(types.float64), lambda c, build, sig, args: build.bitcast(args[0], ir.IntType(64))
 
@@ -60,19 +72,22 @@ inlined = njit(nogil=True, cache=True, error_model="numpy", inline="always")
 
 @inlined
 def _exp(x: Any) -> Any:
-    """exp(x) for |x| <= FAST_X in float32: 2^k times the series of exp(r), x = k ln 2 + r."""
-    k = (x * F(1.4426950408889634) + F(12582912.0)) - F(12582912.0)  # adding 1.5 * 2^23 rounds to an integer
-    r = (x - k * F(0.693359375)) - k * F(-2.12194440e-4)  # ln 2 in two parts: the first product is exact
-    p = r * (F(1 / 6) + r * (F(1 / 24) + r * (F(1 / 120) + r * (F(1 / 720) + r * F(1 / 5040)))))
-    p = F(1) + r * (F(1) + r * (F(1 / 2) + p))
-    return p * _float_of_bits(np.uint32(np.int32(k) + np.int32(127)) << np.uint32(23))
+    """exp(x) for |x| <= FAST_X in float32: the series of exp(r) with 2^k put into its exponent, x = k ln 2 + r."""
+    shifted = _fma(x, F(1.4426950408889634), F(12582912.0))  # adding 1.5 * 2^23 rounds to the integer k
+    k = shifted - F(12582912.0)
+    r = _fma(k, F(2.12194440e-4), _fma(k, F(-0.693359375), x))  # ln 2 in two parts
+    p = _fma(r, F(1 / 720), F(1 / 120))
+    p = _fma(r, _fma(r, _fma(r, p, F(1 / 24)), F(1 / 6)), F(1 / 2))
+    p = _fma(r, _fma(r, p, F(1)), F(1))
+    return _float_of_bits(_bits_of_float(p) + (_bits_of_float(shifted) << np.uint32(23)))
 
 
 @inlined
 def _d_plus_expm1(d: Any) -> Any:
     """d + expm1(-d) = d^2/2 - d^3/6 + ... for |d| < 0.5, to float32."""
-    tail = F(1 / 120) - d * (F(1 / 720) - d * (F(1 / 5040) - d * F(1 / 40320)))
-    return d * d * (F(1 / 2) - d * (F(1 / 6) - d * (F(1 / 24) - d * tail)))
+    q = _fma(d, _fma(d, F(1 / 40320), F(-1 / 5040)), F(1 / 720))
+    q = _fma(d, _fma(d, q, F(-1 / 120)), F(1 / 24))
+    return d * d * _fma(d, _fma(d, q, F(-1 / 6)), F(1 / 2))
 
 
 @compiled

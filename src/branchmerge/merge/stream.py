@@ -44,7 +44,7 @@ from branchmerge.study import MANIFEST, Manifest, fingerprint, is_done, locked, 
 TABLE = "tensors.json"
 BACKBONE = "the backbone"
 """Its name among the leaves."""
-SIDE_BY_SIDE = 1<<25
+SIDE_BY_SIDE = 1 << 25
 """Bytes of a tensor up to which several are merged side by side; larger ones are shared by all threads."""
 
 Merged = list[tuple[Tensor, int, list[dict[str, Any]], Counts | None]]
