@@ -43,7 +43,17 @@ def test_every_file_composes(primary: str, override: str) -> None:
 
 def test_no_group_is_left_out() -> None:
     listed = {group for groups in GROUPS.values() for group in groups}
-    assert listed == {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert listed | {"hydra"} == {path.name for path in CONF.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_help_and_docs_explain_every_operator_with_its_source(name: str) -> None:
+    lines = (CONF / "hydra" / "help" / "merge.yaml").read_text().splitlines()
+    (at,) = (number for number, line in enumerate(lines) if line.startswith(f"  {name} "))
+    source = lines[at + 1].strip()
+    assert len(lines[at].split()) > 4 and (" models" in source or "Two models" in source)
+    page = (CONF.parent / "docs" / "merge.md").read_text()
+    assert f"| `{name}` | " in page
 
 
 @pytest.mark.parametrize("study", [path.stem for path in (CONF / "study").glob("*.yaml")])
