@@ -4,12 +4,9 @@ The format: 8 bytes with the header's length (little-endian), the header (JSON: 
 its bytes), then the bytes of all tensors.
 """
 
-import errno
-import hashlib
 import json
 import math
 import mmap
-import os
 import struct
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -24,16 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from branchmerge.errors import UserError
+from branchmerge.merge.direct_file import DirectFile
 from branchmerge.merge.shards import AGAIN, INDEX, weight_files
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-PIECE = 1 << 22
-"""Bytes written and fingerprinted at a time."""
-SYNC = 1 << 28
-"""Bytes written before the disk is told to store them."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -137,9 +131,7 @@ class Writer:
         self._names = list(tensors)
         self._next = 0
         self._first = {shard[0]: number for number, shard in enumerate(self.shards) if shard}
-        self._file: Any = None
-        self._hash = hashlib.sha256()
-        self._unsynced = 0
+        self._file: DirectFile | None = None
         self._thread = ThreadPoolExecutor(1, "write")
         self._waiting: deque[Future[None]] = deque()
 
@@ -190,21 +182,8 @@ class Writer:
         if name in self._first:
             self._finish()
             self._start(self._first[name])
-        self._put(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-
-    def _put(self, raw: Any) -> None:
-        """Write bytes, in pieces that are fingerprinted while the cache holds them."""
-        view = memoryview(raw)
-        for start in range(0, len(view), PIECE):
-            piece = view[start : start + PIECE]
-            self._hash.update(piece)
-            rest = piece
-            while rest:  # a disk that is nearly full takes a part of it
-                rest = rest[self._file.write(rest) :]
-            self._unsynced += len(piece)
-            if self._unsynced >= SYNC:  # keeps the disk busy from the start; all at the end would take as long again
-                os.fdatasync(self._file.fileno())
-                self._unsynced = 0
+        assert self._file is not None
+        self._file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
 
     def _start(self, number: int) -> None:
         """Open a shard, claim its place on the disk, and write its header."""
@@ -216,15 +195,12 @@ class Writer:
             header[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._hash = hashlib.sha256()
-        self._file = (self.folder / self._file_name(number)).open("wb", buffering=0)
-        _allocate(self._file.fileno(), 8 + len(text) + end)
-        self._put(struct.pack("<Q", len(text)) + text)
+        self._file = DirectFile(self.folder / self._file_name(number), 8 + len(text) + end)
+        self._file.write(struct.pack("<Q", len(text)) + text)
 
     def _finish(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self.sha256[Path(self._file.name).name] = self._hash.hexdigest()
+            self.sha256[self._file.path.name] = self._file.finish()
             self._file = None
 
     def _file_name(self, number: int) -> str:
@@ -240,15 +216,6 @@ class Writer:
         total = sum(info.nbytes for info in self.tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    """Reserve a file's blocks, so that a full disk is found at its start."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # file systems that cannot
-            raise
 
 
 def _cut(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> Sequence[Sequence[str]]:

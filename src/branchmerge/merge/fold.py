@@ -1,7 +1,7 @@
 """One tensor of every model -> the merged tensor; what lies between the nodes of the tree stays in memory."""
 
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -25,6 +25,8 @@ class TensorFold:
     read: Callable[[str], Tensor]
     """A leaf's tensor as it is stored."""
     base: Tensor | None = None
+    check: Callable[[str, Tensor], None] | None = None
+    """Called with every leaf's tensor whose values are not known to be finite; raises where they are not."""
     _leaves: dict[str, Tensor] = field(default_factory=dict)
     _measured: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -46,11 +48,25 @@ class TensorFold:
         seeded = _seeded(operator, self.name, tree.name())
         key = self._key(tree, seeded)
         if key not in self._measured:
-            self._measured[key] = seeded.measure(models, base)
+            self._measured[key] = self._measure(tree, seeded, models, base)
         merged = seeded.apply(self._measured[key], models, base)
         if facts is not None:
             facts[tree.name()] = seeded.facts(self._measured[key]) | changes(merged, models[0]).facts
         return merged
+
+    def _measure(self, tree: Tree, operator: Operator, models: list[Tensor], base: Tensor | None) -> Any:
+        leaves = [child.leaf for child in tree.children if child.leaf]
+        if not operator.proves_finite:
+            self._check(leaves)
+        measured = operator.measure(models, base)
+        if operator.proves_finite and not operator.shows_finite(measured):
+            self._check(leaves)
+        return measured
+
+    def _check(self, leaves: Sequence[str]) -> None:
+        for leaf in leaves:
+            if self.check is not None:
+                self.check(leaf, self._leaves[leaf])
 
     def _key(self, tree: Tree, operator: Operator) -> Hashable:
         """What a node's measurement depends on: what its children are, and all parameters that `measure` looks at."""

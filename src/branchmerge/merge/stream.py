@@ -213,12 +213,17 @@ def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Sour
 
     device = results[0].recipe.device
 
-    def read(reader: Source) -> Tensor:
-        tensor = reader.read(name)
-        check_finite(tensor, name, reader.folder)
-        return tensor.to(device)
-
-    fold = TensorFold(name, lambda leaf: read(readers[leaf]), read(origin) if origin is not None else None)
+    base = None
+    if origin is not None:
+        base = origin.read(name)
+        check_finite(base, name, origin.folder)
+        base = base.to(device)
+    fold = TensorFold(
+        name,
+        lambda leaf: readers[leaf].read(name).to(device),
+        base,
+        lambda leaf, _: check_finite(readers[leaf].read(name), name, readers[leaf].folder),
+    )
     return [_merge_for(result, fold, readers) for result in results]
 
 
@@ -228,17 +233,26 @@ def _merge_for(
     recipe, info, facts = result.recipe, result.writer.tensors[fold.name], Facts()
     merged = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts).to("cpu", info.dtype)
     leaves = [readers[leaf].read(fold.name) for leaf in recipe.tree.leaves]
-    change = changes(merged, leaves[0])
+    left = leaves[0]
+    change = _change(recipe, merged, left, facts)
     # The norm tells of NaN and infinity; large finite differences overflow it, too, so look again.
-    if not math.isfinite(change.norm) and has_special(merged):
+    if not math.isfinite(change["update_norm"]) and has_special(merged):
         raise UserError(
             f"{recipe.out}: the merged {fold.name} as {info.dtype} holds NaN or infinity; choose milder parameters"
         )
     counts = result.anatomy.compare(fold.name, merged, leaves) if result.anatomy is not None else None
-    if merged.data_ptr() == leaves[0].data_ptr():  # an operator may give back what it got, which is not to stay mapped
+    if merged.data_ptr() == left.data_ptr():  # an operator may give back what it got, which is not to stay mapped
         merged = merged.clone()
-    entry = {"tensor": fold.name, "shape": list(info.shape), **change.facts, "nodes": facts}
-    return merged, change.changed, [entry], counts
+    entry = {"tensor": fold.name, "shape": list(info.shape), **change, "nodes": facts}
+    return merged, round(change["changed"] * left.numel()), [entry], counts
+
+
+def _change(recipe: Recipe, merged: Tensor, left: Tensor, facts: Facts) -> dict[str, float]:
+    """How far the result is from the tree's first leaf; the root may have told, if that is its Left."""
+    if recipe.tree.children[0].leaf and merged.dtype == left.dtype and recipe.operator.selects:
+        root = facts[recipe.tree.name()]
+        return {key: root[key] for key in ("changed", "update_norm", "left_norm")}
+    return changes(merged, left).facts
 
 
 def _finish(result: _Result, common: compatibility.Common, seconds: float) -> None:

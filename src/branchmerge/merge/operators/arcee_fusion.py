@@ -72,6 +72,7 @@ class ArceeFusion(Operator):
     n_way: ClassVar[bool] = False
     selects: ClassVar[bool] = True
     late = frozenset({"lam", "gate"})
+    proves_finite: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.lam, int | float) or math.isnan(self.lam):
@@ -155,6 +156,9 @@ class ArceeFusion(Operator):
 
         taken = sum(workers.share(choose, *x.shape))
         return torch.from_numpy(o).view(left.dtype).reshape(models[0].shape), taken
+
+    def shows_finite(self, measured: Measured) -> bool:
+        return bool(torch.isfinite(measured.kl).all())
 
     def facts(self, measured: Measured) -> dict[str, float]:
         if not measured.elements:

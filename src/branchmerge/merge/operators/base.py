@@ -21,6 +21,8 @@ class Operator(ABC):
     """Takes any number of models; else exactly two, Left and Right."""
     selects: ClassVar[bool] = False
     """Takes every value over from one of the models, so that a density says how much it took from each."""
+    proves_finite: ClassVar[bool] = False
+    """Measures models with NaN or infinity without an error, and `shows_finite` tells."""
     late: ClassVar[frozenset[str]] = frozenset()
     """Parameters that `measure` does not look at."""
 
@@ -35,6 +37,10 @@ class Operator(ABC):
     @abstractmethod
     def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         """The merged tensor."""
+
+    def shows_finite(self, measured: Any) -> bool:
+        """Whether the measured values prove that no model holds NaN or infinity; spares another look at the models."""
+        return False
 
     def facts(self, measured: Any) -> dict[str, float]:
         """Of what was measured, what belongs into the table of the merged model."""
