@@ -133,30 +133,26 @@ def _max(v: Any) -> float:
 
 
 @compiled
-def row_kl(x: Any, y: Any, out: Any) -> None:
-    """KL(softmax(x) || softmax(y)) of each row into out, float64 [R]; see arcee_fusion.row_kl for the formula."""
-    buffer = np.empty((5, CHUNK), np.float32)
-    for r in range(x.shape[0]):
-        Z = A = B = size_x = size_d = 0.0
-        for c in range(0, x.shape[1], CHUNK):
-            n = min(CHUNK, x.shape[1] - c)
-            if n < CHUNK:
-                buffer[:] = 0
-            _terms(x[r, c : c + n], y[r, c : c + n], buffer[0], buffer[1], buffer[2], buffer[3], buffer[4])
-            Z += _sum(buffer[0])
-            A += _sum(buffer[1])
-            B += _sum(buffer[2])
-            size_x = max(size_x, _max(buffer[3]))
-            size_d = max(size_d, _max(buffer[4]))
-        if size_d == 0.0:
-            out[r] = 0.0
-            continue
-        A, s = A / Z, B / Z
-        kl = A + (math.log1p(s) - s) if abs(s) > 0.01 else A - s * s * (1 / 2 - s * (1 / 3 - s * (1 / 4 - s / 5)))
-        if size_x <= FAST_X and FAST_D[0] <= size_d < FAST_D[1] and kl >= CANCELS * A:
-            out[r] = kl
-        else:
-            out[r] = _row_kl_float64(x[r], y[r])
+def _kl_of_row(x: Any, y: Any, buffer: Any) -> float:
+    """KL(softmax(x) || softmax(y)) of a row; see arcee_fusion.row_kl for the formula."""
+    Z = A = B = size_x = size_d = 0.0
+    for c in range(0, x.size, CHUNK):
+        n = min(CHUNK, x.size - c)
+        if n < CHUNK:
+            buffer[:] = 0
+        _terms(x[c : c + n], y[c : c + n], buffer[0], buffer[1], buffer[2], buffer[3], buffer[4])
+        Z += _sum(buffer[0])
+        A += _sum(buffer[1])
+        B += _sum(buffer[2])
+        size_x = max(size_x, _max(buffer[3]))
+        size_d = max(size_d, _max(buffer[4]))
+    if size_d == 0.0:
+        return 0.0
+    A, s = A / Z, B / Z
+    kl = A + (math.log1p(s) - s) if abs(s) > 0.01 else A - s * s * (1 / 2 - s * (1 / 3 - s * (1 / 4 - s / 5)))
+    if size_x <= FAST_X and FAST_D[0] <= size_d < FAST_D[1] and kl >= CANCELS * A:
+        return kl
+    return _row_kl_float64(x, y)
 
 
 @compiled
@@ -212,17 +208,32 @@ def _key(value: Any) -> Any:
 
 
 @compiled
-def histogram(right: Any, left: Any, kl: Any, signed: bool, counts: Any) -> None:
-    """Add the number of elements whose S has each key to counts, int32 [KEYS]."""
+def measure(right: Any, left: Any, swapped: bool, known: bool, signed: bool, kl: Any, counts: Any) -> None:
+    """Each row's KL into kl, and of each element the key of its S into counts, while the row is in the cache.
+
+    Args:
+        swapped: KL(Left || Right) in place of KL(Right || Left)
+        known: kl is given
+        counts: int32 [KEYS], is added to; empty for none
+    """
+    buffer = np.empty((5, CHUNK), np.float32)
     keys = np.empty(CHUNK, np.uint32)
     for r in range(right.shape[0]):
-        for c in range(0, right.shape[1], CHUNK):
-            n = min(CHUNK, right.shape[1] - c)
-            x, y, k = right[r, c : c + n], left[r, c : c + n], kl[r]
-            for i in range(n):
-                keys[i] = _key(_score(k, x[i], y[i], signed))
-            for i in range(n):
-                counts[keys[i]] += 1
+        if not known:
+            kl[r] = _kl_of_row(left[r], right[r], buffer) if swapped else _kl_of_row(right[r], left[r], buffer)
+        if counts.size:
+            _count_row(right[r], left[r], kl[r], signed, keys, counts)
+
+
+@compiled
+def _count_row(right: Any, left: Any, kl: float, signed: bool, keys: Any, counts: Any) -> None:
+    for c in range(0, right.size, CHUNK):
+        n = min(CHUNK, right.size - c)
+        x, y = right[c : c + n], left[c : c + n]
+        for i in range(n):
+            keys[i] = _key(_score(kl, x[i], y[i], signed))
+        for i in range(n):
+            counts[keys[i]] += 1
 
 
 @compiled

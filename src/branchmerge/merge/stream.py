@@ -200,7 +200,7 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
             else:
                 future = workers.begin(work)
             underway.append((name, future))
-            hand_over(workers.count)
+            hand_over(workers.count + 2)
         hand_over(0)
 
 

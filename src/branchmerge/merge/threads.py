@@ -15,7 +15,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 BLOCK = 1 << 18
-"""Elements of a block of rows: what two tensors of them fit into a second-level cache."""
+"""Elements that are worth a thread of their own."""
 
 
 class Workers:
@@ -80,9 +80,3 @@ def keep_freed_memory(limit: int = 1 << 25) -> None:
         library.mallopt(trim_threshold, 8 * limit)
     except (OSError, AttributeError):  # another C library: slower, nothing else
         return
-
-
-def blocks_of(part: slice, columns: int) -> list[slice]:
-    """Cut a part into blocks of rows that fit into the cache."""
-    step = max(1, BLOCK // max(columns, 1))
-    return [slice(start, min(start + step, part.stop)) for start in range(part.start, part.stop, step)]

@@ -25,7 +25,7 @@ from torch import Tensor
 from branchmerge.merge import kernels
 from branchmerge.merge.operators.base import Operator
 from branchmerge.merge.operators.blocks import row_length
-from branchmerge.merge.threads import blocks_of, workers
+from branchmerge.merge.threads import workers
 
 BLOCK = 1 << 20
 """Elements whose float64 temporaries are held at once."""
@@ -89,31 +89,27 @@ class ArceeFusion(Operator):
 
     def _measure_compiled(self, left: Tensor, right: Tensor) -> Measured:
         x, y = _stored(right), _stored(left)
-        p, q = (x, y) if self.direction == "right_left" else (y, x)
         kl = np.empty(len(x))
-        if self.kl == "tensor":
-            kernels.row_kl(p.reshape(1, -1), q.reshape(1, -1), kl[:1])
+        swapped, whole, signed = self.direction == "left_right", self.kl == "tensor", self.delta == "signed"
+        if whole:
+            kernels.measure(x.reshape(1, -1), y.reshape(1, -1), swapped, False, signed, kl[:1], np.zeros(0, np.int32))
             kl[:] = kl[:1]
 
         def count(part: slice) -> Any:
             counts = np.zeros(kernels.KEYS if x.size > SMALL else 0, np.int32)
-            for rows in blocks_of(part, x.shape[1]):
-                if self.kl == "row":
-                    kernels.row_kl(p[rows], q[rows], kl[rows])
-                if x.size > SMALL:
-                    kernels.histogram(x[rows], y[rows], kl[rows], self.delta == "signed", counts)
+            kernels.measure(x[part], y[part], swapped, whole, signed, kl[part], counts)
             return counts
 
         counts = np.stack(workers.share(count, *x.shape))
         if x.size <= SMALL:
             S = np.empty(x.shape)
-            kernels.scores(x, y, kl, self.delta == "signed", S)
+            kernels.scores(x, y, kl, signed, S)
             return Measured(torch.from_numpy(kl), quartiles(torch.from_numpy(S)), x.size)
 
         def gather(keys: Any, room: int) -> Any:
             def found(part: slice) -> Any:
                 out = np.empty(room)
-                return out[: kernels.gather(x[part], y[part], kl[part], self.delta == "signed", keys, out)]
+                return out[: kernels.gather(x[part], y[part], kl[part], signed, keys, out)]
 
             return np.concatenate(workers.share(found, *x.shape))
 
