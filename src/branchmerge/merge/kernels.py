@@ -91,8 +91,13 @@ def _d_plus_expm1(d: Any) -> Any:
 
 
 @compiled
-def _terms(x: Any, y: Any, e: Any, a: Any, b: Any, size_x: Any, size_d: Any) -> None:
-    """The summands of a row's KL, element by element."""
+def _terms(x: Any, y: Any, e: Any, a: Any, b: Any) -> Any:
+    """The summands of a row's KL, element by element.
+
+    Returns:
+        Whether a weight or a difference is too large for them, a difference is not too small, one is not zero.
+    """
+    large, enough, differ = False, False, False
     for i in range(x.size):
         u = number(x[i])
         d = u - number(y[i])
@@ -101,8 +106,10 @@ def _terms(x: Any, y: Any, e: Any, a: Any, b: Any, size_x: Any, size_d: Any) -> 
         e[i] = weight
         a[i] = weight * g
         b[i] = weight * (g - d)
-        size_x[i] = abs(u)
-        size_d[i] = abs(d)
+        large |= (abs(u) > FAST_X) | (abs(d) >= FAST_D[1])
+        enough |= abs(d) >= FAST_D[0]
+        differ |= d != 0
+    return large, enough, differ
 
 
 @compiled
@@ -120,37 +127,24 @@ def _sum(v: Any) -> float:
 
 
 @compiled
-def _max(v: Any) -> float:
-    width = v.size // 2
-    while width >= 8:
-        for i in range(width):
-            v[i] = v[i] if v[i] > v[i + width] else v[i + width]
-        width //= 2
-    largest = 0.0
-    for i in range(8):
-        largest = max(largest, np.float64(v[i]))
-    return largest
-
-
-@compiled
 def _kl_of_row(x: Any, y: Any, buffer: Any) -> float:
     """KL(softmax(x) || softmax(y)) of a row; see arcee_fusion.row_kl for the formula."""
-    Z = A = B = size_x = size_d = 0.0
+    Z = A = B = 0.0
+    large, enough, differ = False, False, False
     for c in range(0, x.size, CHUNK):
         n = min(CHUNK, x.size - c)
         if n < CHUNK:
             buffer[:] = 0
-        _terms(x[c : c + n], y[c : c + n], buffer[0], buffer[1], buffer[2], buffer[3], buffer[4])
+        found = _terms(x[c : c + n], y[c : c + n], buffer[0], buffer[1], buffer[2])
+        large, enough, differ = large | found[0], enough | found[1], differ | found[2]
         Z += _sum(buffer[0])
         A += _sum(buffer[1])
         B += _sum(buffer[2])
-        size_x = max(size_x, _max(buffer[3]))
-        size_d = max(size_d, _max(buffer[4]))
-    if size_d == 0.0:
+    if not differ:
         return 0.0
     A, s = A / Z, B / Z
     kl = A + (math.log1p(s) - s) if abs(s) > 0.01 else A - s * s * (1 / 2 - s * (1 / 3 - s * (1 / 4 - s / 5)))
-    if size_x <= FAST_X and FAST_D[0] <= size_d < FAST_D[1] and kl >= CANCELS * A:
+    if enough and not large and kl >= CANCELS * A:
         return kl
     return _row_kl_float64(x, y)
 
@@ -202,8 +196,9 @@ def _score(kl: Any, right: Any, left: Any, signed: Any) -> Any:
 @inlined
 def _key(value: Any) -> Any:
     """The leading bits of a float64, in the order of the numbers."""
-    steps = (_bits_of_double(abs(value)) >> np.int64(52 - MANTISSA)) - np.int64(LOWEST << MANTISSA)
-    steps = min(max(steps, np.int64(1)), np.int64(ZERO - 1)) if value != 0 else np.int64(0)
+    upper = np.int32(_bits_of_double(abs(value)) >> np.int64(32))  # zero only where the value is: none is below 2^-1022
+    steps = (upper >> np.int32(20 - MANTISSA)) - np.int32(LOWEST << MANTISSA)
+    steps = min(max(steps, np.int32(1)), np.int32(ZERO - 1)) if upper != 0 else np.int32(0)
     return np.uint32(ZERO + steps if value >= 0 else ZERO - steps)
 
 
@@ -216,7 +211,7 @@ def measure(right: Any, left: Any, swapped: bool, known: bool, signed: bool, kl:
         known: kl is given
         counts: int32 [KEYS], is added to; empty for none
     """
-    buffer = np.empty((5, CHUNK), np.float32)
+    buffer = np.empty((3, CHUNK), np.float32)
     keys = np.empty(CHUNK, np.uint32)
     for r in range(right.shape[0]):
         if not known:
