@@ -22,12 +22,13 @@ FAST_D = (1e-15, 0.5)
 """Rows whose largest difference lies outside are left to it too: a square underflows, or the series ends."""
 CANCELS = 0.1
 """Rows whose KL is this much smaller than its first summand, too: the float32 sums cancel."""
-MANTISSA = np.int64(8)
-"""A histogram's key: exponent and so many bits of the mantissa of |S|, mirrored for negative S."""
-LOWEST, OCTAVES = np.int64(1023 - 192), np.int64(256)
-"""Exponents that keys tell apart, from 2^-192; what lies outside shares the last key. Only zero has the key ZERO."""
-ZERO = OCTAVES << MANTISSA
-KEYS = int(2 * ZERO)
+SCALE = 2.0**96
+"""S is reckoned in float32 times this: products of a KL and a difference of fine-tunes lie far below 1."""
+KEY_SHIFT = np.uint32(15)
+"""A histogram's key: exponent and eight bits of the mantissa of |S|, mirrored for negative S."""
+ZERO = np.uint32(1 << 16)
+"""The key of zero, and of nothing else."""
+KEYS = 1 << 17
 
 F = np.float32
 
@@ -47,11 +48,6 @@ def _fma(context: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c, rounded once: the same bits wherever it runs, which leaving it to the compiler would not be."""
     number = types.float32
     return number(number, number, number), lambda c, build, sig, args: build.fma(*args)
-
-
-@intrinsic
-def _bits_of_double(context: Any, value: Any) -> Any:
-    return types.int64(types.float64), lambda c, build, sig, args: build.bitcast(args[0], ir.IntType(64))
 
 
 def number(stored):  # type: ignore[no-untyped-def]  # Numba compares the signatures
@@ -188,18 +184,22 @@ def _row_kl_float64(x: Any, y: Any) -> float:
 
 @inlined
 def _score(kl: Any, right: Any, left: Any, signed: Any) -> Any:
-    """S of an element: its row's KL times |Left - Right|, or times Left - Right."""
-    d = np.float64(number(left)) - np.float64(number(right))
+    """S of an element, float32: its row's scaled KL times |Left - Right|, or times Left - Right."""
+    d = number(left) - number(right)
     return kl * (d if signed else abs(d))
 
 
 @inlined
+def _scaled(kl: Any) -> Any:
+    return F(kl * SCALE)
+
+
+@inlined
 def _key(value: Any) -> Any:
-    """The leading bits of a float64, in the order of the numbers."""
-    upper = np.int32(_bits_of_double(abs(value)) >> np.int64(32))  # zero only where the value is: none is below 2^-1022
-    steps = (upper >> np.int32(20 - MANTISSA)) - np.int32(LOWEST << MANTISSA)
-    steps = min(max(steps, np.int32(1)), np.int32(ZERO - 1)) if upper != 0 else np.int32(0)
-    return np.uint32(ZERO + steps if value >= 0 else ZERO - steps)
+    """The leading bits of a float32, in the order of the numbers."""
+    bits = _bits_of_float(abs(value))
+    steps = max(bits >> KEY_SHIFT, np.uint32(1)) if bits != 0 else np.uint32(0)
+    return ZERO + steps if value >= 0 else ZERO - steps
 
 
 @compiled
@@ -217,11 +217,11 @@ def measure(right: Any, left: Any, swapped: bool, known: bool, signed: bool, kl:
         if not known:
             kl[r] = _kl_of_row(left[r], right[r], buffer) if swapped else _kl_of_row(right[r], left[r], buffer)
         if counts.size:
-            _count_row(right[r], left[r], kl[r], signed, keys, counts)
+            _count_row(right[r], left[r], _scaled(kl[r]), signed, keys, counts)
 
 
 @compiled
-def _count_row(right: Any, left: Any, kl: float, signed: bool, keys: Any, counts: Any) -> None:
+def _count_row(right: Any, left: Any, kl: Any, signed: bool, keys: Any, counts: Any) -> None:
     for c in range(0, right.size, CHUNK):
         n = min(CHUNK, right.size - c)
         x, y = right[c : c + n], left[c : c + n]
@@ -253,16 +253,17 @@ def locate(counts: Any, places: Any) -> Any:
 
 @compiled
 def scores(right: Any, left: Any, kl: Any, signed: bool, out: Any) -> None:
-    """S of every element into out, float64 [R, C]."""
+    """S of every element, scaled, into out, float32 [R, C]."""
     for r in range(right.shape[0]):
+        k = _scaled(kl[r])
         for i in range(right.shape[1]):
-            out[r, i] = _score(kl[r], right[r, i], left[r, i], signed)
+            out[r, i] = _score(k, right[r, i], left[r, i], signed)
 
 
 @compiled
 def gather(right: Any, left: Any, kl: Any, signed: bool, wanted: Any, out: Any) -> int:
-    """Copy every S whose key is one of three, which are no zeros, to out; returns how many there are."""
-    values = np.empty(CHUNK, np.float64)
+    """Copy every S, scaled, whose key is one of three, which are no zeros, to out; returns how many there are."""
+    values = np.empty(CHUNK, np.float32)
     hits = np.zeros(CHUNK, np.uint8)
     hits_of_eight = hits.view(np.uint64)
     a, b, c_ = wanted[0], wanted[1], wanted[2]
@@ -270,7 +271,7 @@ def gather(right: Any, left: Any, kl: Any, signed: bool, wanted: Any, out: Any) 
     for r in range(right.shape[0]):
         for c in range(0, right.shape[1], CHUNK):
             n = min(CHUNK, right.shape[1] - c)
-            x, y, k = right[r, c : c + n], left[r, c : c + n], kl[r]
+            x, y, k = right[r, c : c + n], left[r, c : c + n], _scaled(kl[r])
             hits[n:] = 0
             for i in range(n):
                 value = _score(k, x[i], y[i], signed)
@@ -300,11 +301,14 @@ def special(bits: Any, exponent: Any) -> bool:
 
 
 @compiled
-def choose(right: Any, left: Any, kl: Any, signed: bool, T: float, strict: bool, out: Any) -> int:
-    """out = Right where S >= T (strict: S > T), else Left, as they are stored; returns how often Right was taken."""
+def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, out: Any) -> int:
+    """out = Right where S >= T (strict: S > T), else Left, as they are stored; returns how often Right was taken.
+
+    T is scaled, and float32.
+    """
     taken = 0
     for r in range(right.shape[0]):
-        x, y, o, k = right[r], left[r], out[r], kl[r]
+        x, y, o, k = right[r], left[r], out[r], _scaled(kl[r])
         for i in range(x.size):
             a, b = x[i], y[i]
             S = _score(k, a, b, signed)

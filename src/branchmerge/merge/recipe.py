@@ -19,6 +19,9 @@ from branchmerge.merge.vocabulary import WAYS
 from branchmerge.student import backbone
 from branchmerge.study import Study, read_manifest
 
+NUMBER = torch.zeros(1, dtype=torch.float64)
+"""What a dry run merges; in float64, for which nothing is compiled."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -61,7 +64,7 @@ class Recipe:
         # A dry run on single numbers finds parameters that do not fit the tree, such as two weights for three models.
         for operator in (self.operator, *(self._with([rule]) for rule in self.rules)):
             try:
-                TensorFold("dry run", lambda _: torch.zeros(1), torch.zeros(1)).merge(self.tree, operator)
+                TensorFold("dry run", lambda _: NUMBER, NUMBER).merge(self.tree, operator)
             except ValueError as error:
                 raise UserError(f"tree={self.tree.nested()}: {self.operator_name} cannot merge it: {error}") from error
 

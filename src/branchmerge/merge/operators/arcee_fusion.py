@@ -7,8 +7,8 @@ As in the code of TinyR1-32B-Preview's authors (mergekit 0.1), but in exact arit
     out = Right where S >= T, else Left
 
 The KL of two fine-tunes of one backbone is about 1e-8; softmax and logarithm in float32 return mostly rounding noise
-there, so it is computed in a form without cancellation. On a CPU the loops of kernels.py do the work, in float32 with
-float64 sums; elsewhere, and with precision=float64, the same formulas run in float64 torch.
+there, so it is computed in a form without cancellation. On a CPU the loops of kernels.py do the work, elementwise in
+float32, the sums and T in float64; elsewhere, and with precision=float64, the same formulas run in float64 torch.
 
 Source: TinyR1-32B-Preview (arXiv 2503.04872) and its authors' code. Shapes: R rows, C columns; a vector is one row.
 """
@@ -31,6 +31,8 @@ BLOCK = 1 << 20
 """Elements whose float64 temporaries are held at once."""
 SMALL = 1 << 15
 """Tensors of up to so many elements are sorted whole."""
+KL_RANGE = (2.0**-150, 2.0**12)
+"""Largest KL of a tensor for which S fits into float32."""
 CHOICES = {
     "kl": ("row", "tensor"),
     "direction": ("right_left", "left_right"),
@@ -49,6 +51,8 @@ class Measured:
     quartiles: tuple[float, float, float]
     """Q1, median and Q3 of S"""
     elements: int
+    compiled: bool
+    """S is reckoned in float32 by kernels.py, not in float64"""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,11 @@ class ArceeFusion(Operator):
 
     def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> Measured:
         left, right = as_rows(models)
-        fast = self.precision == "exact" and _compiled_for(left)
-        return self._measure_compiled(left, right) if fast else self._measure_torch(left, right)
+        found = self._measure_compiled(left, right) if self.precision == "exact" and _compiled_for(left) else None
+        return self._measure_torch(left, right) if found is None else found
 
-    def _measure_compiled(self, left: Tensor, right: Tensor) -> Measured:
+    def _measure_compiled(self, left: Tensor, right: Tensor) -> Measured | None:
+        """By kernels.py; None where the KL is so large or small that S could leave the range of float32."""
         x, y = _stored(right), _stored(left)
         kl = np.empty(len(x))
         swapped, whole, signed = self.direction == "left_right", self.kl == "tensor", self.delta == "signed"
@@ -101,19 +106,25 @@ class ArceeFusion(Operator):
             return counts
 
         counts = np.stack(workers.share(count, *x.shape))
+        if not (KL_RANGE[0] < kl.max(initial=0.0) < KL_RANGE[1] or not kl.any()):
+            return None
         if x.size <= SMALL:
-            S = np.empty(x.shape)
+            S = np.empty(x.shape, np.float32)
             kernels.scores(x, y, kl, signed, S)
-            return Measured(torch.from_numpy(kl), quartiles(torch.from_numpy(S)), x.size)
+            return self._found(kl, quartiles(torch.from_numpy(S)), x.size)
 
         def gather(keys: Any, room: int) -> Any:
             def found(part: slice) -> Any:
-                out = np.empty(room)
+                out = np.empty(room, np.float32)
                 return out[: kernels.gather(x[part], y[part], kl[part], signed, keys, out)]
 
             return np.concatenate(workers.share(found, *x.shape))
 
-        return Measured(torch.from_numpy(kl), _quartiles_by_histogram(counts, x.size, gather), x.size)
+        return self._found(kl, _quartiles_by_histogram(counts, x.size, gather), x.size)
+
+    def _found(self, kl: Any, scaled: tuple[float, float, float], elements: int) -> Measured:
+        q1, median, q3 = (value / kernels.SCALE for value in scaled)
+        return Measured(torch.from_numpy(kl), (q1, median, q3), elements, True)
 
     def _measure_torch(self, left: Tensor, right: Tensor) -> Measured:
         p, q = (right, left) if self.direction == "right_left" else (left, right)
@@ -126,7 +137,7 @@ class ArceeFusion(Operator):
             for rows in row_blocks(p):
                 kl[rows] = row_kl(p[rows].double(), q[rows].double())
         kl = kl.expand(len(left)) if self.kl == "tensor" else kl
-        return Measured(kl, quartiles(self._scores(kl, left, right)), left.numel())
+        return Measured(kl, quartiles(self._scores(kl, left, right)), left.numel(), False)
 
     def _scores(self, kl: Tensor, left: Tensor, right: Tensor) -> Tensor:
         d = left.double() - right.double()
@@ -139,16 +150,17 @@ class ArceeFusion(Operator):
         """The merged tensor, and in how many coordinates Right was taken."""
         left, right = as_rows(models)
         T = threshold(measured.quartiles, self.lam)
-        if not _compiled_for(left):
+        if not measured.compiled:
             S = self._scores(measured.kl, left, right)
             mask = S > T if self.gate == "gt" else S >= T
             return torch.where(mask, right, left).reshape(models[0].shape), int(mask.sum())
         x, y, kl = _stored(right), _stored(left), measured.kl.numpy()
+        strict = self.gate == "gt"
+        scaled = _rounded(T * kernels.SCALE, down=strict)
         o = np.empty_like(x)  # numpy's large arrays are made of large pages, which cost a tenth of torch's
 
         def choose(part: slice) -> int:
-            signed, strict = self.delta == "signed", self.gate == "gt"
-            return kernels.choose(x[part], y[part], kl[part], signed, T, strict, o[part])
+            return kernels.choose(x[part], y[part], kl[part], self.delta == "signed", scaled, strict, o[part])
 
         taken = sum(workers.share(choose, *x.shape))
         return torch.from_numpy(o).view(left.dtype).reshape(models[0].shape), taken
@@ -165,6 +177,17 @@ class ArceeFusion(Operator):
             "kl_max": float(measured.kl.max()), "S_q1": q1, "S_median": median, "S_q3": q3,
             "T": threshold(measured.quartiles, self.lam),
         }  # fmt: skip
+
+
+def _rounded(value: float, down: bool) -> np.float32:
+    """The float32 next to a value, above or below, so that float32 numbers compare with it as with the value."""
+    with np.errstate(over="ignore"):
+        nearest = np.float32(value)
+    if down and float(nearest) > value:  # numpy would round the value for the comparison
+        return np.nextafter(nearest, np.float32(-np.inf))
+    if not down and float(nearest) < value:
+        return np.nextafter(nearest, np.float32(np.inf))
+    return nearest
 
 
 def as_rows(models: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
