@@ -5,8 +5,9 @@
 mergekit (`pip install mergekit==0.1.5` into an environment of its own) merges as TinyR1's authors do, by two
 commands: science with math, then code with that, `dtype: bfloat16`. Its results are then float32 files of twice the
 bytes, so it also runs with `out_dtype: bfloat16` (`mergekit_out_bf16`), which writes what `merge.py` writes. That
-does the tree [code, [science, math]] in one command, `branchmerge_anatomy` with the figures, of which mergekit has
-none. `cp` copies one model's bytes, `cat` reads those of the three parents.
+does the tree [code, [science, math]] in one command: `branchmerge` from experts with manifests, as train.py writes
+them, `branchmerge_foreign` from such without, whose SHA-256 it takes, and `branchmerge_anatomy` with figures, of which
+mergekit has none. `cp` copies one model's bytes, `cat` reads those of the three parents.
 All are timed from start to exit, in turns, `--repeats` times; before each the disk is synced and what it will read
 is read once, so all find their parents in the page cache if memory allows. The best counts, all are reported.
 
@@ -86,8 +87,10 @@ def by_mergekit(experts: Path, work: Path, program: Path, name: str, out_dtype: 
     return measure.Cost(one.seconds + two.seconds, max(one.rss_mb, two.rss_mb), one.cpu_seconds + two.cpu_seconds)
 
 
-def by_branchmerge(experts: Path, work: Path, program: Path, name: str, arguments: tuple[str, ...]) -> measure.Cost:
-    science, math, code = parents(experts)
+def by_branchmerge(
+    experts: Path, work: Path, program: Path, name: str, arguments: tuple[str, ...] = ("anatomy=false",)
+) -> measure.Cost:
+    science, math, code = parents(foreign(experts) if name == "branchmerge_foreign" else experts)
     measure.read([science, math, code])
     return measure.branchmerge(f"[{code},[{science},{math}]]", work / name, work, arguments)
 
@@ -98,9 +101,22 @@ THEIRS = {
 }
 SIDES: dict[str, Callable[[Path, Path, Path], measure.Cost]] = {
     **THEIRS,
-    "branchmerge": partial(by_branchmerge, name="branchmerge", arguments=("anatomy=false",)),
+    "branchmerge": partial(by_branchmerge, name="branchmerge"),
+    "branchmerge_foreign": partial(by_branchmerge, name="branchmerge_foreign"),
     "branchmerge_anatomy": partial(by_branchmerge, name="branchmerge_anatomy", arguments=()),
 }
+
+
+def foreign(experts: Path) -> Path:
+    """The same experts without their manifests, by links."""
+    folder = experts.with_name(f"{experts.name}-foreign")
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("science", "math", "code"):
+        (folder / name).mkdir(parents=True)
+        for path in (experts / name).iterdir():
+            if path.name != "manifest.json":
+                (folder / name / path.name).symlink_to(path)
+    return folder
 
 
 def copy(source: Path, target: Path) -> measure.Cost:

@@ -6,7 +6,8 @@
 Writes OUT/<name> for each name: config.json (Qwen2) and model.safetensors, or shards with an index; no tokenizer.
 Weights are N(0, 0.02), norms 1 + N(0, 0.02); each expert adds N(0, 3e-4) of its own and is then cast. Every chunk
 of a tensor has a seed of its own, so the bytes depend neither on the threads nor on the number of experts, and only
-chunks are ever in memory. What is there already is kept if it was made with the same arguments.
+chunks are ever in memory. Each has a manifest.json with the SHA-256 of its weights, as train.py writes it for an
+expert. What is there already is kept if it was made with the same arguments.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+
+from branchmerge.study import MANIFEST, Manifest, weights_sha256, write_json
 
 CHUNK = 1 << 22
 """Elements that one thread makes at a time."""
@@ -131,6 +134,8 @@ def make(out: Path, names: list[str], recipe: Recipe) -> None:
         _write_shards(out, missing, recipe, pool)
     torch.set_num_threads(threads)
     for name in missing:
+        weights = weights_sha256(out / name)
+        write_json(out / name / MANIFEST, asdict(Manifest("expert", name, {}, {}, weights_sha256=weights)))
         records[name].write_text(made)  # last: an interrupted expert is made anew
 
 
