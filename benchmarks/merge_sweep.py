@@ -53,7 +53,7 @@ def merge(work: Path, lambdas: tuple[str, ...]) -> measure.Cost:
     science, math, code = parents(work / "experts")
     measure.read([science, math, code])
     shutil.rmtree(work / "sweep", ignore_errors=True)
-    arguments = ("-m", f"operator.lam={','.join(lambdas)}", f"out={work}/sweep/${{operator.lam}}")
+    arguments = ("-m", "anatomy=false", f"operator.lam={','.join(lambdas)}", f"out={work}/sweep/${{operator.lam}}")
     return measure.branchmerge(f"[{code},[{science},{math}]]", None, work, arguments)
 
 
