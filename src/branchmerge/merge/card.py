@@ -22,7 +22,8 @@ Merge tree ([left, right], nested): `{tree}`
 {parents}
 
 {anatomy}
-`manifest.json` beside this file holds the whole recipe.
+`recipe.yaml` beside this file makes the model again, byte for byte; `manifest.json` says what else was so, and
+`tensors.json` what happened to each tensor.
 """
 
 
