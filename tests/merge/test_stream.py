@@ -11,32 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from merging import FLAT, NESTED, load, perturbed, recipe
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from branchmerge.errors import UserError
-from branchmerge.merge import Recipe, merge
+from branchmerge.merge import merge
 from branchmerge.merge.operators import Operator, make_operator, parameters_of
 from branchmerge.merge.tree import parse
 from branchmerge.study import read_manifest, weights_sha256
 
-NESTED = ["code", ["science", "math"]]
-FLAT = ["code", "science", "math"]
 Weights = dict[str, Tensor]
 Folders = dict[str, Path]
-
-
-def perturbed(student: Path, folder: Path, seed: int, dtype: torch.dtype = torch.float32) -> Path:
-    """A copy of a student whose weights have moved a little."""
-    shutil.copytree(student, folder)
-    generator = torch.Generator().manual_seed(seed)
-    weights = {
-        name: (tensor + 0.01 * torch.randn(tensor.shape, generator=generator)).to(dtype)
-        for name, tensor in load_file(student / "model.safetensors").items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +31,6 @@ def experts(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Fol
     """Three experts of one backbone; do not write into them."""
     root = tmp_path_factory.mktemp("experts")
     return {name: perturbed(tiny_student, root / name, seed) for seed, name in enumerate(FLAT, start=1)}
-
-
-def recipe(folders: Folders, out: Path, operator: str = "arcee_fusion", tree: Any = NESTED, **more: Any) -> Recipe:
-    """A recipe; what is no field of it is a parameter of the operator."""
-    fields = {key: more.pop(key) for key in ("base", "max_shard_bytes", "overwrite") if key in more}
-    made = make_operator(operator, more)
-    return Recipe(operator, made, parse(tree), folders, out, progress=False, **fields)
-
-
-def load(folder: Path) -> Weights:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def in_memory(operator: Operator, folders: Folders, tree: Any, base: Path | None = None) -> Weights:
