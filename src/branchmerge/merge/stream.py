@@ -47,8 +47,6 @@ BACKBONE = "the backbone"
 SIDE_BY_SIDE = 1 << 25
 """Bytes of a tensor up to which several are merged side by side; larger ones are shared by all threads."""
 
-Merged = list[tuple[Tensor, int, list[dict[str, Any]], Counts | None]]
-
 
 def merge(recipe: Recipe) -> Path:
     """Make the merged checkpoint of a recipe; finished work is not done again.
@@ -81,6 +79,19 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
 
 
 @dataclass
+class _Merged:
+    """A tensor of a result, and what is told of it; an integer tensor was only taken over."""
+
+    tensor: Tensor
+    changed: int = 0
+    """Elements that differ from the first leaf's"""
+    entry: dict[str, Any] | None = None
+    """For the table of tensors"""
+    counts: Counts | None = None
+    """For the anatomy"""
+
+
+@dataclass
 class _Result:
     """A recipe on its way to a folder."""
 
@@ -92,6 +103,14 @@ class _Result:
     differing: int = 0
     anatomy: Anatomy | None = None
     said: list[str] = field(default_factory=list)
+
+    def take(self, name: str, merged: _Merged) -> None:
+        """Hand the next tensor to the writer, and keep what is told of it."""
+        self.writer.write(name, merged.tensor)
+        self.differing += merged.changed
+        if merged.entry is not None:
+            told = self.anatomy.add(name, merged.counts) if self.anatomy and merged.counts else {}
+            self.table.append(merged.entry | told)
 
 
 def _merge_group(recipes: Sequence[Recipe]) -> None:
@@ -171,18 +190,14 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
     title = f"merge {results[0].recipe.name}" if len(results) == 1 else f"merge {len(results)} recipes"
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=not results[0].recipe.progress)
     with bar:
-        underway: deque[tuple[str, Future[Merged]]] = deque()
+        underway: deque[tuple[str, Future[list[_Merged]]]] = deque()
 
         def hand_over(left: int) -> None:
             """Give finished tensors to the writers, in order, until so many are underway."""
             while len(underway) > left:
                 name, future = underway.popleft()
-                for result, (merged, changed, entry, counts) in zip(results, future.result(), strict=True):
-                    result.writer.write(name, merged)
-                    result.differing += changed
-                    if result.anatomy is not None and counts is not None:
-                        entry[0] |= result.anatomy.add(name, counts)
-                    result.table += entry
+                for result, merged in zip(results, future.result(), strict=True):
+                    result.take(name, merged)
                 for source in sources:
                     source.release(name)
                 bar.set_postfix_str(f"{names.index(name) + 1}/{len(names)} tensors", refresh=False)
@@ -195,7 +210,7 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
             work = partial(_merge_tensor, name, results, readers, origin)
             if infos[name].nbytes > SIDE_BY_SIDE:
                 hand_over(0)
-                future: Future[Merged] = Future()
+                future: Future[list[_Merged]] = Future()
                 future.set_result(work())
             else:
                 future = workers.begin(work)
@@ -204,12 +219,13 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
         hand_over(0)
 
 
-def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Source], origin: Source | None) -> Merged:
-    """Of each recipe: the merged tensor, in how many elements it differs from its first leaf's, its table entry, and
-    what its anatomy counted."""
+def _merge_tensor(
+    name: str, results: Sequence[_Result], readers: dict[str, Source], origin: Source | None
+) -> list[_Merged]:
+    """Of each recipe."""
     info = results[0].writer.tensors[name]
     if not info.dtype.is_floating_point:
-        return [(_the_same_in_all(readers, name).clone(), 0, [], None)] * len(results)
+        return [_Merged(_the_same_in_all(readers, name).clone())] * len(results)
 
     device = results[0].recipe.device
 
@@ -227,9 +243,7 @@ def _merge_tensor(name: str, results: Sequence[_Result], readers: dict[str, Sour
     return [_merge_for(result, fold, readers) for result in results]
 
 
-def _merge_for(
-    result: _Result, fold: TensorFold, readers: dict[str, Source]
-) -> tuple[Tensor, int, list[dict[str, Any]], Counts | None]:
+def _merge_for(result: _Result, fold: TensorFold, readers: dict[str, Source]) -> _Merged:
     recipe, info, facts = result.recipe, result.writer.tensors[fold.name], Facts()
     merged = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts).to("cpu", info.dtype)
     leaves = [readers[leaf].read(fold.name) for leaf in recipe.tree.leaves]
@@ -244,7 +258,7 @@ def _merge_for(
     if merged.data_ptr() == left.data_ptr():  # an operator may give back what it got, which is not to stay mapped
         merged = merged.clone()
     entry = {"tensor": fold.name, "shape": list(info.shape), **change, "nodes": facts}
-    return merged, round(change["changed"] * left.numel()), [entry], counts
+    return _Merged(merged, round(change["changed"] * left.numel()), entry, counts)
 
 
 def _change(recipe: Recipe, merged: Tensor, left: Tensor, facts: Facts) -> dict[str, float]:
