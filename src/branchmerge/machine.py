@@ -3,19 +3,25 @@
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # imported where a device is asked for: a merge on a CPU does without
+    import torch
 
 
-def device_of(accelerator: str) -> torch.device:
+def device_of(accelerator: str) -> "torch.device":
     """auto, cpu, gpu or a torch device's name -> device; auto takes the GPU where there is one."""
+    import torch
+
     if accelerator == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device("cuda" if accelerator == "gpu" else accelerator)
 
 
-def computes_bf16(device: torch.device) -> bool:
+def computes_bf16(device: "torch.device") -> bool:
     """Whether bfloat16 matrix products are faster than float32 there: on CUDA, and on CPUs with such instructions."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     flags = cpu_flags()
@@ -31,8 +37,10 @@ def cpu_flags() -> set[str]:
     return set(next(lines, "").partition(":")[2].split())
 
 
-def describe(device: torch.device) -> str:
+def describe(device: "torch.device") -> str:
     """The device in words, for manifests: what a number was measured on."""
+    import torch
+
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}"
     path = Path("/proc/cpuinfo")

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from branchmerge.merge import Recipe, merge, merge_all
-from branchmerge.merge.anatomy import MERGED, compare, said, short_names
+from branchmerge.merge.anatomy import MERGED, Counts, said, short_names
+from branchmerge.merge.anatomy import compare as compare_arrays
+from branchmerge.merge.arrays import as_array
 from branchmerge.merge.density import by_node, by_place, module_of, modules_in_order
 from branchmerge.merge.operators import make_operator
 from branchmerge.merge.scan import changes
@@ -41,6 +43,11 @@ def tensors(
     merged = sum(torch.where(choice == k, leaf.double(), 0.0) for k, leaf in enumerate(leaves))
     assert isinstance(merged, Tensor)
     return base.to(dtypes[3]), leaves, merged.to(dtypes[0])
+
+
+def compare(merged: Tensor, leaves: Sequence[Tensor], base: Tensor | None) -> Counts:
+    origin = None if base is None else as_array(base)
+    return compare_arrays(as_array(merged), [as_array(leaf) for leaf in leaves], origin)
 
 
 def wide(tensor: Tensor) -> Any:

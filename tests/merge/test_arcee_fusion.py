@@ -120,7 +120,7 @@ def test_a_vector_is_one_row() -> None:
 def reference(left: torch.Tensor, right: torch.Tensor, operator: ArceeFusion) -> tuple[torch.Tensor, list[float]]:
     """Merged tensor and quartiles by the definition, from the operator's own KL and a sort of all S."""
     d = left.double() - right.double()
-    kl = operator.measure([left, right]).kl.reshape(-1, 1)
+    kl = torch.tensor(operator.measure([left, right]).kl).reshape(-1, 1)
     S = kl * (d if operator.delta == "signed" else d.abs())
     if operator.precision == "exact":  # rounded to float32, of a larger exponent
         S = ((kl * 2.0**96).float() * (d if operator.delta == "signed" else d.abs()).float()).double() / 2.0**96

@@ -56,7 +56,7 @@ def test_each_null_control_chooses_by_its_own_measure() -> None:
     assert float(d[by["delta"]].min()) >= float(d[~by["delta"]].max())
     assert float(d[by["random"]].mean()) == pytest.approx(float(d.mean()), rel=0.02)
     rows = by["kl"].double().mean(1)
-    kl = ArceeFusion().measure([left, right]).kl
+    kl = torch.tensor(ArceeFusion().measure([left, right]).kl)
     whole = rows > 0.99
     assert float(kl[whole].min()) >= float(kl[rows < 0.5].max())
     assert int(((rows > 0) & ~whole).sum()) <= 1

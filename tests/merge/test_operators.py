@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,8 +105,8 @@ def test_late_parameters_are_parameters_and_change_nothing_that_is_measured(name
 
 
 def plain(measured: Any) -> Any:
-    """With lists for tensors, which do not compare as a whole."""
-    if isinstance(measured, Tensor):
+    """With lists for tensors and arrays, which do not compare as a whole."""
+    if isinstance(measured, Tensor | np.ndarray):
         return measured.tolist()
     if isinstance(measured, list | tuple):
         return [plain(value) for value in measured]

@@ -15,17 +15,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from branchmerge.errors import UserError
 from branchmerge.merge import anatomy_kernels
+from branchmerge.merge.arrays import Array, converted, promoted
 from branchmerge.merge.checkpoint import Reader
 from branchmerge.merge.scan import flat
 from branchmerge.merge.threads import workers
@@ -83,22 +81,22 @@ def _share(part: Any, whole: Any) -> float | None:
     return float(part / whole) if whole else None
 
 
-def compare(merged: Tensor, leaves: Sequence[Tensor], base: Tensor | None) -> Counts:
-    """Compare CPU tensors of one shape, in any floating-point dtypes."""
+def compare(merged: Array, leaves: Sequence[Array], base: Array | None) -> Counts:
+    """Compare tensors of one shape, in any floating-point dtypes."""
     tensors = [*leaves, merged, *([base] if base is not None else [])]
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    arrays = [tensor.contiguous().reshape(-1) for tensor in tensors]
+    dtype = promoted(tensor.dtype for tensor in tensors)
+    arrays = [np.ascontiguousarray(tensor).reshape(-1) for tensor in tensors]
 
     def compared(part: slice) -> Counts:
         # Where dtypes differ, only a part at a time is converted.
-        stored = [flat(array[part].to(dtype)) for array in arrays]
+        stored = [flat(converted(array[part], dtype)) for array in arrays]
         models = tuple(stored[: len(leaves) + 1])
         counts = Counts.zero(len(leaves))
         origin = stored[-1] if base is not None else stored[0][:0]
         anatomy_kernels.compare(models, origin, counts.taken, counts.gram, counts.signs)
         return counts
 
-    parts = [slice(start, start + PART) for start in range(0, merged.numel(), PART)]
+    parts = [slice(start, start + PART) for start in range(0, merged.size, PART)]
     return sum(workers.each(compared, parts), Counts.zero(len(leaves)))
 
 
@@ -116,7 +114,7 @@ class Anatomy:
         self.total = Counts.zero(len(self.leaves))
         self.names = short_names(self.leaves)
 
-    def compare(self, name: str, merged: Tensor, leaves: Sequence[Tensor]) -> Counts:
+    def compare(self, name: str, merged: Array, leaves: Sequence[Array]) -> Counts:
         """Look at one tensor; threads may do so side by side."""
         base = self.base
         return compare(merged, leaves, base.read(name) if base is not None else None)

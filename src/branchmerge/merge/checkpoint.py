@@ -16,26 +16,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from branchmerge.errors import UserError
+from branchmerge.merge.arrays import CODES, DTYPES, Array
 from branchmerge.merge.direct_file import DirectFile
 from branchmerge.merge.shards import AGAIN, INDEX, weight_files
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
     """What a header says of a tensor."""
 
-    dtype: torch.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
     @property
@@ -59,7 +53,7 @@ class Reader:
                 raise UserError(f"{path}: holds a tensor of dtype {error}, which cannot be merged") from error
 
     def _add(self, path: Path, named: set[str] | None) -> None:
-        with safe_open(path, framework="pt"):  # the library checks the header against the file's length
+        with safe_open(path, framework="np"):  # the library checks the header against the file's length
             pass
         with path.open("rb") as file:
             # Copy on write: torch wants memory that could be written to, the file stays as it is.
@@ -88,16 +82,15 @@ class Reader:
     ) -> None:
         self._places.clear()  # a map closes with the last tensor that lies in it
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Array:
         """One tensor as it is stored; not to be written to."""
         info = self.tensors[name]
         mapped, start = self._places[name]
         if not info.nbytes:
-            return torch.empty(info.shape, dtype=info.dtype)
+            return np.empty(info.shape, info.dtype)
+        raw = np.frombuffer(mapped, np.uint8, info.nbytes, start)
         if start % info.dtype.itemsize:  # files of old writers need not be aligned
-            raw = torch.frombuffer(bytearray(mapped[start : start + info.nbytes]), dtype=torch.uint8)
-        else:
-            raw = torch.frombuffer(mapped, dtype=torch.uint8, count=info.nbytes, offset=start)
+            raw = raw.copy()
         return raw.view(info.dtype).reshape(info.shape)
 
     def prefetch(self, name: str) -> None:
@@ -155,7 +148,7 @@ class Writer:
             if self._file is not None:
                 self._file.close()
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Array) -> None:
         """Append the next tensor, which must not change any more.
 
         Raises:
@@ -178,12 +171,12 @@ class Writer:
                     f"{self.folder.parent}: cannot write the weights ({error.strerror}); make room on that disk"
                 ) from error
 
-    def _append(self, name: str, tensor: Tensor) -> None:
+    def _append(self, name: str, tensor: Array) -> None:
         if name in self._first:
             self._finish()
             self._start(self._first[name])
         assert self._file is not None
-        self._file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        self._file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
     def _start(self, number: int) -> None:
         """Open a shard, claim its place on the disk, and write its header."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from branchmerge.errors import UserError
 from branchmerge.merge import architecture, vocabulary
+from branchmerge.merge.arrays import is_floating
 from branchmerge.merge.tied import without_copies
 from branchmerge.merge.views import Source
 
@@ -57,7 +58,7 @@ def _check_tensors(first: str, reference: Source, name: str, model: Source) -> N
                 f"{first} and {name} cannot be merged: {tensor} has the shapes {list(info.shape)} and"
                 f" {list(other.shape)}; merge fine-tunes of one backbone"
             )
-        if other.dtype.is_floating_point != info.dtype.is_floating_point:
+        if is_floating(other.dtype) != is_floating(info.dtype):
             raise UserError(
                 f"{first} and {name} cannot be merged: {tensor} has the dtypes {info.dtype} and {other.dtype}; merge"
                 " fine-tunes of one backbone"

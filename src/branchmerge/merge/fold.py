@@ -3,12 +3,11 @@
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from branchmerge.merge.arrays import Weights, as_array, as_tensor, converted, in_one_dtype
 from branchmerge.merge.operators import Operator, parameters_of
 from branchmerge.merge.scan import changes
 from branchmerge.merge.tree import Tree
@@ -22,43 +21,43 @@ class TensorFold:
     """The models' tensors of one name, and what was measured on them so far: recipes of a sweep share it."""
 
     name: str
-    read: Callable[[str], Tensor]
-    """A leaf's tensor as it is stored."""
-    base: Tensor | None = None
-    check: Callable[[str, Tensor], None] | None = None
+    read: Callable[[str], Weights]
+    """A leaf's tensor as it is stored: of all leaves an array, or of all a tensor."""
+    base: Weights | None = None
+    check: Callable[[str, Weights], None] | None = None
     """Called with every leaf's tensor whose values are not known to be finite; raises where they are not."""
-    _leaves: dict[str, Tensor] = field(default_factory=dict)
+    _leaves: dict[str, Weights] = field(default_factory=dict)
     _measured: dict[Hashable, Any] = field(default_factory=dict)
 
-    def merge(self, tree: Tree, operator: Operator, facts: Facts | None = None) -> Tensor:
+    def merge(self, tree: Tree, operator: Operator, facts: Facts | None = None) -> Weights:
         """Fold a tree; see `Operator.__call__` for the dtype of what comes out."""
         for leaf in tree.leaves:
             if leaf not in self._leaves:
                 self._leaves[leaf] = self.read(leaf)
         tensors = [self._leaves[leaf] for leaf in tree.leaves] + ([self.base] if self.base is not None else [])
-        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-        return self._node(tree, operator, dtype, facts)
+        widest = in_one_dtype(tensors)
+        return self._node(tree, operator, dict(zip(tree.leaves, widest, strict=False)), facts)
 
-    def _node(self, tree: Tree, operator: Operator, dtype: torch.dtype, facts: Facts | None) -> Tensor:
+    def _node(self, tree: Tree, operator: Operator, leaves: dict[str, Weights], facts: Facts | None) -> Weights:
         if tree.leaf:
-            return self._leaves[tree.leaf].to(dtype)
-        models = [self._node(child, operator, dtype, facts) for child in tree.children]
-        models = _of_one_dtype(models)
-        base = self.base.to(models[0].dtype) if self.base is not None else None
+            return leaves[tree.leaf]
+        # An inner node's result may be wider than the leaves beside it.
+        models = in_one_dtype([self._node(child, operator, leaves, facts) for child in tree.children])
+        base = converted(self.base, models[0].dtype) if self.base is not None else None
         seeded = _seeded(operator, self.name, tree.name())
         key = self._key(tree, seeded)
         if key not in self._measured:
             self._measured[key] = self._measure(tree, seeded, models, base)
-        merged = seeded.apply(self._measured[key], models, base)
+        merged = _apply(seeded, self._measured[key], models, base)
         if facts is not None:
             facts[tree.name()] = seeded.facts(self._measured[key]) | changes(merged, models[0]).facts
         return merged
 
-    def _measure(self, tree: Tree, operator: Operator, models: list[Tensor], base: Tensor | None) -> Any:
+    def _measure(self, tree: Tree, operator: Operator, models: list[Weights], base: Weights | None) -> Any:
         leaves = [child.leaf for child in tree.children if child.leaf]
         if not operator.proves_finite:
             self._check(leaves)
-        measured = operator.measure(models, base)
+        measured = operator.measure(*_seen_by(operator, models, base))
         if operator.proves_finite and not operator.shows_finite(measured):
             self._check(leaves)
         return measured
@@ -76,10 +75,17 @@ class TensorFold:
         return (type(operator).__name__, str(looked_at), *children)
 
 
-def _of_one_dtype(models: list[Tensor]) -> list[Tensor]:
-    """An inner node's result may be wider than the leaves beside it."""
-    dtype = reduce(torch.promote_types, (model.dtype for model in models))
-    return [model.to(dtype) for model in models]
+def _seen_by(operator: Operator, models: list[Weights], base: Weights | None) -> tuple[list[Any], Any]:
+    """The same as tensors, where an operator takes no arrays."""
+    if operator.takes_arrays:
+        return models, base
+    return [as_tensor(model) for model in models], None if base is None else as_tensor(base)
+
+
+def _apply(operator: Operator, measured: Any, models: list[Weights], base: Weights | None) -> Weights:
+    """The merged tensor: an array where the models are arrays."""
+    merged = operator.apply(measured, *_seen_by(operator, models, base))
+    return as_array(merged) if isinstance(models[0], np.ndarray) else merged
 
 
 def _seeded(operator: Operator, tensor: str, node: str) -> Operator:

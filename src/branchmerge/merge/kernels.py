@@ -124,7 +124,7 @@ def _sum(v: Any) -> float:
 
 @compiled
 def _kl_of_row(x: Any, y: Any, buffer: Any) -> float:
-    """KL(softmax(x) || softmax(y)) of a row; see arcee_fusion.row_kl for the formula."""
+    """KL(softmax(x) || softmax(y)) of a row; see operators/row_kl.py for the formula."""
     Z = A = B = 0.0
     large, enough, differ = False, False, False
     for c in range(0, x.size, CHUNK):

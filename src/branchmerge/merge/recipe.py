@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from branchmerge.config import MergeConfig
 from branchmerge.errors import UserError
@@ -19,8 +19,8 @@ from branchmerge.merge.vocabulary import WAYS
 from branchmerge.student import backbone
 from branchmerge.study import Study, read_manifest
 
-NUMBER = torch.zeros(1, dtype=torch.float64)
-"""What a dry run merges; in float64, for which nothing is compiled."""
+NOTHING = np.empty(0)
+"""What a dry run merges."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Recipe:
             raise UserError(f"tree={self.tree.nested()}: no folder is given for {lost[0]}; add it to folders")
         if not self.operator.n_way:
             _check_binary(self.tree, self.operator_name)
-        # A dry run on single numbers finds parameters that do not fit the tree, such as two weights for three models.
+        # A dry run on empty tensors finds parameters that do not fit the tree, such as two weights for three models.
         for operator in (self.operator, *(self._with([rule]) for rule in self.rules)):
             try:
-                TensorFold("dry run", lambda _: NUMBER, NUMBER).merge(self.tree, operator)
+                TensorFold("dry run", lambda _: NOTHING, NOTHING).merge(self.tree, operator)
             except ValueError as error:
                 raise UserError(f"tree={self.tree.nested()}: {self.operator_name} cannot merge it: {error}") from error
 
@@ -104,7 +104,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     ours = all(folder.parent == study.expert("*").parent for folder in folders.values())
     origin = backbone.find(config) if config.anatomy and base is None and (ours or config.backbone.path) else None
     shard = int(config.max_shard_gb * 1e9)
-    device = str(device_of(config.device))
+    device = "cpu" if config.device == "cpu" else str(device_of(config.device))  # which asks torch
     return Recipe(
         operator_name,
         operator,

@@ -3,29 +3,32 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from branchmerge.errors import UserError
 from branchmerge.merge import kernels
 from branchmerge.merge.anatomy_kernels import difference
+from branchmerge.merge.arrays import BFLOAT16, FLOAT16, FLOAT32, Array, Weights, as_array, as_tensor, bits, on_cpu
 from branchmerge.merge.threads import workers
 
-BITS = {  # the integers of a float's size, and its exponent bits
-    torch.bfloat16: (torch.uint16, np.uint16(0x7F80)),
-    torch.float16: (torch.uint16, np.uint16(0x7C00)),
-    torch.float32: (torch.uint32, np.uint32(0x7F800000)),
-    torch.float64: (torch.uint64, np.uint64(0x7FF0000000000000)),
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXPONENT: dict[np.dtype[Any], Any] = {  # a float's exponent bits
+    BFLOAT16: np.uint16(0x7F80),
+    FLOAT16: np.uint16(0x7C00),
+    FLOAT32: np.uint32(0x7F800000),
+    np.dtype(np.float64): np.uint64(0x7FF0000000000000),
 }
 
 
-def has_special(tensor: Tensor) -> bool:
-    """Whether a CPU tensor holds NaN or infinity."""
-    integers, exponent = BITS[tensor.dtype]
-    bits = tensor.contiguous().reshape(-1).view(integers).numpy()
-    return any(workers.share(lambda part: kernels.special(bits[part], exponent), bits.size, 1))
+def has_special(array: Array) -> bool:
+    """Whether an array holds NaN or infinity."""
+    exponent = EXPONENT[array.dtype]
+    integers = np.ascontiguousarray(array).reshape(-1).view(exponent.dtype)
+    return any(workers.share(lambda part: kernels.special(integers[part], exponent), integers.size, 1))
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,17 @@ class Change:
         return {"changed": share, "update_norm": self.norm, "left_norm": self.norm_before}
 
 
-def check_finite(tensor: Tensor, name: str, folder: Path) -> None:
+def check_finite(array: Array, name: str, folder: Path) -> None:
     """Refuse a parent's tensor that holds NaN or infinity."""
-    if has_special(tensor):
+    if has_special(array):
         raise UserError(f"{folder}: the tensor {name} holds NaN or infinity; that model is broken")
 
 
-def changes(after: Tensor, before: Tensor) -> Change:
+def changes(after: Weights, before: Weights) -> Change:
     """Compare two tensors of one shape."""
-    if after.device.type != "cpu":
-        return _changes_torch(after.reshape(-1), before.reshape(-1))
-    a, b = (flat(tensor) for tensor in (after, before))
+    if not on_cpu(after):
+        return _changes_torch(as_tensor(after).reshape(-1), as_tensor(before).reshape(-1))
+    a, b = (flat(as_array(weights)) for weights in (after, before))
     # Parts of a fixed size: the sum must not depend on how many threads there are.
     parts = [slice(start, start + (1 << 22)) for start in range(0, a.size, 1 << 22)]
     found = workers.each(lambda part: difference(a[part], b[part]), parts)
@@ -65,7 +68,7 @@ def changes(after: Tensor, before: Tensor) -> Change:
     return Change(changed, math.sqrt(squares), math.sqrt(squares_before), a.size)
 
 
-def _changes_torch(after: Tensor, before: Tensor) -> Change:
+def _changes_torch(after: "Tensor", before: "Tensor") -> Change:
     changed, squares, squares_before = 0, 0.0, 0.0
     for x, y in zip(after.split(1 << 22), before.split(1 << 22), strict=True):
         d = x.double() - y.double()
@@ -75,9 +78,7 @@ def _changes_torch(after: Tensor, before: Tensor) -> Change:
     return Change(changed, math.sqrt(squares), math.sqrt(squares_before), after.numel())
 
 
-def flat(tensor: Tensor) -> np.ndarray:
-    """A tensor as one row for the compiled loops: bfloat16 as its bits, float16 as float32, others as stored."""
-    tensor = tensor.contiguous().reshape(-1)
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy()
-    return (tensor.float() if tensor.dtype == torch.float16 else tensor).numpy()
+def flat(array: Array) -> Array:
+    """An array as one row for the compiled loops: bfloat16 as its bits, float16 as float32, others as stored."""
+    array = np.ascontiguousarray(array).reshape(-1)
+    return array.astype(FLOAT32) if array.dtype == FLOAT16 else bits(array)

@@ -1,16 +1,18 @@
 """Merging what is in memory already: the same operators and trees, without files."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from branchmerge.errors import UserError
+from branchmerge.merge.arrays import as_tensor
 from branchmerge.merge.fold import TensorFold
 from branchmerge.merge.operators import make_operator
 from branchmerge.merge.tree import parse
 
-StateDict = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+StateDict = Mapping[str, "Tensor"]
 
 
 def merge_state_dicts(
@@ -19,7 +21,7 @@ def merge_state_dicts(
     operator: str = "arcee_fusion",
     base: StateDict | None = None,
     **parameters: Any,
-) -> dict[str, Tensor]:
+) -> "dict[str, Tensor]":
     """Merge state dicts of one architecture, on whatever device they are.
 
     Args:
@@ -52,7 +54,7 @@ def merge_state_dicts(
             continue
         leaves = {leaf: models[leaf][tensor] for leaf in parsed.leaves}
         fold = TensorFold(tensor, leaves.__getitem__, None if base is None else base[tensor])
-        merged[tensor] = fold.merge(parsed, made).to(left.dtype)
+        merged[tensor] = as_tensor(fold.merge(parsed, made)).to(left.dtype)
     return merged
 
 

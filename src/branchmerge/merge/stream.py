@@ -20,14 +20,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 from tqdm import tqdm
 
 from branchmerge import fingerprints
 from branchmerge.errors import UserError
 from branchmerge.merge import anatomy, anatomy_report, card, compatibility, recipe_file
 from branchmerge.merge.anatomy import Anatomy, Counts
+from branchmerge.merge.arrays import Array, Weights, as_array, as_tensor, converted, is_floating
 from branchmerge.merge.checkpoint import Reader, TensorInfo, Writer
 from branchmerge.merge.fold import Facts, TensorFold
 from branchmerge.merge.operators import parameters_of
@@ -82,7 +82,7 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
 class _Merged:
     """A tensor of a result, and what is told of it; an integer tensor was only taken over."""
 
-    tensor: Tensor
+    tensor: Array
     changed: int = 0
     """Elements that differ from the first leaf's"""
     entry: dict[str, Any] | None = None
@@ -224,19 +224,21 @@ def _merge_tensor(
 ) -> list[_Merged]:
     """Of each recipe."""
     info = results[0].writer.tensors[name]
-    if not info.dtype.is_floating_point:
-        return [_Merged(_the_same_in_all(readers, name).clone())] * len(results)
+    if not is_floating(info.dtype):
+        return [_Merged(_the_same_in_all(readers, name).copy())] * len(results)
 
     device = results[0].recipe.device
 
+    def placed(array: Array) -> Weights:
+        return array if device == "cpu" else as_tensor(array).to(device)
+
     base = None
     if origin is not None:
-        base = origin.read(name)
-        check_finite(base, name, origin.folder)
-        base = base.to(device)
+        check_finite(origin.read(name), name, origin.folder)
+        base = placed(origin.read(name))
     fold = TensorFold(
         name,
-        lambda leaf: readers[leaf].read(name).to(device),
+        lambda leaf: placed(readers[leaf].read(name)),
         base,
         lambda leaf, _: check_finite(readers[leaf].read(name), name, readers[leaf].folder),
     )
@@ -245,7 +247,8 @@ def _merge_tensor(
 
 def _merge_for(result: _Result, fold: TensorFold, readers: dict[str, Source]) -> _Merged:
     recipe, info, facts = result.recipe, result.writer.tensors[fold.name], Facts()
-    merged = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts).to("cpu", info.dtype)
+    made = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts)
+    merged = converted(as_array(made), info.dtype)
     leaves = [readers[leaf].read(fold.name) for leaf in recipe.tree.leaves]
     left = leaves[0]
     change = _change(recipe, merged, left, facts)
@@ -255,13 +258,13 @@ def _merge_for(result: _Result, fold: TensorFold, readers: dict[str, Source]) ->
             f"{recipe.out}: the merged {fold.name} as {info.dtype} holds NaN or infinity; choose milder parameters"
         )
     counts = result.anatomy.compare(fold.name, merged, leaves) if result.anatomy is not None else None
-    if merged.data_ptr() == left.data_ptr():  # an operator may give back what it got, which is not to stay mapped
-        merged = merged.clone()
+    if np.may_share_memory(merged, left):  # an operator may give back what it got, which is not to stay mapped
+        merged = merged.copy()
     entry = {"tensor": fold.name, "shape": list(info.shape), **change, "nodes": facts}
-    return _Merged(merged, round(change["changed"] * left.numel()), entry, counts)
+    return _Merged(merged, round(change["changed"] * left.size), entry, counts)
 
 
-def _change(recipe: Recipe, merged: Tensor, left: Tensor, facts: Facts) -> dict[str, float]:
+def _change(recipe: Recipe, merged: Array, left: Array, facts: Facts) -> dict[str, float]:
     """How far the result is from the tree's first leaf; the root may have told, if that is its Left."""
     if recipe.tree.children[0].leaf and merged.dtype == left.dtype and recipe.operator.selects:
         root = facts[recipe.tree.name()]
@@ -272,7 +275,7 @@ def _change(recipe: Recipe, merged: Tensor, left: Tensor, facts: Facts) -> dict[
 def _finish(result: _Result, common: compatibility.Common, seconds: float) -> None:
     """What stands beside the weights."""
     recipe, planned, folder = result.recipe, result.planned, result.folder
-    elements = sum(torch.Size(info.shape).numel() for info in result.writer.tensors.values())
+    elements = sum(math.prod(info.shape) for info in result.writer.tensors.values())
     planned.weights_sha256 = fingerprint(result.writer.sha256)
     planned.merge |= {
         "tensors": len(result.writer.tensors),
@@ -309,11 +312,11 @@ def _check_room(recipe: Recipe, folder: Path, infos: dict[str, TensorInfo], resu
         raise UserError(f"{recipe.out.parent}: {what} {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left")
 
 
-def _the_same_in_all(readers: dict[str, Source], name: str) -> Tensor:
+def _the_same_in_all(readers: dict[str, Source], name: str) -> Array:
     """A tensor of integers cannot be merged, only taken over where all models agree."""
     (first, tensor), *others = ((leaf, reader.read(name)) for leaf, reader in readers.items())
     for leaf, other in others:
-        if not torch.equal(tensor, other):
+        if not np.array_equal(tensor, other):
             raise UserError(f"{first} and {leaf} cannot be merged: the integers of {name} differ")
     return tensor
 

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Mapping
 
-import torch
+import numpy as np
 
 from branchmerge.errors import UserError
 from branchmerge.merge.architecture import is_tied
+from branchmerge.merge.arrays import bits
 from branchmerge.merge.views import Source, View
 
 HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.weight$")
@@ -29,7 +30,7 @@ def _without(name: str, model: Source, heads: list[str]) -> Source:
     shapes = [list(model.tensors[tensor].shape) for tensor in (embedding, head)]
     wrong = f" ({shapes[0]} and {shapes[1]})" if shapes[0] != shapes[1] else ""
     # Those few models that store it twice are read here: dropping a matrix that is no copy would lose it silently.
-    if wrong or not torch.equal(model.read(embedding), model.read(head)):
+    if wrong or not np.array_equal(bits(model.read(embedding)), bits(model.read(head))):
         raise UserError(
             f"{name} ({model.folder}): tie_word_embeddings is true, but {head} differs from {embedding}{wrong};"
             " set it to false in every model's config.json if both are meant, or remove that tensor"

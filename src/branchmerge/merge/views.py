@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
-
+from branchmerge.merge.arrays import Array
 from branchmerge.merge.checkpoint import TensorInfo
 
 
@@ -14,7 +13,7 @@ class Source(Protocol):
     folder: Path
     tensors: dict[str, TensorInfo]
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Array: ...
     def prefetch(self, name: str) -> None: ...
     def release(self, name: str) -> None: ...
 
@@ -27,7 +26,7 @@ class View:
         self.source = source
         self.tensors = tensors
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Array:
         return self.source.read(name)
 
     def prefetch(self, name: str) -> None:

@@ -16,10 +16,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from branchmerge.errors import UserError
+from branchmerge.merge.arrays import Array, converted, is_floating
 from branchmerge.merge.checkpoint import TensorInfo
 from branchmerge.merge.scan import check_finite
 from branchmerge.merge.views import Source, View
@@ -124,24 +124,24 @@ class _Resized(View):
         }
         super().__init__(source, tensors)
         self._models, self._pieces = models, pieces
-        self._made: dict[str, Tensor] = {}
+        self._made: dict[str, Array] = {}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> Array:
         tensor = self.source.read(name)
         if name not in self._resized:
             return tensor
         if all(self._models[piece.owner] is self.source for piece in self._pieces):
             return tensor[: self._pieces[-1].stop]
         if name not in self._made:
-            self._made[name] = torch.cat([self._piece(name, piece, tensor.dtype) for piece in self._pieces])
+            self._made[name] = np.concatenate([self._piece(name, piece, tensor.dtype) for piece in self._pieces])
         return self._made[name]
 
-    def _piece(self, name: str, piece: _Piece, dtype: torch.dtype) -> Tensor:
+    def _piece(self, name: str, piece: _Piece, dtype: np.dtype[Any]) -> Array:
         owner = self._models[piece.owner]
         rows = owner.read(name)[piece.start : piece.stop]
-        if owner is not self.source and dtype.is_floating_point:
+        if owner is not self.source and is_floating(dtype):
             check_finite(rows, name, owner.folder)
-        return rows.to(dtype)
+        return converted(rows, dtype)
 
     def release(self, name: str) -> None:
         self._made.pop(name, None)

@@ -6,13 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from branchmerge.config import CommonConfig
 from branchmerge.errors import UserError
 from branchmerge.study import MANIFEST, Manifest, Study, file_sha256, is_done, locked, publish, read_manifest
 
-if TYPE_CHECKING:  # transformers is imported where a model is loaded: merging only needs to find the folder
+if TYPE_CHECKING:  # imported where a model is loaded: merging only needs to find the folder
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GGUF = "gguf:"
@@ -164,6 +163,7 @@ def import_gguf(config: CommonConfig, package: str) -> Path:
 
 def _write_gguf(file: Path, out: Path) -> None:
     """Dequantise a GGUF file into safetensors, tokenizer and chat template."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -176,7 +176,7 @@ def _write_gguf(file: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def load_model(folder: Path, dtype: torch.dtype, attn: str = "sdpa") -> "PreTrainedModel":
+def load_model(folder: Path, dtype: "torch.dtype", attn: str = "sdpa") -> "PreTrainedModel":
     """Load a causal LM onto the CPU."""
     from transformers import AutoModelForCausalLM, PreTrainedModel
 

@@ -4,9 +4,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 TOKENIZER_FILES = (
@@ -15,7 +14,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def export(model: "PreTrainedModel", backbone: Path, out: Path, dtype: torch.dtype) -> None:
+def export(model: "PreTrainedModel", backbone: Path, out: Path, dtype: "torch.dtype") -> None:
     """Save the weights in `dtype`, with the backbone's tokenizer and chat template; converts `model` itself."""
     model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps `to` without its types
     model.save_pretrained(out)

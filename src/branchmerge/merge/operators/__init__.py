@@ -1,54 +1,58 @@
 """Merge operators: one file each, pure functions of tensors and parameters.
 
-base.py says what an operator is. To add one: write its file, list it here, add conf/operator/<name>.yaml.
+base.py says what an operator is. To add one: write its file, list its class here, add conf/operator/<name>.yaml.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from importlib import import_module
 from typing import Any
 
 from branchmerge.errors import UserError
-from branchmerge.merge.operators.arcee_fusion import ArceeFusion
-from branchmerge.merge.operators.arcee_fusion_mergekit import ArceeFusionMergekit
-from branchmerge.merge.operators.arcee_fusion_null import ArceeFusionNull
-from branchmerge.merge.operators.arcee_fusion_paper import ArceeFusionPaper
 from branchmerge.merge.operators.base import Operator
-from branchmerge.merge.operators.breadcrumbs import Breadcrumbs
-from branchmerge.merge.operators.dare_linear import DareLinear
-from branchmerge.merge.operators.dare_ties import DareTies
-from branchmerge.merge.operators.della import Della
-from branchmerge.merge.operators.karcher import Karcher
-from branchmerge.merge.operators.linear import Linear
-from branchmerge.merge.operators.model_stock import ModelStock
-from branchmerge.merge.operators.multislerp import MultiSlerp
-from branchmerge.merge.operators.nuslerp import NuSlerp
-from branchmerge.merge.operators.sce import Sce
-from branchmerge.merge.operators.slerp import Slerp
-from branchmerge.merge.operators.task_arithmetic import TaskArithmetic
-from branchmerge.merge.operators.ties import Ties
 
 __all__ = ["OPERATORS", "Operator", "changed_parameters", "make_operator", "parameters_of"]
 
-
-OPERATORS: dict[str, type[Operator]] = {
-    "arcee_fusion": ArceeFusion,
-    "arcee_fusion_paper": ArceeFusionPaper,
-    "arcee_fusion_mergekit": ArceeFusionMergekit,
-    "arcee_fusion_null": ArceeFusionNull,
-    "breadcrumbs": Breadcrumbs,
-    "dare_linear": DareLinear,
-    "dare_ties": DareTies,
-    "della": Della,
-    "karcher": Karcher,
-    "linear": Linear,
-    "model_stock": ModelStock,
-    "multislerp": MultiSlerp,
-    "nuslerp": NuSlerp,
-    "sce": Sce,
-    "slerp": Slerp,
-    "task_arithmetic": TaskArithmetic,
-    "ties": Ties,
+CLASSES = {
+    "arcee_fusion": "ArceeFusion",
+    "arcee_fusion_paper": "ArceeFusionPaper",
+    "arcee_fusion_mergekit": "ArceeFusionMergekit",
+    "arcee_fusion_null": "ArceeFusionNull",
+    "breadcrumbs": "Breadcrumbs",
+    "dare_linear": "DareLinear",
+    "dare_ties": "DareTies",
+    "della": "Della",
+    "karcher": "Karcher",
+    "linear": "Linear",
+    "model_stock": "ModelStock",
+    "multislerp": "MultiSlerp",
+    "nuslerp": "NuSlerp",
+    "sce": "Sce",
+    "slerp": "Slerp",
+    "task_arithmetic": "TaskArithmetic",
+    "ties": "Ties",
 }
+"""The class of each operator, in the file of its name"""
+
+
+class _Operators(Mapping[str, type[Operator]]):
+    """By name; a file is imported when its operator is asked for, since most of them need torch."""
+
+    def __getitem__(self, name: str) -> type[Operator]:
+        kind: type[Operator] = getattr(import_module(f"{__name__}.{name}"), CLASSES[name])
+        return kind
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(CLASSES)
+
+    def __len__(self) -> int:
+        return len(CLASSES)
+
+    def __contains__(self, name: object) -> bool:
+        return name in CLASSES
+
+
+OPERATORS: Mapping[str, type[Operator]] = _Operators()
 
 
 def make_operator(name: str, parameters: Mapping[str, Any]) -> Operator:

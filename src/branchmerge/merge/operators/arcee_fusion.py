@@ -8,27 +8,30 @@ As in the code of TinyR1-32B-Preview's authors (mergekit 0.1), but in exact arit
 
 The KL of two fine-tunes of one backbone is about 1e-8; softmax and logarithm in float32 return mostly rounding noise
 there, so it is computed in a form without cancellation. On a CPU the loops of kernels.py do the work, elementwise in
-float32, the sums and T in float64; elsewhere, and with precision=float64, the same formulas run in float64 torch.
+float32, the sums and T in float64; elsewhere, and with precision=float64, the same formulas run in float64 torch
+(row_kl.py).
 
 Source: TinyR1-32B-Preview (arXiv 2503.04872) and its authors' code. Shapes: R rows, C columns; a vector is one row.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from branchmerge.merge import kernels
+from branchmerge.merge.arrays import DTYPES, Array, Weights, as_array, as_tensor, bits, on_cpu, row_length
 from branchmerge.merge.operators.base import Operator
-from branchmerge.merge.operators.blocks import row_length
 from branchmerge.merge.threads import workers
 
-BLOCK = 1 << 20
-"""Elements whose float64 temporaries are held at once."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SMALL = 1 << 15
 """Tensors of up to so many elements are sorted whole."""
 KL_RANGE = (2.0**-150, 2.0**12)
@@ -46,8 +49,8 @@ CHOICES = {
 class Measured:
     """What a threshold for any lambda needs."""
 
-    kl: Tensor
-    """float64 [R]"""
+    kl: NDArray[np.float64]
+    """[R]"""
     quartiles: tuple[float, float, float]
     """Q1, median and Q3 of S"""
     elements: int
@@ -76,6 +79,7 @@ class ArceeFusion(Operator):
     n_way: ClassVar[bool] = False
     selects: ClassVar[bool] = True
     late = frozenset({"lam", "gate"})
+    takes_arrays: ClassVar[bool] = True
     proves_finite: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -86,12 +90,14 @@ class ArceeFusion(Operator):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, it is {getattr(self, name)!r}")
 
-    def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> Measured:
+    def measure(self, models: Sequence[Weights], base: Weights | None = None) -> Measured:
         left, right = as_rows(models)
+        if not len(left):
+            return Measured(np.empty(0), quartiles(np.empty(0)), 0, True)
         found = self._measure_compiled(left, right) if self.precision == "exact" and _compiled_for(left) else None
-        return self._measure_torch(left, right) if found is None else found
+        return self._measure_torch(as_tensor(left), as_tensor(right)) if found is None else found
 
-    def _measure_compiled(self, left: Tensor, right: Tensor) -> Measured | None:
+    def _measure_compiled(self, left: Weights, right: Weights) -> Measured | None:
         """By kernels.py; None where the KL is so large or small that S could leave the range of float32."""
         x, y = _stored(right), _stored(left)
         kl = np.empty(len(x))
@@ -111,7 +117,7 @@ class ArceeFusion(Operator):
         if x.size <= SMALL:
             S = np.empty(x.shape, np.float32)
             kernels.scores(x, y, kl, signed, S)
-            return self._found(kl, quartiles(torch.from_numpy(S)), x.size)
+            return self._found(kl, quartiles(S), x.size)
 
         def gather(keys: Any, room: int) -> Any:
             def found(part: slice) -> Any:
@@ -122,39 +128,38 @@ class ArceeFusion(Operator):
 
         return self._found(kl, _quartiles_by_histogram(counts, x.size, gather), x.size)
 
-    def _found(self, kl: Any, scaled: tuple[float, float, float], elements: int) -> Measured:
+    def _found(self, kl: NDArray[np.float64], scaled: tuple[float, float, float], elements: int) -> Measured:
         q1, median, q3 = (value / kernels.SCALE for value in scaled)
-        return Measured(torch.from_numpy(kl), (q1, median, q3), elements, True)
+        return Measured(kl, (q1, median, q3), elements, True)
 
     def _measure_torch(self, left: Tensor, right: Tensor) -> Measured:
+        from branchmerge.merge.operators.row_kl import kl_of_rows
+
         p, q = (right, left) if self.direction == "right_left" else (left, right)
         if self.kl == "tensor":
             p, q = p.reshape(1, -1), q.reshape(1, -1)
-        if self.precision in ("float32", "bfloat16"):
-            kl = rounded_kl(p, q, getattr(torch, self.precision)).double()
-        else:
-            kl = torch.empty(len(p), dtype=torch.float64, device=p.device)
-            for rows in row_blocks(p):
-                kl[rows] = row_kl(p[rows].double(), q[rows].double())
-        kl = kl.expand(len(left)) if self.kl == "tensor" else kl
+        kl = np.broadcast_to(as_array(kl_of_rows(p, q, self.precision)), len(left))
         return Measured(kl, quartiles(self._scores(kl, left, right)), left.numel(), False)
 
-    def _scores(self, kl: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def _scores(self, kl: NDArray[np.float64], left: Tensor, right: Tensor) -> Tensor:
         d = left.double() - right.double()
-        return kl[:, None] * (d if self.delta == "signed" else d.abs())
+        return as_tensor(kl.copy()).to(d.device)[:, None] * (d if self.delta == "signed" else d.abs())
 
-    def apply(self, measured: Measured, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-        return self.fuse(measured, models)[0]
+    def apply(self, measured: Measured, models: Sequence[Weights], base: Weights | None = None) -> Any:
+        merged = self.fuse(measured, models)[0]
+        return merged if isinstance(models[0], np.ndarray) else as_tensor(merged)
 
-    def fuse(self, measured: Measured, models: Sequence[Tensor]) -> tuple[Tensor, int]:
+    def fuse(self, measured: Measured, models: Sequence[Weights]) -> tuple[Weights, int]:
         """The merged tensor, and in how many coordinates Right was taken."""
-        left, right = as_rows(models)
+        if not measured.elements:
+            return models[0], 0
         T = threshold(measured.quartiles, self.lam)
-        if not measured.compiled:
-            S = self._scores(measured.kl, left, right)
-            mask = S > T if self.gate == "gt" else S >= T
-            return torch.where(mask, right, left).reshape(models[0].shape), int(mask.sum())
-        x, y, kl = _stored(right), _stored(left), measured.kl.numpy()
+        choose = self._choose_compiled if measured.compiled else self._choose_torch
+        merged, taken = choose(measured.kl, T, *as_rows(models))
+        return merged.reshape(models[0].shape), taken
+
+    def _choose_compiled(self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights) -> tuple[Array, int]:
+        x, y = _stored(right), _stored(left)
         strict = self.gate == "gt"
         scaled = _rounded(T * kernels.SCALE, down=strict)
         o = np.empty_like(x)  # numpy's large arrays are made of large pages, which cost a tenth of torch's
@@ -163,17 +168,23 @@ class ArceeFusion(Operator):
             return kernels.choose(x[part], y[part], kl[part], self.delta == "signed", scaled, strict, o[part])
 
         taken = sum(workers.share(choose, *x.shape))
-        return torch.from_numpy(o).view(left.dtype).reshape(models[0].shape), taken
+        return o.view(as_array(left).dtype), taken
+
+    def _choose_torch(self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights) -> tuple[Tensor, int]:
+        left, right = as_tensor(left), as_tensor(right)
+        S = self._scores(kl, left, right)
+        mask = S > T if self.gate == "gt" else S >= T
+        return right.where(mask, left), int(mask.sum())
 
     def shows_finite(self, measured: Measured) -> bool:
-        return bool(torch.isfinite(measured.kl).all())
+        return bool(np.isfinite(measured.kl).all())
 
     def facts(self, measured: Measured) -> dict[str, float]:
         if not measured.elements:
             return {}
         q1, median, q3 = measured.quartiles
         return {
-            "kl_min": float(measured.kl.min()), "kl_median": float(measured.kl.median()),
+            "kl_min": float(measured.kl.min()), "kl_median": quartiles(measured.kl)[1],
             "kl_max": float(measured.kl.max()), "S_q1": q1, "S_median": median, "S_q3": q3,
             "T": threshold(measured.quartiles, self.lam),
         }  # fmt: skip
@@ -190,71 +201,31 @@ def _rounded(value: float, down: bool) -> np.float32:
     return nearest
 
 
-def as_rows(models: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Left and Right as [R, C]."""
+def as_rows(models: Sequence[Any]) -> tuple[Any, Any]:
+    """Left and Right as [R, C], of the kind they are."""
     left, right = (model.reshape(-1, row_length(model)) for model in models)
     return left, right
 
 
-def _compiled_for(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float32)
+def _compiled_for(weights: Weights) -> bool:
+    return on_cpu(weights) and as_array(weights[:0]).dtype in (DTYPES["BF16"], DTYPES["F32"])
 
 
-def _stored(tensor: Tensor) -> Any:
-    """The tensor's memory as numpy sees it; bfloat16 as its bits."""
-    tensor = tensor.contiguous()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _stored(weights: Weights) -> Array:
+    """What the kernels take."""
+    return bits(np.ascontiguousarray(as_array(weights)))
 
 
-def row_blocks(rows: Tensor) -> Iterator[slice]:
-    """Cut [R, C] into blocks of rows."""
-    step = max(1, BLOCK // max(rows.shape[1], 1))
-    return (slice(start, start + step) for start in range(0, len(rows), step))
-
-
-def row_kl(x: Tensor, y: Tensor) -> Tensor:
-    """KL(softmax(x) || softmax(y)) of each row, accurate however small it is.
-
-    With p = softmax(x), d = x - y less its mean under p (which changes neither softmax), g(d) = d + expm1(-d):
-
-        KL = sum p g(d) + log1p(s) - s,   s = sum p expm1(-d)
-
-    where nothing large cancels. Only where s > 1 is the usual sum p (log p - log q) taken.
-
-    Args:
-        x, y: float64 [R, C]
-
-    Returns:
-        float64 [R], never negative
-    """
-    log_Z = torch.logsumexp(x, dim=-1, keepdim=True)
-    p = (x - log_Z).exp()
-    mean = (p * (x - y)).sum(dim=-1, keepdim=True)
-    d = (x - y) - mean
-    # Far elements: p alone may underflow where p exp(-d) = exp(y + mean - log Z) does not.
-    t = torch.where(d.abs() < 0.5, p * torch.expm1(-d), (y + mean - log_Z).clamp(max=700).exp() - p)
-    series = p * d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d / 720))))
-    s = t.sum(dim=-1)
-    near = torch.where(d.abs() < 1e-2, series, p * d + t).sum(dim=-1) + (torch.log1p(s) - s)
-    far = (torch.logsumexp(y, dim=-1, keepdim=True) - log_Z + mean).squeeze(-1)
-    return torch.where(s > 1, far, near).clamp_min(0.0)
-
-
-def rounded_kl(x: Tensor, y: Tensor, dtype: torch.dtype, epsilon: float = 1e-8) -> Tensor:
-    """The same in the usual way, softmax and logarithm in a low-precision dtype, with epsilon added to both."""
-    p, q = (torch.softmax(tensor.to(dtype), dim=-1) + epsilon for tensor in (x, y))
-    return (p * torch.log(p / q)).sum(dim=-1)
-
-
-def quartiles(S: Tensor) -> tuple[float, float, float]:
+def quartiles(S: Weights) -> tuple[float, float, float]:
     """Q1, median and Q3; the quantile q of n values is element floor(q (n - 1)) of them sorted."""
-    if not S.numel():
+    n = math.prod(S.shape)
+    if not n:
         return math.inf, math.inf, math.inf
-    places = _places(S.numel())
-    if S.device.type == "cpu":
-        q1, median, q3 = np.partition(S.numpy(), places, axis=None)[places].tolist()
+    places = _places(n)
+    if on_cpu(S):
+        q1, median, q3 = np.partition(as_array(S), places, axis=None)[places].tolist()
     else:
-        q1, median, q3 = S.flatten().sort().values[places].tolist()
+        q1, median, q3 = as_tensor(S).flatten().sort().values[places].tolist()
     return q1, median, q3
 
 

@@ -20,9 +20,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from branchmerge.merge.operators.arcee_fusion import as_rows, row_blocks
+from branchmerge.merge.operators.arcee_fusion import as_rows
 from branchmerge.merge.operators.base import Operator
 from branchmerge.merge.operators.limits import whole
+from branchmerge.merge.operators.row_kl import row_blocks
 
 EPSILON = 1e-8
 SAMPLE = 1_000_000

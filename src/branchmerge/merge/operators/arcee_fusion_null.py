@@ -9,11 +9,12 @@ If a merge by one of these scores as well, the importance had no part in it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from branchmerge.merge.arrays import Weights, as_tensor
 from branchmerge.merge.operators.arcee_fusion import ArceeFusion, Measured, as_rows
 from branchmerge.merge.operators.blocks import blocks
 from branchmerge.merge.operators.largest import largest
@@ -33,6 +34,7 @@ class ArceeFusionNull(ArceeFusion):
     """Of the random choice."""
 
     late = frozenset({"lam", "gate", "by", "seed"})
+    takes_arrays: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +42,7 @@ class ArceeFusionNull(ArceeFusion):
             raise ValueError(f"by must be one of {', '.join(WAYS)}, it is {self.by!r}")
         whole("seed", self.seed, 0)
 
-    def apply(self, measured: Measured, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
+    def apply(self, measured: Measured, models: Sequence[Weights], base: Weights | None = None) -> Tensor:
         _, taken = self.fuse(measured, models)
         left, right = as_rows(models)
         choice = {"random": self._random, "delta": _by_delta, "kl": _by_kl}[self.by]
@@ -64,7 +66,7 @@ def _by_delta(taken: int, measured: Measured, left: Tensor, right: Tensor) -> Te
 def _by_kl(taken: int, measured: Any, left: Tensor, right: Tensor) -> Tensor:
     columns = left.shape[1]
     mask = torch.zeros_like(left, dtype=torch.bool)
-    order = measured.kl.argsort(descending=True, stable=True)
+    order = as_tensor(measured.kl.copy()).to(left.device).argsort(descending=True, stable=True)
     whole_rows = taken // columns
     mask[order[:whole_rows]] = True
     if taken % columns:

@@ -5,12 +5,15 @@ the merged tensor from what was measured. An operator that needs no look at the 
 that are merged with several values of a parameter named in `late` are measured once for all of them.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Operator(ABC):
     """Takes any number of models; else exactly two, Left and Right."""
     selects: ClassVar[bool] = False
     """Takes every value over from one of the models, so that a density says how much it took from each."""
+    takes_arrays: ClassVar[bool] = False
+    """Merges numpy arrays into one, too, without torch; what it is given then are the arrays of arrays.py."""
     proves_finite: ClassVar[bool] = False
     """Measures models with NaN or infinity without an error, and `shows_finite` tells."""
     late: ClassVar[frozenset[str]] = frozenset()

@@ -30,11 +30,6 @@ def blocks(tensors: Sequence[Tensor], row: int = 1) -> Iterator[tuple[slice, lis
         yield place, [tensor[place].double() for tensor in flat]
 
 
-def row_length(tensor: Tensor) -> int:
-    """Elements of a row, the last dimension; a vector is one row. At least 1."""
-    return max(tensor.shape[-1], 1) if tensor.ndim else 1
-
-
 def gram(tensors: Sequence[Tensor], origin: Tensor | None = None) -> Tensor:
     """Inner products <W_i - O, W_j - O> of n tensors, added up in float64.
 

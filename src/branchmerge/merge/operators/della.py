@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from branchmerge.merge.operators.blocks import row_length
+from branchmerge.merge.arrays import row_length
 from branchmerge.merge.operators.dare_linear import bernoulli
 from branchmerge.merge.operators.limits import fractions, number, switch, whole
 from branchmerge.merge.operators.task_vectors import TaskVectorOperator, Thin, magnitude

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from branchmerge.merge.arrays import row_length
 from branchmerge.merge.operators.base import Operator
-from branchmerge.merge.operators.blocks import blocks, row_length
+from branchmerge.merge.operators.blocks import blocks
 from branchmerge.merge.operators.limits import number, switch
 from branchmerge.merge.operators.weights import as_weights, weights_for
 
