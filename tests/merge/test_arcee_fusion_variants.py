@@ -40,7 +40,7 @@ def test_the_papers_signed_difference_takes_from_one_side_only() -> None:
 def test_null_controls_take_as_much(by: str, dtype: torch.dtype) -> None:
     left, right = experts(dtype)
     operator = ArceeFusion(lam=0.5)
-    _, taken = operator.fuse(operator.measure([left, right]), (left, right))
+    _, taken, _ = operator.fuse(operator.measure([left, right]), (left, right))
     merged = ArceeFusionNull(lam=0.5, by=by)([left, right])
     from_right = (merged == right) & (left != right)
     assert torch.equal(torch.where(from_right, right, left), merged)

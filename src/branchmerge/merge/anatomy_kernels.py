@@ -11,10 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from branchmerge.merge.kernels import CHUNK, compiled, number
-
-LANES = CHUNK // 16
-"""Sums that are kept side by side until a tensor's end."""
+from branchmerge.merge.kernels import CHUNK, LANES, add_dot, compiled, number
 
 
 def bits(stored):  # type: ignore[no-untyped-def]  # Numba compares the signatures
@@ -42,8 +39,8 @@ def difference(a: Any, b: Any) -> Any:
         if x.size < CHUNK:
             buffer[:] = 0
         changed += _subtract(x, y, buffer[0], buffer[1])
-        _add_dot(buffer[0], buffer[0], squares[0])
-        _add_dot(buffer[1], buffer[1], squares[1])
+        add_dot(buffer[0], buffer[0], squares[0])
+        add_dot(buffer[1], buffer[1], squares[1])
     return changed, _sum(squares[0]), _sum(squares[1])
 
 
@@ -95,7 +92,7 @@ def compare(models: Any, base: Any, taken: Any, gram: Any, signs: Any) -> None:
         for k in range(K + 1):
             _add_agreeing(d[k], d[K], agreeing[k])
             for j in range(k + 1):
-                _add_dot(d[j], d[k], products[j, k])
+                add_dot(d[j], d[k], products[j, k])
     for k in range(K + 1):
         signs[k] += _sum(agreeing[k])
         for j in range(k + 1):
@@ -136,24 +133,6 @@ def _both(a: Any, b: Any, c: Any) -> int:
     low = np.uint64(0x00FF00FF00FF00FF)
     fours = (lanes & low) + ((lanes >> np.uint64(8)) & low)
     return int((fours * np.uint64(0x0001000100010001)) >> np.uint64(48))  # the sum of the four
-
-
-@compiled
-def _add_dot(a: Any, b: Any, lanes: Any) -> None:
-    """Add the products of CHUNK values to float64 [LANES]: sixteen to each, added in pairs in float32."""
-    e = LANES
-    for i in range(e):
-        one = (a[i] * b[i] + a[i + e] * b[i + e]) + (a[i + 2 * e] * b[i + 2 * e] + a[i + 3 * e] * b[i + 3 * e])
-        two = (a[i + 4 * e] * b[i + 4 * e] + a[i + 5 * e] * b[i + 5 * e]) + (
-            a[i + 6 * e] * b[i + 6 * e] + a[i + 7 * e] * b[i + 7 * e]
-        )
-        three = (a[i + 8 * e] * b[i + 8 * e] + a[i + 9 * e] * b[i + 9 * e]) + (
-            a[i + 10 * e] * b[i + 10 * e] + a[i + 11 * e] * b[i + 11 * e]
-        )
-        four = (a[i + 12 * e] * b[i + 12 * e] + a[i + 13 * e] * b[i + 13 * e]) + (
-            a[i + 14 * e] * b[i + 14 * e] + a[i + 15 * e] * b[i + 15 * e]
-        )
-        lanes[i] += np.float64((one + two) + (three + four))
 
 
 @compiled

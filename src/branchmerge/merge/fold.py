@@ -9,7 +9,7 @@ import numpy as np
 
 from branchmerge.merge.arrays import Weights, as_array, as_tensor, converted, in_one_dtype
 from branchmerge.merge.operators import Operator, parameters_of
-from branchmerge.merge.scan import changes
+from branchmerge.merge.scan import Change, changes
 from branchmerge.merge.tree import Tree
 
 Facts = dict[str, dict[str, float]]
@@ -48,9 +48,9 @@ class TensorFold:
         key = self._key(tree, seeded)
         if key not in self._measured:
             self._measured[key] = self._measure(tree, seeded, models, base)
-        merged = _apply(seeded, self._measured[key], models, base)
+        merged, change = _apply(seeded, self._measured[key], models, base)
         if facts is not None:
-            facts[tree.name()] = seeded.facts(self._measured[key]) | changes(merged, models[0]).facts
+            facts[tree.name()] = seeded.facts(self._measured[key]) | (change or changes(merged, models[0])).facts
         return merged
 
     def _measure(self, tree: Tree, operator: Operator, models: list[Weights], base: Weights | None) -> Any:
@@ -82,10 +82,12 @@ def _seen_by(operator: Operator, models: list[Weights], base: Weights | None) ->
     return [as_tensor(model) for model in models], None if base is None else as_tensor(base)
 
 
-def _apply(operator: Operator, measured: Any, models: list[Weights], base: Weights | None) -> Weights:
-    """The merged tensor: an array where the models are arrays."""
-    merged = operator.apply(measured, *_seen_by(operator, models, base))
-    return as_array(merged) if isinstance(models[0], np.ndarray) else merged
+def _apply(
+    operator: Operator, measured: Any, models: list[Weights], base: Weights | None
+) -> tuple[Weights, Change | None]:
+    """The merged tensor, an array where the models are arrays; what the operator knows of its distance from Left."""
+    merged, change = operator.apply_and_compare(measured, *_seen_by(operator, models, base))
+    return as_array(merged) if isinstance(models[0], np.ndarray) else merged, change
 
 
 def _seeded(operator: Operator, tensor: str, node: str) -> Operator:

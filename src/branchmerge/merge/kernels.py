@@ -16,6 +16,8 @@ from numba.extending import intrinsic, overload
 
 CHUNK = 1024
 """Columns that are worked on at a time."""
+LANES = CHUNK // 16
+"""Sums that are kept side by side."""
 FAST_X = 40.0
 """Weights above this are left to the float64 loop: their exponentials could overflow a float32 sum."""
 FAST_D = (1e-15, 0.5)
@@ -110,7 +112,7 @@ def _terms(x: Any, y: Any, e: Any, a: Any, b: Any) -> Any:
 
 @compiled
 def _sum(v: Any) -> float:
-    """Sum of CHUNK values, added in pairs."""
+    """Sum of 16, 32, 64, ... values, added in pairs."""
     width = v.size // 2
     while width >= 8:
         for i in range(width):
@@ -239,15 +241,25 @@ def locate(counts: Any, places: Any) -> Any:
         key, first place of that key, and number of values with it, int64 [places, 3]
     """
     found = np.zeros((places.size, 3), np.int64)
+    total = np.zeros(CHUNK, np.int32)
     upto, next_ = np.int64(0), 0
-    for key in range(counts.shape[1]):
-        n = np.int64(0)
+    for start in range(0, counts.shape[1], CHUNK):
+        total[:] = 0
+        in_chunk = np.int64(0)
         for part in range(counts.shape[0]):
-            n += counts[part, key]
-        while n and next_ < places.size and places[next_] < upto + n:
-            found[next_] = key, upto, n
-            next_ += 1
-        upto += n
+            for i in range(CHUNK):
+                total[i] += counts[part, start + i]
+        for i in range(CHUNK):
+            in_chunk += total[i]
+        # Few keys are near a place: most chunks are passed over as a whole.
+        if next_ == places.size or places[next_] >= upto + in_chunk:
+            upto += in_chunk
+            continue
+        for i in range(CHUNK):
+            while next_ < places.size and places[next_] < upto + total[i]:
+                found[next_] = start + i, upto, np.int64(total[i])
+                next_ += 1
+            upto += total[i]
     return found
 
 
@@ -301,18 +313,66 @@ def special(bits: Any, exponent: Any) -> bool:
 
 
 @compiled
-def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, out: Any) -> int:
-    """out = Right where S >= T (strict: S > T), else Left, as they are stored; returns how often Right was taken.
+def add_dot(a: Any, b: Any, lanes: Any) -> None:
+    """Add the products of CHUNK values to float64 [LANES]: sixteen to each, added in pairs in float32."""
+    e = LANES
+    for i in range(e):
+        one = (a[i] * b[i] + a[i + e] * b[i + e]) + (a[i + 2 * e] * b[i + 2 * e] + a[i + 3 * e] * b[i + 3 * e])
+        two = (a[i + 4 * e] * b[i + 4 * e] + a[i + 5 * e] * b[i + 5 * e]) + (
+            a[i + 6 * e] * b[i + 6 * e] + a[i + 7 * e] * b[i + 7 * e]
+        )
+        three = (a[i + 8 * e] * b[i + 8 * e] + a[i + 9 * e] * b[i + 9 * e]) + (
+            a[i + 10 * e] * b[i + 10 * e] + a[i + 11 * e] * b[i + 11 * e]
+        )
+        four = (a[i + 12 * e] * b[i + 12 * e] + a[i + 13 * e] * b[i + 13 * e]) + (
+            a[i + 14 * e] * b[i + 14 * e] + a[i + 15 * e] * b[i + 15 * e]
+        )
+        lanes[i] += np.float64((one + two) + (three + four))
 
-    T is scaled, and float32.
+
+@compiled
+def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, out: Any, update: Any, norm: Any) -> Any:
+    """out = Right where S >= T (strict: S > T), else Left, as they are stored.
+
+    Args:
+        T: scaled, and float32
+        update: float64 [R]; each row's ||out - Left||^2
+        norm: float64 [R]; each row's ||Left||^2
+
+    Returns:
+        In how many elements Right was taken, and in how many out differs from Left.
     """
-    taken = 0
+    taken = changed = 0
+    d, v = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    squares = np.empty((2, LANES))
     for r in range(right.shape[0]):
-        x, y, o, k = right[r], left[r], out[r], _scaled(kl[r])
-        for i in range(x.size):
-            a, b = x[i], y[i]
-            S = _score(k, a, b, signed)
-            take = (S > T) if strict else (S >= T)
-            o[i] = a if take else b
-            taken += take
-    return taken
+        squares[:] = 0
+        k = _scaled(kl[r])
+        for c in range(0, right.shape[1], CHUNK):
+            n = min(CHUNK, right.shape[1] - c)
+            if n < CHUNK:
+                d[n:], v[n:] = 0, 0
+            x, y, o = right[r, c : c + n], left[r, c : c + n], out[r, c : c + n]
+            found = _choose_chunk(x, y, k, signed, T, strict, o, d, v)
+            taken += found[0]
+            changed += found[1]
+            add_dot(d, d, squares[0])
+            add_dot(v, v, squares[1])
+        update[r], norm[r] = _sum(squares[0]), _sum(squares[1])
+    return taken, changed
+
+
+@compiled
+def _choose_chunk(x: Any, y: Any, k: Any, signed: bool, T: Any, strict: bool, o: Any, d: Any, v: Any) -> Any:
+    """The same for a part of a row; d = o - y, v = y."""
+    taken = changed = np.int32(0)
+    for i in range(x.size):
+        a, b = x[i], y[i]
+        S = _score(k, a, b, signed)
+        take = (S > T) if strict else (S >= T)
+        o[i] = a if take else b
+        d[i] = (number(a) - number(b)) if take else F(0)
+        v[i] = number(b)
+        taken += np.int32(take)
+        changed += np.int32(d[i] != 0)
+    return taken, changed

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from branchmerge.merge import kernels
 from branchmerge.merge.arrays import DTYPES, Array, Weights, as_array, as_tensor, bits, on_cpu, row_length
 from branchmerge.merge.operators.base import Operator
+from branchmerge.merge.scan import Change
 from branchmerge.merge.threads import workers
 
 if TYPE_CHECKING:
@@ -146,35 +147,47 @@ class ArceeFusion(Operator):
         return as_tensor(kl.copy()).to(d.device)[:, None] * (d if self.delta == "signed" else d.abs())
 
     def apply(self, measured: Measured, models: Sequence[Weights], base: Weights | None = None) -> Any:
-        merged = self.fuse(measured, models)[0]
-        return merged if isinstance(models[0], np.ndarray) else as_tensor(merged)
+        return self.apply_and_compare(measured, models, base)[0]
 
-    def fuse(self, measured: Measured, models: Sequence[Weights]) -> tuple[Weights, int]:
-        """The merged tensor, and in how many coordinates Right was taken."""
+    def apply_and_compare(
+        self, measured: Measured, models: Sequence[Weights], base: Weights | None = None
+    ) -> tuple[Any, Change | None]:
+        merged, _, change = self.fuse(measured, models)
+        return (merged if isinstance(models[0], np.ndarray) else as_tensor(merged)), change
+
+    def fuse(self, measured: Measured, models: Sequence[Weights]) -> tuple[Weights, int, Change | None]:
+        """The merged tensor, in how many coordinates Right was taken, and how far from Left that is, where known."""
         if not measured.elements:
-            return models[0], 0
+            return models[0], 0, None
         T = threshold(measured.quartiles, self.lam)
-        choose = self._choose_compiled if measured.compiled else self._choose_torch
-        merged, taken = choose(measured.kl, T, *as_rows(models))
-        return merged.reshape(models[0].shape), taken
+        fuse = self._fuse_compiled if measured.compiled else self._fuse_torch
+        merged, taken, change = fuse(measured.kl, T, *as_rows(models))
+        return merged.reshape(models[0].shape), taken, change
 
-    def _choose_compiled(self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights) -> tuple[Array, int]:
+    def _fuse_compiled(
+        self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights
+    ) -> tuple[Array, int, Change]:
         x, y = _stored(right), _stored(left)
         strict = self.gate == "gt"
         scaled = _rounded(T * kernels.SCALE, down=strict)
         o = np.empty_like(x)  # numpy's large arrays are made of large pages, which cost a tenth of torch's
+        update, norm = np.empty(len(x)), np.empty(len(x))
 
-        def choose(part: slice) -> int:
-            return kernels.choose(x[part], y[part], kl[part], self.delta == "signed", scaled, strict, o[part])
+        def choose(rows: slice) -> Any:
+            signed = self.delta == "signed"
+            return kernels.choose(x[rows], y[rows], kl[rows], signed, scaled, strict, o[rows], update[rows], norm[rows])
 
-        taken = sum(workers.share(choose, *x.shape))
-        return o.view(as_array(left).dtype), taken
+        taken, changed = np.sum(workers.share(choose, *x.shape), axis=0).tolist()
+        change = Change(changed, math.sqrt(update.sum()), math.sqrt(norm.sum()), x.size)
+        return o.view(as_array(left).dtype), taken, change
 
-    def _choose_torch(self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights) -> tuple[Tensor, int]:
+    def _fuse_torch(
+        self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights
+    ) -> tuple[Tensor, int, Change | None]:
         left, right = as_tensor(left), as_tensor(right)
         S = self._scores(kl, left, right)
         mask = S > T if self.gate == "gt" else S >= T
-        return right.where(mask, left), int(mask.sum())
+        return right.where(mask, left), int(mask.sum()), None
 
     def shows_finite(self, measured: Measured) -> bool:
         return bool(np.isfinite(measured.kl).all())

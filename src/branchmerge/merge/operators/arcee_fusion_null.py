@@ -42,8 +42,13 @@ class ArceeFusionNull(ArceeFusion):
             raise ValueError(f"by must be one of {', '.join(WAYS)}, it is {self.by!r}")
         whole("seed", self.seed, 0)
 
+    def apply_and_compare(
+        self, measured: Measured, models: Sequence[Weights], base: Weights | None = None
+    ) -> tuple[Tensor, None]:
+        return self.apply(measured, models, base), None
+
     def apply(self, measured: Measured, models: Sequence[Weights], base: Weights | None = None) -> Tensor:
-        _, taken = self.fuse(measured, models)
+        _, taken, _ = self.fuse(measured, models)
         left, right = as_rows(models)
         choice = {"random": self._random, "delta": _by_delta, "kl": _by_kl}[self.by]
         mask = choice(taken, measured, left, right)

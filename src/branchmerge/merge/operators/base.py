@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from branchmerge.merge.scan import Change
+
 
 @dataclass(frozen=True)
 class Operator(ABC):
@@ -42,6 +44,12 @@ class Operator(ABC):
     @abstractmethod
     def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         """The merged tensor."""
+
+    def apply_and_compare(
+        self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None
+    ) -> tuple[Tensor, Change | None]:
+        """The merged tensor, and how far it is from the first model where that is known without another look."""
+        return self.apply(measured, models, base), None
 
     def shows_finite(self, measured: Any) -> bool:
         """Whether the measured values prove that no model holds NaN or infinity; spares another look at the models."""
