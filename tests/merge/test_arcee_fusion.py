@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from branchmerge.merge import kernels
 from branchmerge.merge.operators.arcee_fusion import ArceeFusion
 from branchmerge.merge.threads import workers
 
@@ -147,6 +148,23 @@ def test_the_threshold_is_exact_and_the_gate_follows_it(
         merged, expected = reference(left, right, operator)
         assert list(operator.measure([left, right]).quartiles) == expected
         assert torch.equal(operator([left, right]), merged)
+
+
+@pytest.mark.parametrize("delta", ["absolute", "signed"])
+def test_scores_at_the_end_of_float32_are_told_apart_from_zero(delta: str) -> None:
+    """Scaled scores of some 50 times the smallest float32: their leading bits are those of zero."""
+    left = torch.zeros(40, 1000)
+    right = 3e-24 * torch.randn(40, 1000, generator=torch.Generator().manual_seed(5))
+    right[0] *= 1e4
+    right[1:10] = 0
+    operator = ArceeFusion(delta=delta)
+    kl = operator.measure([left, right]).kl
+    S = np.empty((40, 1000), np.float32)
+    kernels.scores(right.numpy(), left.numpy(), kl, delta == "signed", S)
+    places = [math.floor(q * (S.size - 1)) for q in (0.25, 0.5, 0.75)]
+    expected = np.sort(S, axis=None)[places].astype(np.float64) / kernels.SCALE
+    assert 0 < expected[2] < 2.0**-134 / kernels.SCALE
+    assert operator.measure([left, right]).quartiles == pytest.approx(expected.tolist(), rel=0, abs=0)
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads() -> None:

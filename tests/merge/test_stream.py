@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from branchmerge.config import PROJECT
 from branchmerge.errors import UserError
 from branchmerge.merge import merge
 from branchmerge.merge.operators import Operator, make_operator, parameters_of
@@ -275,6 +276,18 @@ def test_two_runs_write_the_same_bytes(experts: Folders, tmp_path: Path) -> None
     assert differing in ([], ["manifest.json"])  # which holds times
 
 
+def test_arcee_fusion_on_a_cpu_needs_no_torch(experts: Folders, tmp_path: Path) -> None:
+    """It would cost half as much time again as a small merge."""
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]"
+    code += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = [f"tree=[{experts['code']},{experts['math']}]", f"out={tmp_path / 'merged'}", "operator.lam=1.5"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "merge.py", *arguments], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert_equal(load(tmp_path / "merged"), in_memory(make_operator("arcee_fusion", {}), experts, ["code", "math"]))
+
+
 def test_parents_stay_as_they_are(experts: Folders, tmp_path: Path) -> None:
     def state() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for folder in experts.values() for path in [folder, *folder.iterdir()]}
@@ -293,17 +306,17 @@ SLOW_MERGE = textwrap.dedent(
     from branchmerge.merge.operators.arcee_fusion import ArceeFusion
     from branchmerge.merge.tree import parse
 
-    fused = 0
+    measured = 0
 
     @dataclass(frozen=True)
     class Slow(ArceeFusion):
-        def apply(self, measured, models, base=None):
-            global fused
-            fused += 1
-            if fused == 20:
+        def measure(self, models, base=None):
+            global measured
+            measured += 1
+            if measured == 20:
                 print("merging", flush=True)
                 time.sleep(60)
-            return super().apply(measured, models, base)
+            return super().measure(models, base)
 
     folders = {Path(folder).name: Path(folder) for folder in sys.argv[2:]}
     tree = parse(["code", ["science", "math"]])

@@ -65,6 +65,11 @@ def on_cpu(weights: Weights) -> bool:
     return isinstance(weights, np.ndarray) or weights.device.type == "cpu"
 
 
+def shares_memory(array: Array, others: Iterable[Weights]) -> bool:
+    """Whether an array may lie where one of the others does."""
+    return any(isinstance(other, np.ndarray) and np.may_share_memory(array, other) for other in others)
+
+
 def promoted(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
     """The smallest floating-point dtype that holds all values of the given ones."""
     different = set(dtypes)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from branchmerge.merge.arrays import Weights, as_array, as_tensor, converted, in_one_dtype
+from branchmerge.merge.arrays import Array, Weights, as_array, as_tensor, converted, in_one_dtype, shares_memory
 from branchmerge.merge.operators import Operator, parameters_of
 from branchmerge.merge.scan import Change, changes
 from branchmerge.merge.tree import Tree
@@ -48,7 +48,7 @@ class TensorFold:
         key = self._key(tree, seeded)
         if key not in self._measured:
             self._measured[key] = self._measure(tree, seeded, models, base)
-        merged, change = _apply(seeded, self._measured[key], models, base)
+        merged, change = _apply(seeded, self._measured[key], models, base, self._spare(tree, models))
         if facts is not None:
             facts[tree.name()] = seeded.facts(self._measured[key]) | (change or changes(merged, models[0])).facts
         return merged
@@ -61,6 +61,13 @@ class TensorFold:
         if operator.proves_finite and not operator.shows_finite(measured):
             self._check(leaves)
         return measured
+
+    def _spare(self, tree: Tree, models: list[Weights]) -> Array | None:
+        """An inner node's result, which nothing reads any more after this node."""
+        for child, model in zip(tree.children, models, strict=True):
+            if not child.leaf and isinstance(model, np.ndarray) and not shares_memory(model, self._leaves.values()):
+                return model
+        return None
 
     def _check(self, leaves: Sequence[str]) -> None:
         for leaf in leaves:
@@ -83,10 +90,10 @@ def _seen_by(operator: Operator, models: list[Weights], base: Weights | None) ->
 
 
 def _apply(
-    operator: Operator, measured: Any, models: list[Weights], base: Weights | None
+    operator: Operator, measured: Any, models: list[Weights], base: Weights | None, spare: Array | None
 ) -> tuple[Weights, Change | None]:
     """The merged tensor, an array where the models are arrays; what the operator knows of its distance from Left."""
-    merged, change = operator.apply_and_compare(measured, *_seen_by(operator, models, base))
+    merged, change = operator.apply_and_compare(measured, *_seen_by(operator, models, base), spare)
     return as_array(merged) if isinstance(models[0], np.ndarray) else merged, change
 
 

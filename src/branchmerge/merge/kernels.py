@@ -31,6 +31,8 @@ KEY_SHIFT = np.uint32(15)
 ZERO = np.uint32(1 << 16)
 """The key of zero, and of nothing else."""
 KEYS = 1 << 17
+SIGNLESS = np.uint32(0xFFFF)
+"""Of a float's bits without the last KEY_SHIFT: all but the sign."""
 
 F = np.float32
 
@@ -278,18 +280,18 @@ def gather(right: Any, left: Any, kl: Any, signed: bool, wanted: Any, out: Any) 
     values = np.empty(CHUNK, np.float32)
     hits = np.zeros(CHUNK, np.uint8)
     hits_of_eight = hits.view(np.uint64)
-    a, b, c_ = wanted[0], wanted[1], wanted[2]
+    a, b, c_ = _bits_of_key(wanted[0]), _bits_of_key(wanted[1]), _bits_of_key(wanted[2])
+    shared = min(a & SIGNLESS, b & SIGNLESS, c_ & SIGNLESS) <= 1  # its key is that of other bits, too
     found = 0
     for r in range(right.shape[0]):
         for c in range(0, right.shape[1], CHUNK):
             n = min(CHUNK, right.shape[1] - c)
             x, y, k = right[r, c : c + n], left[r, c : c + n], _scaled(kl[r])
             hits[n:] = 0
-            for i in range(n):
-                value = _score(k, x[i], y[i], signed)
-                key = _key(value)
-                values[i] = value
-                hits[i] = (key == a) | (key == b) | (key == c_)
+            if shared:
+                _hits_by_key(x, y, k, signed, wanted, values, hits)
+            else:
+                _hits_by_bits(x, y, k, signed, a, b, c_, values, hits)
             for group in range(CHUNK // 8):
                 if hits_of_eight[group]:
                     for i in range(8 * group, 8 * group + 8):
@@ -297,6 +299,31 @@ def gather(right: Any, left: Any, kl: Any, signed: bool, wanted: Any, out: Any) 
                             out[found] = values[i]
                             found += 1
     return found
+
+
+@compiled
+def _bits_of_key(key: Any) -> Any:
+    """The leading bits of the numbers with a key."""
+    return key - ZERO if key >= ZERO else ((SIGNLESS + np.uint32(1)) | (ZERO - key))
+
+
+@compiled
+def _hits_by_bits(x: Any, y: Any, k: Any, signed: bool, a: Any, b: Any, c: Any, values: Any, hits: Any) -> None:
+    for i in range(x.size):
+        value = _score(k, x[i], y[i], signed)
+        leading = _bits_of_float(value) >> KEY_SHIFT
+        values[i] = value
+        hits[i] = (leading == a) | (leading == b) | (leading == c)
+
+
+@compiled
+def _hits_by_key(x: Any, y: Any, k: Any, signed: bool, wanted: Any, values: Any, hits: Any) -> None:
+    """The same where a number so small that its leading bits are zero may be wanted, but zero is not."""
+    for i in range(x.size):
+        value = _score(k, x[i], y[i], signed)
+        key = _key(value)
+        values[i] = value
+        hits[i] = (key == wanted[0]) | (key == wanted[1]) | (key == wanted[2])
 
 
 @compiled
@@ -336,6 +363,7 @@ def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, o
 
     Args:
         T: scaled, and float32
+        out: may be Right or Left itself
         update: float64 [R]; each row's ||out - Left||^2
         norm: float64 [R]; each row's ||Left||^2
 
@@ -344,6 +372,7 @@ def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, o
     """
     taken = changed = 0
     d, v = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    chosen = np.empty(CHUNK, out.dtype)
     squares = np.empty((2, LANES))
     for r in range(right.shape[0]):
         squares[:] = 0
@@ -353,13 +382,20 @@ def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, o
             if n < CHUNK:
                 d[n:], v[n:] = 0, 0
             x, y, o = right[r, c : c + n], left[r, c : c + n], out[r, c : c + n]
-            found = _choose_chunk(x, y, k, signed, T, strict, o, d, v)
+            found = _choose_chunk(x, y, k, signed, T, strict, chosen, d, v)
+            _copy(chosen, o)
             taken += found[0]
             changed += found[1]
             add_dot(d, d, squares[0])
             add_dot(v, v, squares[1])
         update[r], norm[r] = _sum(squares[0]), _sum(squares[1])
     return taken, changed
+
+
+@compiled
+def _copy(source: Any, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = source[i]
 
 
 @compiled

@@ -11,8 +11,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +26,7 @@ from branchmerge import fingerprints
 from branchmerge.errors import UserError
 from branchmerge.merge import anatomy, anatomy_report, card, compatibility, recipe_file
 from branchmerge.merge.anatomy import Anatomy, Counts
-from branchmerge.merge.arrays import Array, Weights, as_array, as_tensor, converted, is_floating
+from branchmerge.merge.arrays import Array, Weights, as_array, as_tensor, converted, is_floating, shares_memory
 from branchmerge.merge.checkpoint import Reader, TensorInfo, Writer
 from branchmerge.merge.fold import Facts, TensorFold
 from branchmerge.merge.operators import parameters_of
@@ -190,13 +189,13 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
     title = f"merge {results[0].recipe.name}" if len(results) == 1 else f"merge {len(results)} recipes"
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=not results[0].recipe.progress)
     with bar:
-        underway: deque[tuple[str, Future[list[_Merged]]]] = deque()
+        underway: deque[tuple[str, Callable[[], Iterable[_Merged]]]] = deque()
 
         def hand_over(left: int) -> None:
-            """Give finished tensors to the writers, in order, until so many are underway."""
+            """Give merged tensors to the writers, in order, until so many are underway."""
             while len(underway) > left:
-                name, future = underway.popleft()
-                for result, merged in zip(results, future.result(), strict=True):
+                name, made = underway.popleft()
+                for result, merged in zip(results, made(), strict=True):
                     result.take(name, merged)
                 for source in sources:
                     source.release(name)
@@ -207,25 +206,28 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
             if following is not None:
                 for source in sources:
                     source.prefetch(following)
-            work = partial(_merge_tensor, name, results, readers, origin)
+            merge = partial(_merge_tensor, name, results, readers, origin)
             if infos[name].nbytes > SIDE_BY_SIDE:
-                hand_over(0)
-                future: Future[list[_Merged]] = Future()
-                future.set_result(work())
+                underway.append((name, merge))
+                hand_over(0)  # makes the next result when the last one is with its writer
             else:
-                future = workers.begin(work)
-            underway.append((name, future))
-            hand_over(workers.count + 2)
+                underway.append((name, workers.begin(partial(_listed, merge)).result))
+                hand_over(workers.count + 4)
         hand_over(0)
+
+
+def _listed(made: Callable[[], Iterable[_Merged]]) -> list[_Merged]:
+    return list(made())
 
 
 def _merge_tensor(
     name: str, results: Sequence[_Result], readers: dict[str, Source], origin: Source | None
-) -> list[_Merged]:
-    """Of each recipe."""
+) -> Iterator[_Merged]:
+    """Of each recipe, one after the other."""
     info = results[0].writer.tensors[name]
     if not is_floating(info.dtype):
-        return [_Merged(_the_same_in_all(readers, name).copy())] * len(results)
+        yield from [_Merged(_the_same_in_all(readers, name).copy())] * len(results)
+        return
 
     device = results[0].recipe.device
 
@@ -242,7 +244,8 @@ def _merge_tensor(
         base,
         lambda leaf, _: check_finite(readers[leaf].read(name), name, readers[leaf].folder),
     )
-    return [_merge_for(result, fold, readers) for result in results]
+    for result in results:
+        yield _merge_for(result, fold, readers)
 
 
 def _merge_for(result: _Result, fold: TensorFold, readers: dict[str, Source]) -> _Merged:
@@ -258,7 +261,7 @@ def _merge_for(result: _Result, fold: TensorFold, readers: dict[str, Source]) ->
             f"{recipe.out}: the merged {fold.name} as {info.dtype} holds NaN or infinity; choose milder parameters"
         )
     counts = result.anatomy.compare(fold.name, merged, leaves) if result.anatomy is not None else None
-    if np.may_share_memory(merged, left):  # an operator may give back what it got, which is not to stay mapped
+    if shares_memory(merged, leaves):  # an operator may give back what it got, which is not to stay mapped
         merged = merged.copy()
     entry = {"tensor": fold.name, "shape": list(info.shape), **change, "nodes": facts}
     return _Merged(merged, round(change["changed"] * left.size), entry, counts)

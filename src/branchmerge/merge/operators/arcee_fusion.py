@@ -150,27 +150,34 @@ class ArceeFusion(Operator):
         return self.apply_and_compare(measured, models, base)[0]
 
     def apply_and_compare(
-        self, measured: Measured, models: Sequence[Weights], base: Weights | None = None
+        self, measured: Measured, models: Sequence[Weights], base: Weights | None = None, spare: Array | None = None
     ) -> tuple[Any, Change | None]:
-        merged, _, change = self.fuse(measured, models)
+        merged, _, change = self.fuse(measured, models, spare)
         return (merged if isinstance(models[0], np.ndarray) else as_tensor(merged)), change
 
-    def fuse(self, measured: Measured, models: Sequence[Weights]) -> tuple[Weights, int, Change | None]:
+    def fuse(
+        self, measured: Measured, models: Sequence[Weights], spare: Array | None = None
+    ) -> tuple[Weights, int, Change | None]:
         """The merged tensor, in how many coordinates Right was taken, and how far from Left that is, where known."""
         if not measured.elements:
             return models[0], 0, None
         T = threshold(measured.quartiles, self.lam)
-        fuse = self._fuse_compiled if measured.compiled else self._fuse_torch
-        merged, taken, change = fuse(measured.kl, T, *as_rows(models))
-        return merged.reshape(models[0].shape), taken, change
+        left, right = as_rows(models)
+        if measured.compiled:
+            out = None if spare is None else spare.reshape(left.shape)
+            merged, taken, change = self._fuse_compiled(measured.kl, T, left, right, out)
+            return merged.reshape(models[0].shape), taken, change
+        chosen, taken = self._fuse_torch(measured.kl, T, as_tensor(left), as_tensor(right))
+        return chosen.reshape(models[0].shape), taken, None
 
     def _fuse_compiled(
-        self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights
+        self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights, spare: Array | None
     ) -> tuple[Array, int, Change]:
         x, y = _stored(right), _stored(left)
         strict = self.gate == "gt"
         scaled = _rounded(T * kernels.SCALE, down=strict)
-        o = np.empty_like(x)  # numpy's large arrays are made of large pages, which cost a tenth of torch's
+        # numpy's large arrays are made of large pages, which cost a tenth of torch's.
+        o = np.empty_like(x) if spare is None else _stored(spare)
         update, norm = np.empty(len(x)), np.empty(len(x))
 
         def choose(rows: slice) -> Any:
@@ -181,13 +188,10 @@ class ArceeFusion(Operator):
         change = Change(changed, math.sqrt(update.sum()), math.sqrt(norm.sum()), x.size)
         return o.view(as_array(left).dtype), taken, change
 
-    def _fuse_torch(
-        self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights
-    ) -> tuple[Tensor, int, Change | None]:
-        left, right = as_tensor(left), as_tensor(right)
+    def _fuse_torch(self, kl: NDArray[np.float64], T: float, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
         S = self._scores(kl, left, right)
         mask = S > T if self.gate == "gt" else S >= T
-        return right.where(mask, left), int(mask.sum()), None
+        return right.where(mask, left), int(mask.sum())
 
     def shows_finite(self, measured: Measured) -> bool:
         return bool(np.isfinite(measured.kl).all())
@@ -252,10 +256,9 @@ def _quartiles_by_histogram(counts: Any, n: int, gather: Any) -> tuple[float, fl
     located = kernels.locate(counts, np.array(places))
     # Elements that are equal in both models have S = 0; they may be most of the tensor and need no sorting.
     bins = np.unique(located[located[:, 0] != kernels.ZERO], axis=0)
-    keys = np.full(3, kernels.KEYS, np.uint32)
-    keys[: len(bins)] = bins[:, 0]
-    values = gather(keys, int(bins[:, 2].sum()))
-    values.sort()
+    if len(bins):
+        values = gather(np.resize(bins[:, 0], 3).astype(np.uint32), int(bins[:, 2].sum()))
+        values.sort()
     start_of = dict(zip(bins[:, 0].tolist(), (np.cumsum(bins[:, 2]) - bins[:, 2]).tolist(), strict=True))
     found = [
         float(values[start_of[key] + place - first]) if key in start_of else 0.0

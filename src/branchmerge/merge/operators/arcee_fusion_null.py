@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from branchmerge.merge.arrays import Weights, as_tensor
+from branchmerge.merge.arrays import Array, Weights, as_tensor
 from branchmerge.merge.operators.arcee_fusion import ArceeFusion, Measured, as_rows
 from branchmerge.merge.operators.blocks import blocks
 from branchmerge.merge.operators.largest import largest
@@ -43,7 +43,7 @@ class ArceeFusionNull(ArceeFusion):
         whole("seed", self.seed, 0)
 
     def apply_and_compare(
-        self, measured: Measured, models: Sequence[Weights], base: Weights | None = None
+        self, measured: Measured, models: Sequence[Weights], base: Weights | None = None, spare: Array | None = None
     ) -> tuple[Tensor, None]:
         return self.apply(measured, models, base), None
 

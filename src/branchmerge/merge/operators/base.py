@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from branchmerge.merge.arrays import Array
     from branchmerge.merge.scan import Change
 
 
@@ -46,9 +47,13 @@ class Operator(ABC):
         """The merged tensor."""
 
     def apply_and_compare(
-        self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None
+        self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None, spare: Array | None = None
     ) -> tuple[Tensor, Change | None]:
-        """The merged tensor, and how far it is from the first model where that is known without another look."""
+        """The merged tensor, and how far it is from the first model where that is known without another look.
+
+        Args:
+            spare: an array like the models, perhaps one of them, that the result may be written to
+        """
         return self.apply(measured, models, base), None
 
     def shows_finite(self, measured: Any) -> bool:
