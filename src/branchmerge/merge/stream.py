@@ -38,7 +38,7 @@ from branchmerge.merge.views import Source
 from branchmerge.merge.vocabulary import write_config
 from branchmerge.student.backbone import check_checkpoint
 from branchmerge.student.export import copy_tokenizer
-from branchmerge.study import MANIFEST, Manifest, fingerprint, is_done, locked, publish, read_manifest, write_json
+from branchmerge.study import MANIFEST, Manifest, fingerprint, is_done, locked, publish, read_manifest, write_rows
 
 TABLE = "tensors.json"
 BACKBONE = "the backbone"
@@ -291,7 +291,7 @@ def _finish(result: _Result, common: compatibility.Common, seconds: float) -> No
     write_config(first, tokenizer, common.rows, folder)
     if "tokenizer.json" not in copy_tokenizer(tokenizer, folder):
         print(f"warning: {tokenizer} has no tokenizer.json, so neither has the merged model", flush=True)
-    write_json(folder / TABLE, result.table)
+    write_rows(folder / TABLE, result.table)
     told = anatomy_report.write(recipe, result.table, result.anatomy, folder)
     result.said = told.lines
     card.write(recipe, planned, folder, told)

@@ -73,10 +73,11 @@ def keep_freed_memory(limit: int = 1 << 25) -> None:
 
     It would give them back to the system and ask for new pages, which costs more than a merge of them.
     """
-    mmap_threshold, trim_threshold = -3, -1  # names and numbers of glibc's malloc.h
+    mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # names and numbers of glibc's malloc.h
     try:
         library = ctypes.CDLL(None)
         library.mallopt(mmap_threshold, limit)
         library.mallopt(trim_threshold, 8 * limit)
+        library.mallopt(arena_max, 1)  # a thread's own blocks would be given back whatever the limit
     except (OSError, AttributeError):  # another C library: slower, nothing else
         return

@@ -251,20 +251,23 @@ def _places(n: int) -> list[int]:
 
 
 def _quartiles_by_histogram(counts: Any, n: int, gather: Any) -> tuple[float, float, float]:
-    """The same exactly, from counts by leading bits [parts, KEYS]: only values with a quartile's key are sorted."""
+    """The same exactly, from counts by leading bits [parts, KEYS]: only values with a quartile's key are looked at."""
     places = _places(n)
     located = kernels.locate(counts, np.array(places))
     # Elements that are equal in both models have S = 0; they may be most of the tensor and need no sorting.
     bins = np.unique(located[located[:, 0] != kernels.ZERO], axis=0)
-    if len(bins):
-        values = gather(np.resize(bins[:, 0], 3).astype(np.uint32), int(bins[:, 2].sum()))
-        values.sort()
+    if not len(bins):
+        return 0.0, 0.0, 0.0
+    values = gather(np.resize(bins[:, 0], 3).astype(np.uint32), int(bins[:, 2].sum()))
     start_of = dict(zip(bins[:, 0].tolist(), (np.cumsum(bins[:, 2]) - bins[:, 2]).tolist(), strict=True))
-    found = [
-        float(values[start_of[key] + place - first]) if key in start_of else 0.0
+    among_values = {
+        place: start_of[key] + place - first
         for place, (key, first, _) in zip(places, located.tolist(), strict=True)
-    ]
-    return found[0], found[1], found[2]
+        if key in start_of
+    }
+    values.partition(list(among_values.values()))
+    q1, median, q3 = (float(values[among_values[place]]) if place in among_values else 0.0 for place in places)
+    return q1, median, q3
 
 
 def threshold(quartiles: tuple[float, float, float], lam: float) -> float:
