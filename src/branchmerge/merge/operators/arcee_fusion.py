@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -253,20 +254,20 @@ def _places(n: int) -> list[int]:
 def _quartiles_by_histogram(counts: Any, n: int, gather: Any) -> tuple[float, float, float]:
     """The same exactly, from counts by leading bits [parts, KEYS]: only values with a quartile's key are looked at."""
     places = _places(n)
-    located = kernels.locate(counts, np.array(places))
+    located = kernels.locate(counts, np.array(places)).tolist()
     # Elements that are equal in both models have S = 0; they may be most of the tensor and need no sorting.
-    bins = np.unique(located[located[:, 0] != kernels.ZERO], axis=0)
-    if not len(bins):
+    size_of = {key: size for key, _, size in located if key != kernels.ZERO}
+    if not size_of:
         return 0.0, 0.0, 0.0
-    values = gather(np.resize(bins[:, 0], 3).astype(np.uint32), int(bins[:, 2].sum()))
-    start_of = dict(zip(bins[:, 0].tolist(), (np.cumsum(bins[:, 2]) - bins[:, 2]).tolist(), strict=True))
-    among_values = {
-        place: start_of[key] + place - first
-        for place, (key, first, _) in zip(places, located.tolist(), strict=True)
-        if key in start_of
-    }
-    values.partition(list(among_values.values()))
-    q1, median, q3 = (float(values[among_values[place]]) if place in among_values else 0.0 for place in places)
+    values = gather(np.resize(list(size_of), 3).astype(np.uint32), sum(size_of.values()))
+    start_of = dict(zip(size_of, accumulate(size_of.values(), initial=0), strict=False))
+    # None for the places of zeros; the others' in the gathered values
+    among = [
+        start_of[key] + place - first if key in size_of else None
+        for place, (key, first, _) in zip(places, located, strict=True)
+    ]
+    values.partition([place for place in among if place is not None])
+    q1, median, q3 = (0.0 if place is None else float(values[place]) for place in among)
     return q1, median, q3
 
 
