@@ -114,7 +114,20 @@ def _terms(x: Any, y: Any, e: Any, a: Any, b: Any) -> Any:
 
 @compiled
 def _sum(v: Any) -> float:
-    """Sum of 16, 32, 64, ... values, added in pairs."""
+    """Sum of CHUNK values, added in pairs; changes them."""
+    e = LANES
+    for i in range(e):
+        one = (v[i] + v[i + 8 * e]) + (v[i + 4 * e] + v[i + 12 * e])
+        two = (v[i + 2 * e] + v[i + 10 * e]) + (v[i + 6 * e] + v[i + 14 * e])
+        three = (v[i + e] + v[i + 9 * e]) + (v[i + 5 * e] + v[i + 13 * e])
+        four = (v[i + 3 * e] + v[i + 11 * e]) + (v[i + 7 * e] + v[i + 15 * e])
+        v[i] = (one + two) + (three + four)
+    return _sum_of_lanes(v[:e])
+
+
+@compiled
+def _sum_of_lanes(v: Any) -> float:
+    """Sum of LANES values, added in pairs; changes them."""
     width = v.size // 2
     while width >= 8:
         for i in range(width):
@@ -388,7 +401,7 @@ def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, o
             changed += found[1]
             add_dot(d, d, squares[0])
             add_dot(v, v, squares[1])
-        update[r], norm[r] = _sum(squares[0]), _sum(squares[1])
+        update[r], norm[r] = _sum_of_lanes(squares[0]), _sum_of_lanes(squares[1])
     return taken, changed
 
 
