@@ -4,9 +4,9 @@
 
 Makes the experts of merge_vs_mergekit.py and merges them, in turns, with one lambda and with four. Writing is no part
 of the claim. `writing_1` and `writing_4` are the seconds in which the engine's own writers (SHA-256, past the system's
-cache) write so many models from memory, side by side, when nothing else is done. `ratio_without_writing` is that of four
-lambdas without their writing to one lambda with its; `ratio_without_more_writing` takes only what four models take to
-write more than one.
+cache) write so many models from memory, side by side, when nothing else is done. `ratio_without_writing` compares four
+lambdas without their writing with one and its; `ratio_without_more_writing` takes off only what four models need to be
+written more than one.
 """
 
 import argparse
