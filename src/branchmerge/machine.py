@@ -5,17 +5,30 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from branchmerge.errors import UserError
+
 if TYPE_CHECKING:  # imported where a device is asked for: a merge on a CPU does without
     import torch
 
 
 def device_of(accelerator: str) -> "torch.device":
-    """auto, cpu, gpu or a torch device's name -> device; auto takes the GPU where there is one."""
+    """auto, cpu, gpu or a torch device's name -> device; auto takes the GPU where there is one.
+
+    Raises:
+        UserError: no such device is known, or none is here
+    """
     import torch
 
     if accelerator == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device("cuda" if accelerator == "gpu" else accelerator)
+    try:
+        device = torch.device("cuda" if accelerator == "gpu" else accelerator)
+    except RuntimeError as error:
+        raise UserError(f"device {accelerator}: there is none of that name; use auto, cpu, gpu or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UserError(f"device {accelerator}: torch finds {found} CUDA devices here; use auto, cpu or one of those")
+    return device
 
 
 def computes_bf16(device: "torch.device") -> bool:
