@@ -1,6 +1,7 @@
 import pytest
 
-from branchmerge.evaluation.graders import NO_ANSWER, WRONG_ANSWER, final_part, grade, last_box
+from branchmerge.evaluation.answers import last_box
+from branchmerge.evaluation.graders import NO_ANSWER, WRONG_ANSWER, final_part, grade
 from branchmerge.trajectories.schema import Reference
 
 

@@ -7,6 +7,7 @@ import logging
 import re
 from dataclasses import dataclass
 
+from branchmerge.evaluation.answers import last_box
 from branchmerge.evaluation.sandbox import PASSED, run_tests
 from branchmerge.trajectories.schema import Reference
 
@@ -42,20 +43,6 @@ def final_part(response: str) -> str | None:
     """
     answer = response.rpartition("</think>")[2]
     return None if "<think>" in answer else answer
-
-
-def last_box(text: str) -> str | None:
-    """Content of the last \\boxed{...}, its braces matched; None if there is none or it is never closed."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin = start + len("\\boxed{")
-    depth = 1
-    for position in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[begin:position].strip()
-    return None
 
 
 def grade_math(answer: str, reference: Reference) -> Verdict:
