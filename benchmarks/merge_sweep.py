@@ -28,16 +28,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=lambda path: Path(path).absolute(), required=True, help="folder for all files")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--steps", type=int, choices=(1, 2), default=2, help="of the tree: two experts, or all three")
     options, shape = parser.parse_known_args()
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     measure.make_experts(work / "experts", shape)
-    merge(work, LAMBDAS[:1])  # compiles
+    merge(work, LAMBDAS[:1], options.steps)  # compiles
     costs: dict[str, list[measure.Cost]] = {"one": [], "four": [], "cp": []}
     writing: dict[int, list[float]] = {1: [], 4: []}
     for _ in range(options.repeats):
-        costs["one"].append(merge(work, LAMBDAS[:1]))
-        costs["four"].append(merge(work, LAMBDAS))
+        costs["one"].append(merge(work, LAMBDAS[:1], options.steps))
+        costs["four"].append(merge(work, LAMBDAS, options.steps))
         costs["cp"].append(copy(work / "experts" / "code", work / "copy"))
         for models, seconds in writing.items():
             with ProcessPoolExecutor(1, get_context("spawn")) as process:  # its memory is not to count for the others
@@ -47,6 +48,7 @@ def main() -> None:
     facts = {
         "benchmark": "merge_sweep",
         "lambdas": len(LAMBDAS),
+        "steps": options.steps,
         "seconds": {name: round(value, 2) for name, value in best.items()},
         "ratio": round(best["four"] / best["one"], 2),
         "ratio_without_cp": round((best["four"] - (len(LAMBDAS) - 1) * best["cp"]) / best["one"], 2),
@@ -61,13 +63,14 @@ def main() -> None:
     print(json.dumps(facts))
 
 
-def merge(work: Path, lambdas: tuple[str, ...]) -> measure.Cost:
+def merge(work: Path, lambdas: tuple[str, ...], steps: int) -> measure.Cost:
     """A multirun, also of one."""
     science, math, code = parents(work / "experts")
     measure.read([science, math, code])
     shutil.rmtree(work / "sweep", ignore_errors=True)
     arguments = ("-m", "anatomy=false", f"operator.lam={','.join(lambdas)}", f"out={work}/sweep/${{operator.lam}}")
-    return measure.branchmerge(f"[{code},[{science},{math}]]", None, work, arguments)
+    tree = f"[{science},{math}]" if steps == 1 else f"[{code},[{science},{math}]]"
+    return measure.branchmerge(tree, None, work, arguments)
 
 
 def write(model: Path, out: Path, models: int) -> float:

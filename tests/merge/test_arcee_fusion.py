@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchmerge.merge import kernels
+from branchmerge.merge import selection_kernels as kernels
 from branchmerge.merge.operators.arcee_fusion import ArceeFusion
 from branchmerge.merge.threads import workers
 

@@ -7,9 +7,9 @@ As in the code of TinyR1-32B-Preview's authors (mergekit 0.1), but in exact arit
     out = Right where S >= T, else Left
 
 The KL of two fine-tunes of one backbone is about 1e-8; softmax and logarithm in float32 return mostly rounding noise
-there, so it is computed in a form without cancellation. On a CPU the loops of kernels.py do the work, elementwise in
-float32, the sums and T in float64; elsewhere, and with precision=float64, the same formulas run in float64 torch
-(row_kl.py).
+there, so it is computed in a form without cancellation. On a CPU the loops of selection_kernels.py do the work,
+elementwise in float32, the sums and T in float64; elsewhere, and with precision=float64, the same formulas run in
+float64 torch (row_kl.py).
 
 Source: TinyR1-32B-Preview (arXiv 2503.04872) and its authors' code. Shapes: R rows, C columns; a vector is one row.
 """
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from branchmerge.merge import kernels
+from branchmerge.merge import selection_kernels as kernels
 from branchmerge.merge.arrays import DTYPES, Array, Weights, as_array, as_tensor, bits, on_cpu, row_length
 from branchmerge.merge.operators.base import Operator
 from branchmerge.merge.scan import Change
@@ -57,7 +57,7 @@ class Measured:
     """Q1, median and Q3 of S"""
     elements: int
     compiled: bool
-    """S is reckoned in float32 by kernels.py, not in float64"""
+    """S is reckoned in float32 by selection_kernels.py, not in float64"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ArceeFusion(Operator):
         return self._measure_torch(as_tensor(left), as_tensor(right)) if found is None else found
 
     def _measure_compiled(self, left: Weights, right: Weights) -> Measured | None:
-        """By kernels.py; None where the KL is so large or small that S could leave the range of float32."""
+        """By selection_kernels.py; None where the KL is so large or small that S could leave the range of float32."""
         x, y = _stored(right), _stored(left)
         kl = np.empty(len(x))
         swapped, whole, signed = self.direction == "left_right", self.kl == "tensor", self.delta == "signed"
@@ -113,7 +113,7 @@ class ArceeFusion(Operator):
             kernels.measure(x[part], y[part], swapped, whole, signed, kl[part], counts)
             return counts
 
-        counts = np.stack(workers.share(count, *x.shape))
+        counts = workers.share(count, *x.shape)
         if not (KL_RANGE[0] < kl.max(initial=0.0) < KL_RANGE[1] or not kl.any()):
             return None
         if x.size <= SMALL:
@@ -128,7 +128,7 @@ class ArceeFusion(Operator):
 
             return np.concatenate(workers.share(found, *x.shape))
 
-        return self._found(kl, _quartiles_by_histogram(counts, x.size, gather), x.size)
+        return self._found(kl, _quartiles_by_histogram(sum(counts[1:], counts[0]), x.size, gather), x.size)
 
     def _found(self, kl: NDArray[np.float64], scaled: tuple[float, float, float], elements: int) -> Measured:
         q1, median, q3 = (value / kernels.SCALE for value in scaled)
@@ -151,13 +151,22 @@ class ArceeFusion(Operator):
         return self.apply_and_compare(measured, models, base)[0]
 
     def apply_and_compare(
-        self, measured: Measured, models: Sequence[Weights], base: Weights | None = None, spare: Array | None = None
+        self,
+        measured: Measured,
+        models: Sequence[Weights],
+        base: Weights | None = None,
+        spare: Array | None = None,
+        left_norm: float | None = None,
     ) -> tuple[Any, Change | None]:
-        merged, _, change = self.fuse(measured, models, spare)
+        merged, _, change = self.fuse(measured, models, spare, left_norm)
         return (merged if isinstance(models[0], np.ndarray) else as_tensor(merged)), change
 
     def fuse(
-        self, measured: Measured, models: Sequence[Weights], spare: Array | None = None
+        self,
+        measured: Measured,
+        models: Sequence[Weights],
+        spare: Array | None = None,
+        left_norm: float | None = None,
     ) -> tuple[Weights, int, Change | None]:
         """The merged tensor, in how many coordinates Right was taken, and how far from Left that is, where known."""
         if not measured.elements:
@@ -166,27 +175,35 @@ class ArceeFusion(Operator):
         left, right = as_rows(models)
         if measured.compiled:
             out = None if spare is None else spare.reshape(left.shape)
-            merged, taken, change = self._fuse_compiled(measured.kl, T, left, right, out)
+            merged, taken, change = self._fuse_compiled(measured.kl, T, left, right, out, left_norm)
             return merged.reshape(models[0].shape), taken, change
         chosen, taken = self._fuse_torch(measured.kl, T, as_tensor(left), as_tensor(right))
         return chosen.reshape(models[0].shape), taken, None
 
     def _fuse_compiled(
-        self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights, spare: Array | None
+        self,
+        kl: NDArray[np.float64],
+        T: float,
+        left: Weights,
+        right: Weights,
+        spare: Array | None,
+        left_norm: float | None,
     ) -> tuple[Array, int, Change]:
         x, y = _stored(right), _stored(left)
         strict = self.gate == "gt"
         scaled = _rounded(T * kernels.SCALE, down=strict)
         # numpy's large arrays are made of large pages, which cost a tenth of torch's.
         o = np.empty_like(x) if spare is None else _stored(spare)
-        update, norm = np.empty(len(x)), np.empty(len(x))
+        update, norm = np.empty(len(x)), np.empty(len(x) if left_norm is None else 0)
 
         def choose(rows: slice) -> Any:
             signed = self.delta == "signed"
             return kernels.choose(x[rows], y[rows], kl[rows], signed, scaled, strict, o[rows], update[rows], norm[rows])
 
         taken, changed = np.sum(workers.share(choose, *x.shape), axis=0).tolist()
-        change = Change(changed, math.sqrt(update.sum()), math.sqrt(norm.sum()), x.size)
+        if left_norm is None:
+            left_norm = math.sqrt(norm.sum())
+        change = Change(changed, math.sqrt(update.sum()), left_norm, x.size)
         return o.view(as_array(left).dtype), taken, change
 
     def _fuse_torch(self, kl: NDArray[np.float64], T: float, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
@@ -252,7 +269,7 @@ def _places(n: int) -> list[int]:
 
 
 def _quartiles_by_histogram(counts: Any, n: int, gather: Any) -> tuple[float, float, float]:
-    """The same exactly, from counts by leading bits [parts, KEYS]: only values with a quartile's key are looked at."""
+    """The same exactly, from counts by leading bits [KEYS]: only values with a quartile's key are looked at."""
     places = _places(n)
     located = kernels.locate(counts, np.array(places)).tolist()
     # Elements that are equal in both models have S = 0; they may be most of the tensor and need no sorting.
