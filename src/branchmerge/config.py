@@ -238,19 +238,53 @@ class BenchmarkConfig:
     """Names of lm-eval tasks: those of branchmerge and all that lm-eval ships."""
     limit: int | None = field(default=None, metadata=_at_least(1))
     """Only the first questions of each task; null for all."""
+    samples: int | None = field(default=None, metadata=_at_least(1))
+    """Of each question; null for the task's own number (`repeats`)."""
+    max_new_tokens: int | None = field(default=None, metadata=_at_least(1))
+    """Longest response, in tokens; null for the task's own."""
+    prompt_style: str = field(default="plain", metadata=_choice("plain", "tinyr1"))
+    """System prompts. plain: none; tinyr1: those of the paper's authors, for math, science and code."""
+    data_dir: str | None = None
+    """Folder with the benchmarks' files as downloaded; null: from the hub, or the study's data_dir."""
+    livecodebench_release: str | None = None
+    """Null: release_v5, the paper's; others are release_v1 to release_v6."""
+    livecodebench_start: str | None = None
+    """First contest date that counts; null: 2024-08-01."""
+    livecodebench_end: str | None = None
+    """Last one; null: 2025-02-01."""
 
 
 @dataclass
 class BackendConfig:
     """What generates."""
 
-    kind: str = field(default="hf", metadata=_choice("hf"))
+    kind: str = field(default="hf", metadata=_choice("hf", "vllm", "openai"))
+    """hf: transformers, in this process; vllm: a vLLM server of this checkpoint, started and ended here; openai:
+    servers that speak OpenAI's protocol."""
     batch_size: int = field(default=50, metadata=_at_least(1))
-    """Questions generated side by side."""
+    """hf, vllm: responses generated side by side."""
     dtype: str = field(default="auto", metadata=_choice("auto", "float32", "bfloat16"))
     """Compute dtype. auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    tensor_parallel: int = field(default=1, metadata=_at_least(1))
+    """vllm: GPUs that share one copy of the model."""
+    data_parallel: int = field(default=1, metadata=_at_least(1))
+    """vllm: copies of the model."""
+    vllm_arguments: list[str] = field(default_factory=list)
+    """vllm: more arguments of `vllm serve`, such as [--gpu-memory-utilization, "0.8"]."""
+    base_urls: list[str] = field(default_factory=list)
+    """openai: addresses that end in /v1; several servers of one model share the requests."""
+    model: str = ""
+    """openai: the model's name on the servers."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """openai: the environment variable that holds the key; may be unset."""
+    concurrency: int = field(default=256, metadata=_at_least(1))
+    """openai, vllm: requests underway at once."""
+    timeout_s: float = field(default=3600.0, metadata=_at_least(0.1))
+    """openai, vllm: seconds for one response."""
+    retries: int = field(default=6, metadata=_at_least(0))
+    """openai, vllm: further tries of a request that failed, with growing pauses."""
 
 
 @dataclass
@@ -262,6 +296,15 @@ class EvaluateConfig(CommonConfig):
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     progress: bool = True
+    against: str | None = None
+    """Model that the others are compared with in the report; null: the first."""
+    score_only: bool = False
+    """Generate nothing: grade what is stored, complete or not."""
+    allow_missing: bool = False
+    """Samples that could not be generated do not make the command fail; scores say how many are missing."""
+    sandbox: str = "auto"
+    """How programs of models are confined: auto for the strongest level that this machine allows, or one by name, see
+    src/branchmerge/evaluation/sandbox; unsafe for not at all."""
 
 
 def register() -> None:

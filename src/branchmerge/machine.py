@@ -41,6 +41,11 @@ def computes_bf16(device: "torch.device") -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_flags() -> set[str]:
     """Instruction set extensions of the CPU; empty where the system does not tell."""
     path = Path("/proc/cpuinfo")

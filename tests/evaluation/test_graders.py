@@ -104,14 +104,18 @@ def test_letter_in_any_dress(box: str) -> None:
     assert (verdict.correct, verdict.answer) == (True, "B")
 
 
+@pytest.mark.parametrize("response", ["The answer is (B).", "hm\n</think>Answer: **B**", "A or C? The answer is B."])
+def test_a_stated_letter_counts_where_there_is_no_box(response: str) -> None:
+    verdict = grade(response, Reference("choice", answer="B"))
+    assert (verdict.correct, verdict.answer) == (True, "B")
+
+
 def test_other_letter_is_wrong() -> None:
     verdict = grade("\\boxed{C}", Reference("choice", answer="B"))
     assert (verdict.correct, verdict.reason, verdict.answer) == (False, WRONG_ANSWER, "C")
 
 
-@pytest.mark.parametrize(
-    "response", ["B", "The answer is (B).", "\\boxed{}", "\\boxed{AB}", "\\boxed{Z}", "\\boxed{12}"]
-)
+@pytest.mark.parametrize("response", ["B", "I choose B.", "\\boxed{}", "\\boxed{AB}", "\\boxed{Z}", "\\boxed{12}"])
 def test_no_letter_in_a_box_is_no_answer(response: str) -> None:
     verdict = grade(response, Reference("choice", answer="B"))
     assert (verdict.correct, verdict.reason) == (False, NO_ANSWER)

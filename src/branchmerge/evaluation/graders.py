@@ -1,39 +1,69 @@
-"""Decide whether a response is right: math by math-verify, choices by their letter, code by running it.
+"""Decide whether a response is right: integers and letters by text, mathematics by math-verify, programs by tests.
 
-The same graders serve the benchmarks and the selection of trajectories.
+The same graders serve the benchmarks and the selection of trajectories. They may be called from any thread: math-verify
+and programs run in processes of their own.
 """
 
-import logging
 import re
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
-from branchmerge.evaluation.answers import last_box
+from branchmerge.evaluation import answers
+from branchmerge.evaluation.livecodebench import Case, cases
+from branchmerge.evaluation.math_worker import math_equal
 from branchmerge.evaluation.sandbox import PASSED, run_tests
 from branchmerge.trajectories.schema import Reference
 
-# math-verify warns at every call about timeouts that its caller chose.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
-
 NO_ANSWER = "no_answer"
 WRONG_ANSWER = "wrong_answer"
+GRADER_TIMEOUT = "grader_timeout"
+"""math-verify found no end: counted as wrong."""
+MATH_VERIFY = "math_verify"
+SECONDARY = {"integer": (MATH_VERIFY,)}
+"""Second opinions that a grader reports beside its verdict."""
+CHOICES = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """correct; else the reason: no_answer, wrong_answer, or what happened to the code (see `sandbox`)."""
+    """correct; else the reason: no_answer, wrong_answer, grader_timeout, or what the program did (see `sandbox`)."""
 
     correct: bool
     reason: str = ""
     answer: str = ""
     """What was taken for the answer."""
+    truncated: bool = False
+    """Reasoning was opened and never closed; the reason is no_answer then."""
+    secondary: dict[str, float] = field(default_factory=dict)
+    """Second opinions by name, 1.0 for right: `math_verify` on the last box, of an integer."""
+
+    @property
+    def vote(self) -> str | bool | None:
+        """What it counts for in maj@k: right answers are equal, wrong ones if spelt alike; None if none."""
+        if self.reason == NO_ANSWER:
+            return None
+        return True if self.correct else "".join(self.answer.split())
 
 
 def grade(response: str, reference: Reference) -> Verdict:
-    """Grade a whole response, reasoning included."""
+    """Grade a whole response, reasoning included.
+
+    Raises:
+        ValueError: the tests of the reference cannot be read
+        RuntimeError: math-verify cannot be started
+    """
     answer = final_part(response)
     if answer is None:
-        return Verdict(False, NO_ANSWER)
-    return {"math": grade_math, "choice": grade_choice, "code": grade_code}[reference.grader](answer, reference)
+        return Verdict(
+            False, NO_ANSWER, truncated=True, secondary=dict.fromkeys(SECONDARY.get(reference.grader, ()), 0.0)
+        )
+    graders = {
+        "math": grade_math, "choice": grade_choice, "integer": grade_integer, "code": grade_code,
+        "livecodebench": grade_livecodebench,
+    }  # fmt: skip
+    return graders[reference.grader](answer, reference)
 
 
 def final_part(response: str) -> str | None:
@@ -47,32 +77,67 @@ def final_part(response: str) -> str | None:
 
 def grade_math(answer: str, reference: Reference) -> Verdict:
     """Equal as mathematics, by math-verify; only the last box is looked at."""
-    from math_verify import parse, verify
-
-    box = last_box(answer)
+    box = answers.last_box(answer)
     if not box:
         return Verdict(False, NO_ANSWER)
-    gold, found = (parse(f"\\boxed{{{text}}}") for text in (reference.answer, box))
-    correct = bool(gold) and bool(found) and bool(verify(gold, found))
-    return Verdict(correct, "" if correct else WRONG_ANSWER, box)
+    equal = math_equal(reference.answer, box)
+    return Verdict(bool(equal), GRADER_TIMEOUT if equal is None else "" if equal else WRONG_ANSWER, box)
+
+
+def grade_integer(answer: str, reference: Reference) -> Verdict:
+    """The integer in the last box or in the last statement; math-verify on the box gives its opinion beside it."""
+    box = answers.last_box(answer)
+    secondary = {MATH_VERIFY: float(bool(box) and bool(math_equal(reference.answer, box or "")))}
+    number = answers.integer(answer)
+    if number is None:
+        return Verdict(False, WRONG_ANSWER if box else NO_ANSWER, box or "", secondary=secondary)
+    correct = number == int(reference.answer)
+    return Verdict(correct, "" if correct else WRONG_ANSWER, str(number), secondary=secondary)
 
 
 def grade_choice(answer: str, reference: Reference) -> Verdict:
-    """The letter in the last box."""
-    box = re.fullmatch(r"(?:\\text\{)?\(?([A-J])\)?\.?\}?", last_box(answer) or "")
-    if box is None:
+    """The letter in the last box or in the last statement."""
+    letter = answers.letter(answer, CHOICES)
+    if letter is None:
         return Verdict(False, NO_ANSWER)
-    letter = box.group(1)
     correct = letter == reference.answer
     return Verdict(correct, "" if correct else WRONG_ANSWER, letter)
 
 
 def grade_code(answer: str, reference: Reference) -> Verdict:
-    """The last fenced block of Python (or of no language), run against the reference's tests in a subprocess."""
+    """The last fenced program, run against the reference's tests in a subprocess."""
+    program = last_program(answer)
+    if program is None:
+        return Verdict(False, NO_ANSWER)
+    outcome = run_tests(program, reference.tests)
+    return Verdict(outcome == PASSED, "" if outcome == PASSED else outcome, program)
+
+
+def grade_livecodebench(answer: str, reference: Reference) -> Verdict:
+    """The last fenced program, run against all tests of its problem, public and private."""
+    from branchmerge.evaluation.code_grading import grade_program
+
+    program = last_program(answer)
+    if program is None:
+        return Verdict(False, NO_ANSWER)
+    with _UNPACKING:
+        tests = _unpacked(reference.public, reference.private)
+    verdict = grade_program(program, tests, reference.function)
+    return Verdict(verdict.correct, "" if verdict.correct else verdict.reason, program)
+
+
+def last_program(answer: str) -> str | None:
+    """The last closed fenced block of Python, or of no language; None if there is none."""
     # Fences are paired from the top, so that the end of one block is never taken for the beginning of another.
     blocks = re.findall(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", answer, flags=re.DOTALL | re.MULTILINE)
     programs = [block for language, block in blocks if language.lower() in ("", "py", "python", "python3")]
-    if not programs:
-        return Verdict(False, NO_ANSWER)
-    outcome = run_tests(programs[-1], reference.tests)
-    return Verdict(outcome == PASSED, "" if outcome == PASSED else outcome, programs[-1])
+    return programs[-1] if programs else None
+
+
+_UNPACKING = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _unpacked(public: str, private: str) -> Sequence[Case]:
+    """Tests of the problem at hand, which all of its samples share; hundreds of megabytes at worst, so of no other."""
+    return cases(public, private)

@@ -14,13 +14,16 @@ class Model:
     """A checkpoint to score; `name` is its folder below scores/ and its row in the report."""
 
     name: str
-    folder: Path
+    folder: Path | None
+    """None for a model that is only known to its servers"""
     weights: Parent
 
 
 def find(config: EvaluateConfig) -> list[Model]:
     """The models that `models=` names, or all that the study has; raises UserError where one is missing."""
     study = Study(config)
+    if config.backend.kind == "openai":
+        return [_served(config, study)]
     asked = config.models if config.models is not None else _all(study)
     if config.models is None:
         for domain in study.experts:
@@ -30,6 +33,18 @@ def find(config: EvaluateConfig) -> list[Model]:
                     flush=True,
                 )
     return [_find(config, study, name) for name in asked]
+
+
+def _served(config: EvaluateConfig, study: Study) -> Model:
+    """What the servers have; where `models=` names the checkpoint that they serve, it is that one."""
+    backend = config.backend
+    if not backend.base_urls or not backend.model:
+        raise UserError("backend=openai: give backend.base_urls=[http://host:port/v1] and backend.model=its-name-there")
+    if config.models is None:
+        return Model(f"served/{backend.model.replace('/', '--')}", None, Parent(backend.model, ""))
+    if len(config.models) != 1:
+        raise UserError(f"models: {len(config.models)} are named, but the servers of backend=openai have one")
+    return _find(config, study, config.models[0])
 
 
 def _all(study: Study) -> list[str]:

@@ -5,12 +5,13 @@ side, each by one thread, so that what Python does between the loops is done sid
 """
 
 import ctypes
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import TypeVar
+
+from branchmerge.machine import cores
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Workers:
     """A pool of threads that lives as long as the process."""
 
     def __init__(self) -> None:
-        self.count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.count = cores()
         self._pool: ThreadPoolExecutor | None = None
         self._inside = threading.local()
 

@@ -2,13 +2,15 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from rich.console import Console
 
 from branchmerge.config import EvaluateConfig
+from branchmerge.evaluation import backends, comparison
+from branchmerge.evaluation.comparison import Comparison
 from branchmerge.evaluation.store import Score
 from branchmerge.report import figures, tables
 from branchmerge.study import Study, write_text
@@ -24,16 +26,27 @@ def write_report(config: EvaluateConfig, scores: Sequence[Score]) -> Path:
     table = tables.rows(scores)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     figures.accuracy(table, folder / "figures" / "accuracy.png")
-    facts = _facts(config, scores)
+    against = config.against or table[0].model
+    compared, refused = comparison.comparisons(scores, against, study.root / "scores")
+    facts = [*_facts(config, scores), *(("no comparison", said) for said in refused)]
     write_text(folder / "scores.csv", tables.as_csv(table))
-    write_text(folder / "report.md", _markdown(config, table, facts))
+    write_text(folder / "comparisons.csv", tables.comparisons_as_csv(compared))
+    write_text(folder / "report.md", _markdown(config, table, compared, facts))
     environment = Environment(loader=PackageLoader("branchmerge.report", "."), autoescape=select_autoescape())
     page = environment.get_template("report.html.j2")
     links = {(score.model, score.task): _samples(study, folder, score) for score in scores}
     write_text(
         folder / "index.html",
         page.render(
-            config=config, table=table, header=tables.header(table), cells=tables.cells, facts=facts, links=links
+            config=config,
+            table=table,
+            header=tables.header(table),
+            cells=tables.cells,
+            facts=facts,
+            links=links,
+            compared=compared,
+            comparison_cells=tables.comparison_cells,
+            against=against,
         ),
     )
     Console(width=max(100, Console().width)).print(
@@ -47,23 +60,39 @@ def _facts(config: EvaluateConfig, scores: Sequence[Score]) -> list[tuple[str, s
     """What a reader must know to trust the table."""
     first = scores[0]
     tasks = {score.task: score for score in scores}
+    levels = {score.key["sandbox"] for score in scores if score.key["sandbox"]}
     packages = ", ".join(f"{name} {version}" for name, version in first.key["packages"].items())
     return [
-        ("benchmark", ", ".join(f"{name} ({score.questions} questions)" for name, score in tasks.items())),
-        ("generation", "; ".join(f"{name}: {score.key['generation']}" for name, score in tasks.items())),
-        ("error", "± is the standard error over questions; the mean's assumes independent benchmarks"),
-        ("backend", f"{config.backend.kind}, {first.key['dtype']}, batch {config.backend.batch_size}, {first.machine}"),
+        ("benchmark", ", ".join(_size(score) for score in tasks.values())),
+        ("generation", "; ".join(f"{name}: {_words(score.key['sampling'])}" for name, score in tasks.items())),
+        ("error", "± is the standard error, clustered by question; the mean's assumes independent benchmarks"),
+        ("backend", f"{_words(backends.facts(config.backend))}, {first.machine}; length in {first.token_source}"),
+        ("sandbox", ", ".join(sorted(levels)) or "no programs were run"),
         ("packages", packages),
         ("scoring took", f"{sum(score.seconds for score in scores):.0f} s"),
         ("written", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())),
     ]
 
 
-def _markdown(config: EvaluateConfig, table: Sequence[tables.Row], facts: Sequence[tuple[str, str]]) -> str:
+def _size(score: Score) -> str:
+    missing = f", {score.missing} samples missing" if score.missing else ""
+    return f"{score.task} ({score.questions} questions, {score.samples} samples each{missing})"
+
+
+def _words(facts: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts.items())
+
+
+def _markdown(
+    config: EvaluateConfig,
+    table: Sequence[tables.Row],
+    compared: Sequence[Comparison],
+    facts: Sequence[tuple[str, str]],
+) -> str:
     lines = "".join(f"- {name}: {text}\n" for name, text in facts)
     return (
         f"# Report of the study {config.study.name}\n\n{tables.as_markdown(table)}\n"
-        f"![accuracy](figures/accuracy.png)\n\n{lines}"
+        f"![accuracy](figures/accuracy.png)\n\n{tables.comparisons_as_markdown(compared)}\n{lines}"
     )
 
 

@@ -2,11 +2,13 @@
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 
+from branchmerge.evaluation.comparison import Comparison
 from branchmerge.evaluation.stats import macro_mean
 from branchmerge.evaluation.store import Score
 
@@ -49,14 +51,53 @@ def as_csv(table: Sequence[Row]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        ["model", "task", "accuracy", "stderr", "questions", "no_answer", "output_tokens", "seconds", "weights_sha256"]
-    )
+        ["model", "task", "accuracy", "stderr", "low", "high", "stderr_question", "stderr_sampling", "questions",
+         "samples", "missing", "no_answer", "truncated", "output_tokens", "metrics", "seconds", "weights_sha256"]
+    )  # fmt: skip
     for row in table:
         for s in row.scores:
-            weights = s.key["weights_sha256"]
+            others = json.dumps({name: value for name, value in s.metrics.items() if name != "truncated"})
             writer.writerow(
-                [s.model, s.task, s.value, s.stderr, s.questions, s.no_answer, s.output_tokens, s.seconds, weights]
-            )
+                [s.model, s.task, s.value, s.stderr, s.low, s.high, s.stderr_question, s.stderr_sampling, s.questions,
+                 s.samples, s.missing, s.no_answer, s.metrics.get("truncated", ""), s.output_tokens, others, s.seconds,
+                 s.key["weights_sha256"]]
+            )  # fmt: skip
+    return out.getvalue()
+
+
+COMPARISON = ("model", "task", "difference", "95% interval", "p", "p (Holm)", "detectable")
+
+
+def comparison_cells(one: Comparison) -> list[str]:
+    """One comparison in text."""
+    d = one.difference
+    least = "" if one.detectable is None else f"{one.detectable:.3f}"
+    interval = f"{d.low:+.3f} to {d.high:+.3f}"
+    return [one.model, one.task, f"{d.mean:+.3f} ± {d.stderr:.3f}", interval, f"{d.p:.3g}", f"{one.p_holm:.3g}", least]
+
+
+def comparisons_as_markdown(compared: Sequence[Comparison]) -> str:
+    """Nothing where there is nothing to compare."""
+    if not compared:
+        return ""
+    lines = [list(COMPARISON), ["---"] * len(COMPARISON), *map(comparison_cells, compared)]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"Differences from {compared[0].against}, paired by question:\n\n{table}"
+
+
+def comparisons_as_csv(compared: Sequence[Comparison]) -> str:
+    """One line a pair of models and a task."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["model", "against", "task", "difference", "stderr", "low", "high", "p", "p_holm", "questions", "detectable"]
+    )
+    for one in compared:
+        d = one.difference
+        writer.writerow(
+            [one.model, one.against, one.task, d.mean, d.stderr, d.low, d.high, d.p, one.p_holm, d.questions,
+             one.detectable]
+        )  # fmt: skip
     return out.getvalue()
 
 

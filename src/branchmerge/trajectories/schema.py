@@ -8,15 +8,17 @@ As a JSONL row (the format `messages`):
      "reference": {"grader": "math", "answer": "84"}}
 
 Only `messages` is required; it ends with an assistant turn, which is what the student learns. A reference names its
-grader: `math` and `choice` carry an `answer`, `code` carries `tests`, a list of Python statements that must all pass.
+grader: `math`, `choice` and `integer` carry an `answer`, `code` carries `tests`, a list of Python statements that must
+all pass, and `livecodebench` the packed tests of a problem, `public` and `private`, and the `function` they call.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
-GRADERS = ("math", "choice", "code")
+GRADERS = ("math", "choice", "integer", "code", "livecodebench")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ class Reference:
     grader: str
     answer: str = ""
     tests: tuple[str, ...] = ()
+    public: str = ""
+    """LiveCodeBench's public_test_cases as published; see `evaluation.livecodebench`."""
+    private: str = ""
+    """LiveCodeBench's private_test_cases as published."""
+    function: str = ""
+    """What LiveCodeBench's tests call; empty for a program that reads stdin."""
 
     @staticmethod
     def parse(raw: Any) -> "Reference":
@@ -47,8 +55,15 @@ class Reference:
             if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
                 raise ValueError("a reference with grader 'code' needs a non-empty list of tests")
             return Reference("code", tests=tuple(str(test) for test in tests))
+        if raw["grader"] == "livecodebench":
+            public, private = str(raw.get("public") or ""), str(raw.get("private") or "")
+            if not public and not private:
+                raise ValueError("a reference with grader 'livecodebench' needs its public or private tests")
+            return Reference("livecodebench", public=public, private=private, function=str(raw.get("function") or ""))
         if "answer" not in raw:
             raise ValueError(f"a reference with grader {raw['grader']!r} needs an answer")
+        if raw["grader"] == "integer" and not re.fullmatch(r"[+-]?\d+", str(raw["answer"])):
+            raise ValueError(f"a reference with grader 'integer' needs an integer; its answer is {raw['answer']!r}")
         return Reference(raw["grader"], answer=str(raw["answer"]))
 
 

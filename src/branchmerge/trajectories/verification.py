@@ -14,18 +14,14 @@ CORRECT = "correct"
 def verify(rows: Sequence[Trajectory]) -> Iterator[str]:
     """Yield for each row, in order: correct, unverified (no reference), or why it is wrong.
 
-    Code runs in subprocesses, as many side by side as there are cores; the rest is graded in this thread, because
-    math-verify guards its parser with a signal, which only the main thread may use.
+    As many side by side as there are cores: code and math-verify run in processes of their own.
     """
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        running = {
-            number: pool.submit(grade, row.response, row.reference)
-            for number, row in enumerate(rows)
-            if row.reference is not None and row.reference.grader == "code"
-        }
-        for number, row in enumerate(rows):
-            if row.reference is None:
-                yield UNVERIFIED
-                continue
-            verdict = running[number].result() if number in running else grade(row.response, row.reference)
-            yield CORRECT if verdict.correct else verdict.reason
+        yield from pool.map(_reason, rows)
+
+
+def _reason(row: Trajectory) -> str:
+    if row.reference is None:
+        return UNVERIFIED
+    verdict = grade(row.response, row.reference)
+    return CORRECT if verdict.correct else verdict.reason

@@ -1,0 +1,58 @@
+"""What generates. Each backend takes requests and yields responses as they come, in any order:
+
+context             tokens that prompt and response may have together; None where that is not known
+length(messages)    of a prompt, in tokens; None where that is not known
+generate(requests)  yields lists of (request, response)
+failures            why requests of the last `generate` got no response
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from branchmerge.config import BackendConfig
+from branchmerge.evaluation.requests import Messages, Request, Response
+
+
+class Backend(Protocol):
+    """See above."""
+
+    context: int | None
+    failures: list[str]
+
+    def length(self, messages: Messages) -> int | None: ...
+
+    def close(self) -> None: ...
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, Response]]]: ...
+
+
+def load(backend: BackendConfig, folder: Path | None) -> Backend:
+    """Load a checkpoint, or connect to the servers that have one."""
+    if backend.kind == "openai":
+        from branchmerge.evaluation.backends.openai import Servers
+
+        return Servers(backend)
+    if backend.kind == "vllm":
+        from branchmerge.evaluation.backends.vllm import VLLM
+
+        assert folder is not None
+        return VLLM(backend, folder)
+    from branchmerge.evaluation.backends.hf import Transformers
+
+    assert folder is not None
+    return Transformers(backend, folder)
+
+
+def facts(backend: BackendConfig) -> dict[str, Any]:
+    """What of a backend decides its responses."""
+    if backend.kind == "openai":
+        return {"backend": "openai", "model": backend.model}
+    from branchmerge.evaluation.backends.hf import dtype_of
+
+    return {"backend": backend.kind, "dtype": dtype_of(backend), "batch_size": backend.batch_size}
+
+
+def token_source(backend: BackendConfig) -> str:
+    """How a backend counts the tokens of a response."""
+    return "generated tokens" if backend.kind == "hf" else "tokens told by the server"

@@ -1,0 +1,170 @@
+"""Generate with servers that speak OpenAI's chat protocol (vLLM, SGLang, llama.cpp, ...): many requests at once.
+
+A request that cannot be answered is no wrong answer: it is tried again, at last by an error that names it. Reasoning
+that a server sends apart (`reasoning_content`, or vLLM's newer `reasoning`) is put back in front of the answer.
+"""
+
+import asyncio
+import os
+import queue
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import httpx
+
+from branchmerge.config import BackendConfig
+from branchmerge.errors import UserError
+from branchmerge.evaluation.requests import Messages, Request, Response
+
+AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+"""Status codes that may pass"""
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
+"""Seconds between tries; doubled each time, with a random part"""
+
+
+class RequestError(Exception):
+    """A request that was tried often enough."""
+
+
+class Servers:
+    """One or more servers of one model; requests go to them in turn."""
+
+    path = "chat/completions"
+
+    def __init__(self, backend: BackendConfig) -> None:
+        self.backend = backend
+        self.failures: list[str] = []
+        """Why requests of the last `generate` got no response"""
+        key = os.environ.get(backend.api_key_env, "")
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        known = [self._model_on(url) for url in backend.base_urls]
+        lengths = [model["max_model_len"] for model in known if model.get("max_model_len")]
+        self.context = min(lengths) if lengths else None
+        self.is_vllm = all(model.get("owned_by") == "vllm" for model in known)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def length(self, messages: Messages) -> int | None:
+        return None  # the server has the tokenizer
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, Response]]]:
+        """Yield responses as they come; failed requests are told in `failures` and left out."""
+        self.failures = []
+        done: queue.SimpleQueue[list[tuple[Request, Response]] | BaseException | None] = queue.SimpleQueue()
+        loop = asyncio.new_event_loop()
+        work = loop.create_task(self._all(requests, done))
+
+        def run() -> None:
+            try:
+                loop.run_until_complete(work)
+                done.put(None)
+            except asyncio.CancelledError:
+                done.put(None)
+            except BaseException as error:
+                done.put(error)
+
+        thread = threading.Thread(target=run, name="requests", daemon=True)
+        thread.start()
+        try:
+            while (pairs := done.get()) is not None:
+                if isinstance(pairs, BaseException):
+                    raise pairs
+                yield pairs
+        finally:  # also where the reader goes away before the end
+            loop.call_soon_threadsafe(work.cancel)
+            thread.join()
+            loop.close()
+
+    async def _all(self, requests: Sequence[Request], done: "queue.SimpleQueue[Any]") -> None:
+        """Keep `concurrency` requests underway."""
+        waiting = iter(enumerate(requests))
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.backend.concurrency)
+        timeout = httpx.Timeout(self.backend.timeout_s, pool=None)
+        async with httpx.AsyncClient(headers=self.headers, limits=limits, timeout=timeout) as client:
+
+            async def worker() -> None:
+                for number, request in waiting:
+                    try:
+                        done.put([(request, await self._one(client, number, request))])
+                    except RequestError as error:
+                        self.failures.append(f"{request.task} {request.question}, sample {request.sample}: {error}")
+
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.backend.concurrency, len(requests))):
+                    group.create_task(worker())
+
+    async def _one(self, client: httpx.AsyncClient, number: int, request: Request) -> Response:
+        """One response, tried at another server each time.
+
+        Raises:
+            RequestError: no try was answered, or the server refuses the request itself
+        """
+        urls, said = self.backend.base_urls, ""
+        for attempt in range(self.backend.retries + 1):
+            if attempt:
+                await asyncio.sleep(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5))
+            url = urls[(number + attempt) % len(urls)]
+            try:
+                answer = await client.post(f"{url.rstrip('/')}/{self.path}", json=self.body(request))
+                if answer.status_code == 200:
+                    return self.response(request, answer.json())
+                said = f"{url} answers {answer.status_code}: {answer.text[:200]}"
+                if answer.status_code not in AGAIN:
+                    break
+            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+                said = f"{url}: {type(error).__name__} {error}"
+        raise RequestError(said)
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """What is sent for a request."""
+        return {"messages": [turn.as_dict() for turn in request.messages], **self.settings(request)}
+
+    def settings(self, request: Request) -> dict[str, Any]:
+        """Of it, what is not the prompt."""
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": self.backend.model,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "seed": request.seed,
+        }
+        if sampling.until:
+            body["stop"] = list(sampling.until)
+        if (
+            sampling.top_k or self.is_vllm
+        ):  # vLLM takes the model's own top_k unless told otherwise; others refuse the key
+            body["top_k"] = sampling.top_k or -1
+        if self.is_vllm:
+            body |= {"repetition_penalty": 1.0, "min_p": 0.0}
+        return body
+
+    def response(self, request: Request, answer: dict[str, Any]) -> Response:
+        """Of the protocol's JSON; raises KeyError, IndexError or TypeError where it is not that."""
+        choice = answer["choices"][0]
+        message = choice["message"]
+        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+        text = message.get("content") or ""
+        finish = "length" if choice.get("finish_reason") == "length" else "stop"
+        if reasoning:
+            closed = text or finish == "stop"
+            text = f"<think>\n{reasoning}" + (f"\n</think>\n\n{text}" if closed else "")
+        return Response(text, int(answer["usage"]["completion_tokens"]), finish)
+
+    def _model_on(self, url: str) -> dict[str, Any]:
+        """What a server says of the model; raises UserError where it cannot be reached or has another one."""
+        try:
+            answer = httpx.get(f"{url.rstrip('/')}/models", headers=self.headers, timeout=30)
+            answer.raise_for_status()
+            known = {str(model["id"]): dict(model) for model in answer.json()["data"]}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"backend.base_urls: {url} does not answer /models ({type(error).__name__}: {error}); start the server,"
+                " or give the address that ends in /v1"
+            ) from error
+        if self.backend.model not in known:
+            raise UserError(f"backend.model={self.backend.model}: {url} has {', '.join(known) or 'no model'}")
+        return known[self.backend.model]

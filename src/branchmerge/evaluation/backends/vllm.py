@@ -1,0 +1,141 @@
+"""Generate with vLLM: a server of our own on the loopback, in a process of its own, for as long as it is needed.
+
+It gets token ids, those that training and the transformers backend use, so that no second template comes in. Several
+GPUs are vLLM's own matter: data parallel, tensor parallel, or both.
+"""
+
+import ctypes
+import importlib.util
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from branchmerge.config import BackendConfig
+from branchmerge.data.template import PREFILL, render_prompt
+from branchmerge.errors import UserError
+from branchmerge.evaluation.backends.hf import dtype_of
+from branchmerge.evaluation.backends.openai import Servers
+from branchmerge.evaluation.requests import Messages, Request, Response
+from branchmerge.student.backbone import load_tokenizer
+
+NAME = "student"
+STARTS_WITHIN = 1800.0
+"""Seconds; large checkpoints come from slow disks"""
+
+
+class VLLM(Servers):
+    """`vllm serve` of a checkpoint; ends with this object or with this process, however that ends."""
+
+    path = "completions"
+
+    def __init__(self, backend: BackendConfig, folder: Path) -> None:
+        """
+        Raises:
+            UserError: vLLM is not installed, or its server does not start
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "backend=vllm: vLLM is not installed; pip install -e '.[gpu]', or without a GPU see docs/evaluation.md"
+            )
+        self.tokenizer = load_tokenizer(folder)
+        url, self._stop = _serve(backend, folder)
+        super().__init__(replace(backend, base_urls=[url], model=NAME))
+        weakref.finalize(self, self._stop)
+
+    def length(self, messages: Messages) -> int:
+        """Of the prompt, in tokens."""
+        return len(self._encode(messages))
+
+    def body(self, request: Request) -> dict[str, Any]:
+        return {"prompt": self._encode(request.messages), "add_special_tokens": False, **self.settings(request)}
+
+    def response(self, request: Request, answer: dict[str, Any]) -> Response:
+        choice = answer["choices"][0]
+        opened = PREFILL if render_prompt(self.tokenizer, request.messages).endswith(PREFILL) else ""
+        finish = "length" if choice["finish_reason"] == "length" else "stop"
+        return Response(opened + choice["text"], int(answer["usage"]["completion_tokens"]), finish)
+
+    def close(self) -> None:
+        """End the server and give its memory back."""
+        self._stop()
+
+    def _encode(self, messages: Messages) -> list[int]:
+        return list(self.tokenizer(render_prompt(self.tokenizer, messages), add_special_tokens=False)["input_ids"])
+
+
+def _serve(backend: BackendConfig, folder: Path) -> tuple[str, Callable[[], None]]:
+    """Start a server and wait until it answers; returns its address, and what ends it."""
+    port = _free_port()
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.resolve()),
+        "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype_of(backend),
+        "--generation-config", "vllm",  # nothing of the model's own but where it ends
+        "--tensor-parallel-size", str(backend.tensor_parallel), "--data-parallel-size", str(backend.data_parallel),
+        "--max-num-seqs", str(backend.batch_size), *backend.vllm_arguments,
+    ]  # fmt: skip
+    log = tempfile.NamedTemporaryFile(prefix="branchmerge-vllm-", suffix=".log", delete=False)  # noqa: SIM115
+    server = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        preexec_fn=_die_with_parent, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"},
+    )  # fmt: skip
+    stop = _stopper(server, Path(log.name))
+    print(f"starting vLLM ({' '.join(command[3:])}); its log: {log.name}", flush=True)
+    deadline = time.monotonic() + STARTS_WITHIN
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            lines = Path(log.name).read_text(errors="replace").splitlines()
+            # The first error is the cause, later ones only say that it did not start.
+            said = next(
+                (found[0] for line in lines if (found := re.search(r"\w+Error: .*", line))), "it tells no error"
+            )
+            raise UserError(f"backend=vllm: the server does not start ({said}); its log is {log.name}")
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                return f"http://127.0.0.1:{port}/v1", stop
+        except httpx.HTTPError:
+            time.sleep(0.5)
+    stop()
+    raise UserError(f"backend=vllm: the server has not started within {STARTS_WITHIN:.0f} s; see {log.name}")
+
+
+def _stopper(server: "subprocess.Popen[bytes]", log: Path) -> Callable[[], None]:
+    def stop() -> None:
+        if server.poll() is not None:
+            return
+        for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+            try:
+                os.killpg(server.pid, sign)
+                server.wait(seconds)
+                break
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        log.unlink(missing_ok=True)
+
+    return stop
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    """A server must not outlive an evaluation that was killed."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # of linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,0 +1,80 @@
+"""Compare the stored scores of two models question by question, benchmark by benchmark; see paired.py for the tests."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from branchmerge.evaluation.paired import Difference, compare, detectable, holm, spread
+from branchmerge.evaluation.store import Score
+
+SAME = ("task_version", "docs_sha256", "sampling", "seed")
+"""What two scores must have in common; docs_sha256 is of prompts, questions and references"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Model less `against`, on one task."""
+
+    model: str
+    against: str
+    task: str
+    difference: Difference
+    p_holm: float
+    """p, adjusted for the tasks that the two models are compared on"""
+    detectable: float | None
+    """Smallest true difference that is found with a power of 80% at these numbers of questions and samples; None for
+    one sample a question, which does not tell"""
+
+
+def comparisons(scores: Sequence[Score], against: str, root: Path) -> tuple[list[Comparison], list[str]]:
+    """Compare every model with one.
+
+    Args:
+        scores: of several models, and of `against` too
+        root: the folder of the scores, a folder a model
+
+    Returns:
+        The comparisons, and why others could not be made.
+    """
+    known = {(score.model, score.task): score for score in scores}
+    found: list[Comparison] = []
+    refused: list[str] = []
+    for model in dict.fromkeys(score.model for score in scores if score.model != against):
+        differences: dict[str, tuple[Difference, float | None]] = {}
+        for task in dict.fromkeys(score.task for score in scores):
+            try:
+                differences[task] = _compare(known[model, task], known[against, task], root)
+            except (ValueError, KeyError) as error:
+                refused.append(f"{model} and {against} on {task}: {error}")
+        adjusted = holm({task: difference.p for task, (difference, _) in differences.items()})
+        found += [
+            Comparison(model, against, task, d, adjusted[task], least) for task, (d, least) in differences.items()
+        ]
+    return found, refused
+
+
+def _compare(a: Score, b: Score, root: Path) -> tuple[Difference, float | None]:
+    """Raises ValueError where the two are not comparable."""
+    for name in SAME:
+        if a.key.get(name) != b.key.get(name):
+            raise ValueError(f"not comparable, their {name} differ: {a.key.get(name)} and {b.key.get(name)}")
+    if a.missing or b.missing:
+        raise ValueError(f"not comparable, {a.missing} and {b.missing} samples are missing")
+    first, second = (samples(root / score.model, score.task) for score in (a, b))
+    if first.keys() != second.keys():
+        raise ValueError("not comparable, they answer other questions")
+    pairs = list(first.values()), [second[question] for question in first]
+    enough = min(len(s) for s in (*pairs[0], *pairs[1])) > 1
+    least = detectable(spread(*pairs), len(first), len(pairs[0][0])) if enough else None
+    return compare(*pairs), least
+
+
+def samples(folder: Path, task: str) -> dict[str, list[float]]:
+    """The accuracy of each stored sample, by question."""
+    found: dict[str, list[float]] = {}
+    with (folder / "samples" / f"{task}.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            found.setdefault(str(row["id"]), []).append(float(row["accuracy"]))
+    return found

@@ -1,0 +1,85 @@
+"""Responses on disk as they come: JSON lines that are only ever appended to, so that a killed run loses none.
+
+A line counts for a request if its key does (see `Request.key`): what was drawn with other parameters, another model or
+another task stays in the file and is not used. A last line that was cut off, by a kill or a full disk, is removed.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from branchmerge.errors import UserError
+from branchmerge.evaluation.requests import Request, Response
+
+
+class SampleStore:
+    """The responses of one model to one task; one process at a time may have it open (see `study.locked`)."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """
+        Args:
+            facts: what decides a response besides the request: model, backend, task version
+        """
+        self.path = path
+        self.facts = dict(facts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._responses = self._load()
+
+    def __enter__(self) -> "SampleStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def get(self, request: Request) -> Response | None:
+        """The stored response to this very request."""
+        return self._responses.get(request.key(self.facts))
+
+    def add(self, pairs: Sequence[tuple[Request, Response]]) -> None:
+        """Append responses and wait until they are on the disk.
+
+        Raises:
+            UserError: the disk is full; what was stored before stays
+        """
+        keyed = [(request.key(self.facts), request, response) for request, response in pairs]
+        lines = b"".join(_line(key, request, response) for key, request, response in keyed)
+        end = os.fstat(self._descriptor).st_size
+        try:
+            written = 0
+            while written < len(lines):
+                written += os.write(self._descriptor, lines[written:])
+            os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, end)
+            raise UserError(
+                f"{self.path}: cannot store responses ({error.strerror}); make room on that disk"
+            ) from error
+        self._responses |= {key: response for key, _, response in keyed}
+
+    def _load(self) -> dict[str, Response]:
+        raw = self.path.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        if whole < len(raw):
+            os.ftruncate(self._descriptor, whole)
+        found = {}
+        for number, line in enumerate(raw[:whole].splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                found[row["key"]] = Response(row["text"], row["tokens"], row["finish"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.path}: line {number} is damaged ({error}); remove that line, its sample is drawn again"
+                ) from error
+        return found
+
+
+def _line(key: str, request: Request, response: Response) -> bytes:
+    row = {"key": key, "question": request.question, "sample": request.sample, "seed": request.seed,
+           "tokens": response.tokens, "finish": response.finish, "text": response.text}  # fmt: skip
+    return json.dumps(row, ensure_ascii=True).encode() + b"\n"

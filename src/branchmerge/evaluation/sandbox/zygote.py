@@ -1,0 +1,286 @@
+"""The process that every job is forked from: a small, fresh interpreter that has seen nothing of any job.
+
+    client --job, five descriptors--> zygote --fork--> keeper --fork, isolate--> job
+       <-----------------------------report----------- keeper
+
+The zygote never reads a job: program and stdin come as descriptors, which only the job itself reads, and output goes
+straight to the client. The keeper lives as long as its job; it keeps the time, kills, cleans up and reports. If the
+client ends, the zygote ends; if the zygote ends, the kernel kills the keepers, and then their jobs.
+"""
+
+import gc
+import importlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from branchmerge.evaluation.sandbox import isolation, kernel, program
+from branchmerge.evaluation.sandbox.isolation import BUBBLEWRAP, Limits, Plan
+from branchmerge.evaluation.sandbox.syscalls import seccomp_filter
+
+JOB = struct.Struct("=dQ")
+"""A job on its way to the zygote: seconds, bytes of memory. Its descriptors: program, stdin, stdout, stderr, report."""
+REPORT = struct.Struct("=Bid")
+"""A keeper's report: one of the next three, the job's wait status, seconds from fork to end."""
+ENDED, OUT_OF_TIME, CANCELLED = range(3)
+FAILURE = b"E"
+"""First byte of the other message a client may get: why a job could not be isolated, and was not run."""
+
+WARM = (
+    "math collections itertools heapq bisect functools re string random json decimal fractions datetime typing copy "
+    "operator contextlib dataclasses enum io statistics threading queue time warnings array struct textwrap"
+)
+"""What programs often import: loaded once here, found warm by every job."""
+SECONDS_TO_LEAVE = 5
+BOOT = """
+import sys, types
+for name in ("branchmerge", "branchmerge.evaluation", "branchmerge.evaluation.sandbox"):
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__path__ = []
+module.__path__ = [sys.argv[1]]
+from branchmerge.evaluation.sandbox import zygote
+zygote.{entry}
+"""
+"""Start of an interpreter without the package's own __init__ files: programs must not find the package in memory."""
+
+
+@dataclass(frozen=True)
+class Zygote:
+    """What the zygote was started with, and the folder in which jobs without a root of their own get theirs."""
+
+    plan: Plan
+    packages: list[str]
+    base: str | None
+    control: socket.socket
+
+
+def main() -> None:
+    """Entry of the zygote. Arguments: the folder of this file, the level, the control socket, package folders."""
+    if isolation.raise_stack_limit():
+        os.execve(sys.executable, sys.orig_argv, os.environ)
+    _, level, control, *packages = sys.argv[1:]
+    with socket.socket(fileno=int(control)) as client:
+        client.set_inheritable(False)
+        watched = _watch_parent()
+        try:
+            zygote = _prepare(level, packages, client)
+        except Exception as error:
+            client.send(json.dumps({"refused": f"{error}"}).encode())
+            return
+        client.send(json.dumps({"base": zygote.base}).encode())
+        try:
+            _serve(zygote, watched)
+        finally:
+            _leave(zygote.base)
+
+
+def inside_bubblewrap() -> None:
+    """Entry of a job's interpreter inside bwrap: limits, filter, program. Its arguments are a `Limits` and more."""
+    _, seconds, memory, source, *packages = sys.argv[1:]
+    sys.path += packages
+    _hide_package()
+    os.dup2(int(source), 3)
+    kernel.close_from(4)
+    isolation.isolate_job(Plan(BUBBLEWRAP, []), isolation.FOLDER, Limits(float(seconds), int(memory)))
+    program.run(_read_all(3))
+
+
+def _watch_parent() -> int | None:
+    """A descriptor that turns readable when the client ends, also where a fork of it keeps the socket open."""
+    try:
+        return os.pidfd_open(os.getppid())
+    except OSError:  # before Linux 5.3
+        return None
+
+
+def _prepare(level: str, packages: list[str], control: socket.socket) -> Zygote:
+    for name in WARM.split():
+        importlib.import_module(name)
+    plan = isolation.make_plan(level, packages)
+    own_root = isolation.has_namespaces(level)
+    base = None if own_root else tempfile.mkdtemp(prefix="branchmerge-sandbox-")
+    if base is not None:
+        os.chmod(base, 0o711)  # noqa: PTH101  for jobs under another uid
+    if level in (isolation.FULL, isolation.NO_NAMESPACES) and not kernel.landlock_abi():
+        raise OSError("the kernel has no Landlock")
+    isolation.isolate_zygote(plan)
+    os.environ.clear()
+    # A job starts with no handler of ours and no dead children; the keeper, which waits for one, undoes the second.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    sys.path += packages
+    _hide_package()
+    seccomp_filter(0)  # most of it is the same for all jobs: built here, kept
+    gc.collect()
+    gc.disable()
+    gc.freeze()  # a collection in a job would copy every page of what is loaded here
+    return Zygote(plan, packages, base, control)
+
+
+def _hide_package() -> None:
+    """Take this package out of a program's sight; what runs here keeps its modules alive."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "branchmerge"]:
+        del sys.modules[name]
+
+
+def _serve(zygote: Zygote, watched: int | None) -> None:
+    poll = select.poll()
+    poll.register(zygote.control, select.POLLIN)
+    if watched is not None:
+        poll.register(watched, select.POLLIN)
+    myself = os.pidfd_open(os.getpid())
+    while True:
+        ready = {number for number, _ in poll.poll()}
+        if watched in ready:
+            return
+        message, descriptors, _, _ = socket.recv_fds(zygote.control, JOB.size, 5, socket.MSG_CMSG_CLOEXEC)
+        if not message:
+            return
+        # Where no process can be had, the closed report tells the client that this job was not run.
+        with suppress(BlockingIOError):
+            if _fork(zygote.plan.level) == 0:
+                _as_process(lambda: _keep(zygote, myself, Limits(*JOB.unpack(message)), descriptors))  # noqa: B023
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _fork(level: str) -> int:
+    """Fork a keeper. With namespaces it is the first process of the job's: the kernel ends the job when it ends."""
+    return kernel.fork_into(isolation.JOB_NAMESPACES) if isolation.has_namespaces(level) else os.fork()
+
+
+def _as_process(work: Callable[[], None]) -> None:
+    """Run `work` in a forked process and end it there, whatever happens: the caller's frames are the parent's."""
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(70)
+
+
+def _keep(zygote: Zygote, parent: int, limits: Limits, descriptors: Sequence[int]) -> None:
+    """The keeper: start the job, wait for its end, its deadline or the client's word, report."""
+    _tie_to(parent)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    report = socket.socket(fileno=descriptors[4])
+    begin = time.monotonic()
+    try:
+        folder = _make_folder(zygote)
+    except OSError as error:
+        report.send(FAILURE + f"{error}".encode())
+        return
+    keeper = os.pidfd_open(os.getpid())
+    job = os.fork()
+    if job == 0:
+        _as_process(lambda: _become_job(zygote, keeper, folder, limits, descriptors))
+    for descriptor in descriptors[:4]:
+        os.close(descriptor)
+    how, status = _wait(job, report, begin + limits.seconds)
+    seconds = time.monotonic() - begin
+    if zygote.base is not None:
+        _clean(folder)
+    # A client that has gone does not read it.
+    with suppress(OSError):
+        report.send(REPORT.pack(how, status, seconds))
+
+
+def _make_folder(zygote: Zygote) -> str:
+    if zygote.base is None:
+        isolation.make_job_folder()
+        return isolation.FOLDER
+    folder = tempfile.mkdtemp(dir=zygote.base)
+    if os.getuid() == 0 and zygote.plan.level == isolation.NO_NAMESPACES:
+        os.chown(folder, isolation.NOBODY, isolation.NOBODY)
+    return folder
+
+
+def _wait(job: int, report: socket.socket, deadline: float) -> tuple[int, int]:
+    """Wait for a job, kill it if it must end; how it ended and its wait status."""
+    poll = select.poll()
+    ended = os.pidfd_open(job)
+    poll.register(ended, select.POLLIN)
+    poll.register(report, select.POLLIN)
+    ready = {number for number, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+    how = ENDED if ended in ready else CANCELLED if ready else OUT_OF_TIME
+    # Also after its end: without a filter it may have left others in its group.
+    for kill in (os.kill, os.killpg):
+        with suppress(ProcessLookupError, PermissionError):
+            kill(job, signal.SIGKILL)
+    return how, os.waitpid(job, 0)[1]
+
+
+def _become_job(zygote: Zygote, keeper: int, folder: str, limits: Limits, descriptors: Sequence[int]) -> None:
+    """The job: take the descriptors, tie its life to the keeper's, isolate, run. Never returns."""
+    report = socket.socket(fileno=descriptors[4])
+    try:
+        os.setsid()
+        for number, descriptor in enumerate(descriptors[1:4]):
+            os.dup2(descriptor, number)
+        if zygote.plan.level == BUBBLEWRAP:
+            _tie_to(keeper)
+            _exec_bubblewrap(zygote, limits, descriptors[0])
+        source = _read_all(descriptors[0])
+        isolation.isolate_job(zygote.plan, folder, limits, lambda: _tie_to(keeper))
+    except BaseException as error:
+        report.send(FAILURE + f"{type(error).__name__}: {error}".encode())
+        os._exit(70)
+    kernel.close_from(3)
+    report.detach()
+    program.run(source)
+
+
+def _tie_to(parent: int) -> None:
+    """Die with the parent (a pidfd), or now if it is dead already. A change of uid would undo it: call this after."""
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(parent, select.POLLIN)
+    if poll.poll(0):
+        os._exit(70)
+
+
+def _exec_bubblewrap(zygote: Zygote, limits: Limits, source: int) -> None:
+    os.set_inheritable(source, True)
+    options = ["-s", "-P", "-S", "-X", "utf8", "-c", BOOT.format(entry="inside_bubblewrap()")]
+    arguments = [
+        str(Path(__file__).parent),
+        str(limits.seconds),
+        str(limits.memory_bytes),
+        str(source),
+        *zygote.packages,
+    ]
+    command = isolation.bubblewrap_command(zygote.plan.readable) + options + arguments
+    os.execv(command[0], command)
+
+
+def _read_all(descriptor: int) -> bytes:
+    with open(descriptor, "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
+def _clean(folder: str) -> None:
+    os.chmod(folder, 0o700)  # noqa: PTH101  the job may have taken our own rights away
+    shutil.rmtree(folder)
+
+
+def _leave(base: str | None) -> None:
+    """Wait until the keepers, whose client has gone, have killed and cleaned up; then remove what is left."""
+    signal.alarm(SECONDS_TO_LEAVE)  # a keeper that hangs is killed with this process
+    with suppress(ChildProcessError):
+        os.wait()  # returns only when all are gone, since SIGCHLD is ignored
+    if base is not None:
+        shutil.rmtree(base, ignore_errors=True)

@@ -1,0 +1,79 @@
+"""From graded samples to a score: means over questions, clustered errors, and what else a referee asks for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from branchmerge.evaluation.graders import NO_ANSWER, Verdict
+from branchmerge.evaluation.metrics import avg_at_k
+from branchmerge.evaluation.requests import Request, Response
+from branchmerge.evaluation.stats import Estimate, estimate
+from branchmerge.evaluation.tasks.grading import metrics
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One sample and its verdict."""
+
+    request: Request
+    response: Response
+    verdict: Verdict
+
+    @property
+    def truncated(self) -> bool:
+        """It was cut off, or its reasoning never ended."""
+        return self.response.finish == "length" or self.verdict.truncated
+
+    def row(self) -> dict[str, Any]:
+        """As it is stored for a reader."""
+        return {
+            "id": self.request.question,
+            "sample": self.request.sample,
+            "seed": self.request.seed,
+            "messages": [turn.as_dict() for turn in self.request.messages],
+            "response": self.response.text,
+            "answer": self.verdict.answer,
+            "accuracy": float(self.verdict.correct),
+            "no_answer": float(self.verdict.reason == NO_ANSWER),
+            "truncated": float(self.truncated),
+            "reason": self.verdict.reason,
+            "finish": self.response.finish,
+            "output_tokens": self.response.tokens,
+            **self.verdict.secondary,
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is told of a model's samples on a task."""
+
+    accuracy: Estimate
+    means: dict[str, float]
+    """By metric: of the questions' means"""
+
+
+def summarise(graded: Sequence[Graded], grader: str) -> Summary:
+    """Average over the samples of a question, then over questions. Where samples are missing, metrics of k samples are
+    told for the k that every question has.
+
+    Args:
+        grader: of the task's questions, which decides what else is reported; empty for lm-eval's own
+
+    Raises:
+        ValueError: there is no sample
+    """
+    questions: dict[str, list[Graded]] = {}
+    for one in graded:
+        questions.setdefault(one.request.question, []).append(one)
+    told = [_of_question(samples, grader) for samples in questions.values()]
+    scores = [[float(one.verdict.correct) for one in samples] for samples in questions.values()]
+    accuracy = estimate(scores)
+    names = [name for name in told[0] if name != "accuracy" and all(name in metrics for metrics in told)]
+    return Summary(accuracy, {name: avg_at_k([metrics[name] for metrics in told]) for name in names})
+
+
+def _of_question(samples: Sequence[Graded], grader: str) -> dict[str, float]:
+    found = metrics([one.verdict for one in samples], grader)
+    found["truncated"] = avg_at_k([one.truncated for one in samples])
+    found["output_tokens"] = avg_at_k([one.response.tokens for one in samples])
+    return found

@@ -1,0 +1,228 @@
+"""evaluate() from requests to scores: known answers get exactly the known scores, and nothing is done twice or lost.
+
+The model is a server on the loopback that answers every question as it was told to (tests/serving.py).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from datasets import Dataset
+from hydra import compose, initialize_config_dir
+from lm_eval.api.task import ConfigurableTask
+from serving import Server, completion, serving
+
+from branchmerge import config
+from branchmerge.config import EvaluateConfig
+from branchmerge.errors import UserError
+from branchmerge.evaluation import sandbox
+from branchmerge.evaluation.backends import openai
+from branchmerge.evaluation.benchmark import Benchmark
+from branchmerge.evaluation.requests import Sampling
+from branchmerge.evaluation.run import evaluate
+from branchmerge.trajectories.demo_teacher import problems
+
+ROOT = Path(__file__).resolve().parents[2]
+DOMAINS = ("math", "code", "science")
+QUESTIONS = 6
+
+config.register()
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai, "FIRST_WAIT", 0.02)
+
+
+def settings(server: Server, outputs: Path, *overrides: str) -> list[str]:
+    return ["backend=openai", f"backend.base_urls=[{server.url}]", "backend.model=student", "backend.retries=1",
+            f"benchmark.limit={QUESTIONS}", f"outputs={outputs}", "progress=false", *overrides]  # fmt: skip
+
+
+def composed(*overrides: str) -> EvaluateConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return config.typed(compose("evaluate", overrides=list(overrides)), EvaluateConfig)
+
+
+Rule = Callable[[int, int, Any], str | None]
+"""From the number of a question, how often it was asked before, and its problem, to what is said; None: an error"""
+
+
+def told(domain: str, rule: Rule) -> Callable[[dict[str, Any], int], web.Response | dict[str, Any]]:
+    """Answers to the questions of a domain."""
+    known = {problem.question: (number, problem) for number, problem in enumerate(islice(problems(domain), QUESTIONS))}
+    asked: Counter[int] = Counter()
+
+    def answer(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
+        number, problem = known[body["messages"][-1]["content"]]
+        said = rule(number, asked[number], problem)
+        asked[number] += 1
+        return web.Response(status=500, text="lost") if said is None else completion(said, tokens=10 + number)
+
+    return answer
+
+
+def right(number: int, before: int, problem: Any) -> str:
+    return str(problem.right.text())
+
+
+def half(number: int, before: int, problem: Any) -> str:
+    """Of the even questions every second sample is right, of the odd ones none."""
+    return str((problem.right if number % 2 == 0 and before % 2 == 0 else problem.wrong).text())
+
+
+def samples_of(outputs: Path, task: str) -> list[dict[str, Any]]:
+    path = outputs / "demo" / "scores" / "served" / "student" / "samples" / f"{task}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_known_samples_get_exactly_the_known_score(tmp_path: Path, domain: str) -> None:
+    with serving(Server(told(domain, half))) as server:
+        (score,) = evaluate(
+            composed(*settings(server, tmp_path, f"benchmark.tasks=[demo_{domain}]", "benchmark.samples=4"))
+        )
+    means = [0.5 if number % 2 == 0 else 0.0 for number in range(QUESTIONS)]
+    assert score.value == sum(means) / QUESTIONS
+    assert score.stderr == pytest.approx((sum((m - 0.25) ** 2 for m in means) / QUESTIONS / (QUESTIONS - 1)) ** 0.5)
+    assert (score.questions, score.samples, score.missing, score.no_answer) == (QUESTIONS, 4, 0, 0.0)
+    assert score.metrics["pass@2"] == pytest.approx(3 * (1 - 1 / 6) / QUESTIONS)
+    assert score.metrics["pass@4"] == 0.5
+    assert ("maj@4" in score.metrics) == (domain != "code")
+    assert score.output_tokens == pytest.approx(10 + (QUESTIONS - 1) / 2)
+    assert score.key["sandbox"] is None or domain == "code"
+    rows = samples_of(tmp_path, f"demo_{domain}")
+    assert sum(row["accuracy"] for row in rows) == 6 and len(rows) == 4 * QUESTIONS
+    assert len({row["seed"] for row in rows}) == len(rows)
+
+
+def test_finished_scores_are_not_asked_for_again_and_overwrite_asks(tmp_path: Path) -> None:
+    with serving(Server(told("math", right))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]")
+        first = evaluate(composed(*arguments))
+        assert repr(evaluate(composed(*arguments))) == repr(first)  # NaN is no error of one sample a question
+        assert len(server.bodies) == QUESTIONS
+        evaluate(composed(*arguments, "overwrite=true"))
+        assert len(server.bodies) == 2 * QUESTIONS
+
+
+def test_more_samples_reuse_those_that_are_there_and_other_parameters_none(tmp_path: Path) -> None:
+    with serving(Server(told("math", right))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]")
+        evaluate(composed(*arguments))
+        evaluate(composed(*arguments, "benchmark.samples=3"))
+        assert len(server.bodies) == 3 * QUESTIONS
+        evaluate(composed(*arguments, "benchmark.max_new_tokens=63"))
+        assert len(server.bodies) == 4 * QUESTIONS
+        evaluate(composed(*arguments, "seed=7"))
+        assert len(server.bodies) == 5 * QUESTIONS
+
+
+def test_a_failed_request_is_an_error_and_no_wrong_answer(tmp_path: Path) -> None:
+    def third_fails(number: int, before: int, problem: Any) -> str | None:
+        return None if number == 2 else right(number, before, problem)
+
+    with serving(Server(told("math", third_fails))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]")
+        with pytest.raises(UserError, match=r"1 samples could not be generated, the first: demo_math .* answers 500"):
+            evaluate(composed(*arguments))
+        asked = len(server.bodies)
+        (score,) = evaluate(composed(*arguments, "allow_missing=true"))
+        assert (score.value, score.questions, score.missing) == (1.0, QUESTIONS - 1, 1)
+        assert len(server.bodies) == asked + 2  # the missing one alone, tried twice
+    with serving(Server(told("math", right))) as server:
+        (score,) = evaluate(composed(*settings(server, tmp_path, "benchmark.tasks=[demo_math]")))
+        assert (score.value, score.questions, score.missing) == (1.0, QUESTIONS, 0)
+        assert len(server.bodies) == 1
+
+
+def test_score_only_grades_what_is_there_and_asks_nothing(tmp_path: Path) -> None:
+    def later_ones_fail(number: int, before: int, problem: Any) -> str | None:
+        return None if number >= 4 else right(number, before, problem)
+
+    with serving(Server(told("math", later_ones_fail))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]")
+        with pytest.raises(UserError, match="there is nothing to report"):
+            evaluate(composed(*arguments, "score_only=true"))
+        assert server.bodies == []
+        evaluate(composed(*arguments, "allow_missing=true"))
+        asked = len(server.bodies)
+        (score,) = evaluate(composed(*arguments, "score_only=true"))
+        assert (score.questions, score.missing, len(server.bodies)) == (4, 2, asked)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    """kill -9 while 9 of 16 samples are on the disk."""
+
+    def slow_after_nine(body: dict[str, Any], tries: int) -> dict[str, Any]:
+        if len(server.bodies) > 9:
+            time.sleep(0.5)
+        return answer(body, tries)  # type: ignore[return-value]
+
+    answer = told("math", right)
+    with serving(Server(slow_after_nine)) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]", "backend.concurrency=1")
+        arguments += ["benchmark.limit=4", "benchmark.samples=4"]
+        process = subprocess.Popen(
+            [sys.executable, "evaluate.py", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        stored = tmp_path / "demo" / "scores" / "served" / "student" / "responses" / "demo_math.jsonl"
+        deadline = time.monotonic() + 120
+        while not stored.exists() or stored.read_bytes().count(b"\n") < 9:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        there = stored.read_bytes().count(b"\n")
+        assert 9 <= there < 16
+        assert not (stored.parents[1] / "demo_math.json").exists()
+    with serving(Server(told("math", right))) as server:
+        again = settings(server, tmp_path, "benchmark.tasks=[demo_math]", "benchmark.limit=4", "benchmark.samples=4")
+        (score,) = evaluate(composed(*again))
+        assert len(server.bodies) == 16 - there
+    assert (score.value, score.questions, score.missing) == (1.0, 4, 0)
+
+
+def test_a_context_that_is_too_short_is_refused_before_anything_is_asked(tiny_student: Path, tmp_path: Path) -> None:
+    arguments = [f"models=[{tiny_student}]", f"outputs={tmp_path}", "benchmark.tasks=[demo_math]", "benchmark.limit=2",
+                 "benchmark.max_new_tokens=1000000", "backend.device=cpu"]  # fmt: skip
+    with pytest.raises(UserError, match=r"demo_math: a prompt of \d+ tokens and up to 1000000 new ones exceed .* give"):
+        evaluate(composed(*arguments))
+
+
+def test_tasks_that_compare_likelihoods_are_refused() -> None:
+    docs = Dataset.from_list([{"question": "1 + 1?", "choices": ["1", "2"], "answer": 1}])
+    task = ConfigurableTask(
+        config={"task": "choices", "custom_dataset": lambda **_: {"test": docs}, "test_split": "test",
+                "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
+                "doc_to_target": "{{answer}}"}
+    )  # fmt: skip
+    with pytest.raises(UserError, match="choices: compares likelihoods"):
+        Benchmark(task, 1, Sampling(8), None)
+
+
+def test_servers_need_an_address_and_a_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"give backend\.base_urls=.* and backend\.model="):
+        evaluate(composed("backend=openai", f"outputs={tmp_path}"))
+
+
+def test_the_sandboxs_level_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    try:
+        with serving(Server(told("code", right))) as server:
+            arguments = settings(server, tmp_path, "benchmark.tasks=[demo_code]")
+            (score,) = evaluate(composed(*arguments, "sandbox=unsafe"))
+            assert (score.value, score.key["sandbox"]) == (1.0, "unsafe")
+            with pytest.raises(UserError, match="no sandbox level 'docker'; the levels are auto, "):
+                evaluate(composed(*arguments, "sandbox=docker"))
+    finally:
+        sandbox.use("auto")

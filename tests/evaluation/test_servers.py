@@ -1,0 +1,159 @@
+"""backend=openai against a real HTTP server on the loopback that answers as it was told to."""
+
+import json
+from typing import Any
+
+import pytest
+from aiohttp import web
+from serving import Server, completion, serving
+
+from branchmerge.config import BackendConfig
+from branchmerge.errors import UserError
+from branchmerge.evaluation.backends import openai
+from branchmerge.evaluation.backends.openai import Servers
+from branchmerge.evaluation.requests import Request, Response, Sampling, requests_for
+from branchmerge.trajectories.schema import Message
+
+
+def echo(body: dict[str, Any], tries: int) -> dict[str, Any]:
+    return completion(f"{body['messages'][-1]['content']} {body['seed']}")
+
+
+def backend(*servers: Server, **settings: Any) -> Servers:
+    given = {"timeout_s": 20.0, "retries": 3, **settings}
+    return Servers(BackendConfig(kind="openai", base_urls=[s.url for s in servers], model="student", **given))
+
+
+def asked(questions: int, samples: int = 1, **sampling: Any) -> list[Request]:
+    turns = [(f"q{n}", (Message("user", f"question {n}"),)) for n in range(questions)]
+    return requests_for("task", turns, samples, Sampling(max_new_tokens=100, **sampling), seed=42)
+
+
+def responses(servers: Servers, requests: list[Request]) -> dict[Request, Response]:
+    return {request: response for pairs in servers.generate(requests) for request, response in pairs}
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai, "FIRST_WAIT", 0.02)
+
+
+def test_every_request_gets_its_own_response_many_at_once() -> None:
+    requests = asked(100, samples=4, temperature=0.6, top_p=0.95)
+    with serving(Server(echo)) as server:
+        found = responses(backend(server, concurrency=64), requests)
+        assert server.most > 8
+    assert found.keys() == set(requests)
+    for request, response in found.items():
+        assert response == Response(f"{request.messages[0].content} {request.seed}", 7, "stop")
+    assert len({body["seed"] for body in server.bodies}) == 400  # samples of a question are not the same draw
+
+
+def test_sampling_is_sent_in_full() -> None:
+    with serving(Server(echo)) as server:
+        responses(backend(server), asked(1, temperature=0.6, top_p=0.95, until=("END",)))
+    (body,) = server.bodies
+    assert body["model"] == "student" and body["messages"] == [{"role": "user", "content": "question 0"}]
+    assert (body["temperature"], body["top_p"], body["max_tokens"], body["stop"]) == (0.6, 0.95, 100, ["END"])
+    assert "top_k" not in body  # OpenAI's own servers refuse the key
+
+
+def test_vllm_is_told_not_to_take_the_models_own_settings() -> None:
+    with serving(Server(echo, owned_by="vllm", max_model_len=4096)) as server:
+        servers = backend(server)
+        responses(servers, asked(1))
+    assert servers.context == 4096
+    assert server.bodies[0]["top_k"] == -1 and server.bodies[0]["repetition_penalty"] == 1.0
+
+
+BOTH = Response("<think>\n1 + 1\n</think>\n\n\\boxed{2}", 7, "stop")
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (completion("\\boxed{2}", reasoning_content="1 + 1"), BOTH),
+        (completion("\\boxed{2}", reasoning="1 + 1"), BOTH),
+        (completion(None, "length", 100, reasoning_content="so 3"), Response("<think>\nso 3", 100, "length")),
+        (completion("<think>\na\n</think>b"), Response("<think>\na\n</think>b", 7, "stop")),
+        (completion(None), Response("", 7, "stop")),
+    ],
+)  # fmt: skip
+def test_reasoning_that_comes_apart_is_put_in_front(told: dict[str, Any], expected: Response) -> None:
+    with serving(Server(lambda body, tries: told)) as server:
+        assert list(responses(backend(server), asked(1)).values()) == [expected]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_may_pass_is_tried_again(status: int) -> None:
+    def second_time(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
+        return web.Response(status=status, text="busy") if tries == 1 else echo(body, tries)
+
+    with serving(Server(second_time)) as server:
+        servers = backend(server)
+        assert len(responses(servers, asked(20))) == 20
+    assert set(server.tries.values()) == {2} and servers.failures == []
+
+
+def test_what_cannot_be_answered_is_a_failure_and_no_response() -> None:
+    def one_fails(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
+        bad = body["messages"][-1]["content"] == "question 3"
+        return web.Response(status=500, text="out of memory") if bad else echo(body, tries)
+
+    with serving(Server(one_fails)) as server:
+        servers = backend(server)
+        found = responses(servers, asked(6))
+    assert sorted(request.question for request in found) == ["q0", "q1", "q2", "q4", "q5"]
+    (failure,) = servers.failures
+    assert failure.startswith("task q3, sample 0: ") and "answers 500: out of memory" in failure
+    assert max(server.tries.values()) == 4
+
+
+def test_a_request_that_the_server_refuses_is_not_tried_again() -> None:
+    with serving(Server(lambda body, tries: web.Response(status=400, text="too long"))) as server:
+        servers = backend(server)
+        assert responses(servers, asked(1)) == {}
+    assert len(server.bodies) == 1 and "answers 400: too long" in servers.failures[0]
+
+
+def test_garbage_is_tried_again_and_then_a_failure() -> None:
+    with serving(Server(lambda body, tries: web.Response(text="<html>"))) as server:
+        servers = backend(server, retries=1)
+        assert responses(servers, asked(1)) == {} and len(servers.failures) == 1
+    assert len(server.bodies) == 2
+
+
+def test_several_servers_share_the_work_and_stand_in_for_each_other() -> None:
+    with serving(Server(echo)) as one, serving(Server(lambda *_: web.Response(status=503))) as other:
+        servers = backend(one, other)
+        assert len(responses(servers, asked(20))) == 20
+    assert other.bodies and len(one.bodies) == 20 and servers.failures == []
+
+
+def test_the_key_is_sent_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "abc")
+    with serving(Server(echo)) as server:
+        responses(backend(server, api_key_env="SECRET"), asked(1))
+    assert server.headers[0]["Authorization"] == "Bearer abc"
+
+
+def test_a_reader_that_goes_away_ends_the_requests() -> None:
+    with serving(Server(echo)) as server:
+        pairs = backend(server, concurrency=2).generate(asked(2000))
+        next(pairs)
+        pairs.close()
+        assert len(server.bodies) < 1000
+
+
+def test_a_server_that_is_not_there_or_has_another_model_is_refused() -> None:
+    with pytest.raises(UserError, match=r"backend\.base_urls: http://127\.0\.0\.1:9/v1 does not answer /models"):
+        Servers(BackendConfig(kind="openai", base_urls=["http://127.0.0.1:9/v1"], model="student"))
+    with serving(Server(echo)) as server, pytest.raises(UserError, match=r"backend\.model=teacher: .* has student"):
+        Servers(BackendConfig(kind="openai", base_urls=[server.url], model="teacher"))
+
+
+def test_bodies_are_json_of_the_protocol() -> None:
+    with serving(Server(echo)) as server:
+        responses(backend(server), asked(1))
+    assert json.loads(json.dumps(server.bodies[0])) == server.bodies[0]
+    assert set(server.bodies[0]) == {"model", "messages", "temperature", "top_p", "max_tokens", "seed"}

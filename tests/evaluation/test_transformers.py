@@ -1,0 +1,177 @@
+"""backend=hf: what a real model is fed, and that a sample depends on its seed and on nothing beside it."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from branchmerge.config import BackendConfig
+from branchmerge.data.template import PREFILL, tokenise
+from branchmerge.evaluation.backends.hf import SeededSampling, Transformers
+from branchmerge.evaluation.requests import Request, Response, Sampling, requests_for
+from branchmerge.student.backbone import load_tokenizer
+from branchmerge.trajectories.schema import Message, Trajectory
+
+QUESTIONS = ["What is 12 * 7?", "A much longer question, for another length of the prompt.", "?"]
+GREEDY = Sampling(max_new_tokens=8)
+DRAWN = Sampling(max_new_tokens=8, temperature=1.0, top_p=0.95)
+
+
+def backend(student: Path, batch_size: int = 4) -> Transformers:
+    return Transformers(BackendConfig(batch_size=batch_size, dtype="float32", device="cpu"), student)
+
+
+def asked(sampling: Sampling, samples: int = 1, seed: int = 42) -> list[Request]:
+    turns = [(question, (Message("user", question),)) for question in QUESTIONS]
+    return requests_for("task", turns, samples, sampling, seed)
+
+
+def responses(model: Transformers, requests: list[Request]) -> dict[tuple[str, int], Response]:
+    found = {(r.question, r.sample): response for pairs in model.generate(requests) for r, response in pairs}
+    assert len(found) == len(requests)
+    return found
+
+
+def edited(student: Path, folder: Path, **changes: str) -> Path:
+    """A copy whose tokenizer differs: `bos` (a token that it puts in front), or its `chat_template`."""
+    shutil.copytree(student, folder)
+    tokenizer = load_tokenizer(folder)
+    if "bos" in changes:
+        bos = changes["bos"]
+        tokenizer.bos_token = bos
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+        )
+    template = str(tokenizer.chat_template)
+    tokenizer.chat_template = changes.get("front", "") + template + changes.get("end", "")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+THINKING = {"end": "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"}
+
+
+@pytest.fixture(params=["as it is", "bos in the template", "bos by the tokenizer only", "thinking"])
+def student(request: pytest.FixtureRequest, tiny_student: Path, tmp_path: Path) -> Iterator[Path]:
+    """The tiny student with tokenizers of several habits."""
+    changes = {
+        "as it is": {},
+        "bos in the template": {"bos": "<|endoftext|>", "front": "{{ bos_token }}"},
+        "bos by the tokenizer only": {"bos": "<|endoftext|>"},
+        "thinking": THINKING,
+    }
+    yield edited(tiny_student, tmp_path / "student", **changes[request.param])
+
+
+def test_the_model_is_fed_the_ids_it_was_trained_on(student: Path) -> None:
+    model = backend(student)
+    fed: list[list[int]] = []
+
+    def watch(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        if not fed:
+            rows = zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True)
+            fed.extend(row[kept.bool()].tolist() for row, kept in rows)
+
+    model.model.register_forward_pre_hook(watch, with_kwargs=True)
+    requests = asked(GREEDY)
+    responses(model, requests)
+    expected = []
+    for question in QUESTIONS:
+        row = Trajectory("x", "math", (Message("user", question), Message("assistant", f"{PREFILL}hm\n</think>\n\n1")))
+        document = tokenise(load_tokenizer(student), row)
+        expected.append(list(document.tokens[: document.prompt_len]))
+    assert sorted(fed) == sorted(expected)
+    assert [model.length(r.messages) for r in requests] == [len(ids) for ids in expected]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_a_response_does_not_depend_on_its_batch(tiny_student: Path, sampling: Sampling) -> None:
+    requests = asked(sampling, samples=3)
+    alone = responses(backend(tiny_student, batch_size=1), requests)
+    assert responses(backend(tiny_student, batch_size=9), requests) == alone
+    assert responses(backend(tiny_student, batch_size=2), requests[::-1]) == alone
+
+
+def test_samples_differ_by_their_seeds(tiny_student: Path) -> None:
+    model = backend(tiny_student)
+    one, other = (responses(model, asked(DRAWN, samples=4, seed=seed)) for seed in (1, 2))
+    assert len({response.text for response in one.values()}) > 8
+    assert one != other
+    assert responses(model, asked(DRAWN, samples=4, seed=1)) == one
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1, 1.0),
+        Sampling(1, 0.6, 0.95),
+        Sampling(1, 1.3, 0.5),
+        Sampling(1, 0.8, 1.0, 3),
+        Sampling(1, 0.7, 0.9, 5),
+    ],
+)
+def test_tokens_are_drawn_from_the_distribution_that_transformers_defines(sampling: Sampling) -> None:
+    scores = torch.tensor([[2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -2.0, -30.0]])
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    expected = warpers(torch.zeros(1, 1, dtype=torch.long), scores.clone()).softmax(-1)[0]
+    draws, rounds = 500, 20
+    processor = SeededSampling(sampling, range(draws))
+    counts: Counter[int] = Counter()
+    for _ in range(rounds):
+        chosen = processor(torch.zeros(draws, 1, dtype=torch.long), scores.expand(draws, -1))
+        assert (chosen > -torch.inf).sum(-1).eq(1).all()
+        counts.update(chosen.argmax(-1).tolist())
+    n = draws * rounds
+    for token, p in enumerate(expected.tolist()):
+        assert abs(counts[token] / n - p) <= 5 * (p * (1 - p) / n) ** 0.5 + 1e-9
+        assert p > 0 or counts[token] == 0
+
+
+def test_responses_begin_with_the_reasoning_that_the_template_opened(tiny_student: Path, tmp_path: Path) -> None:
+    thinking = edited(tiny_student, tmp_path / "thinking", **THINKING)
+    assert all(response.text.startswith(PREFILL) for response in responses(backend(thinking), asked(GREEDY)).values())
+    bare = responses(backend(tiny_student), asked(GREEDY)).values()
+    assert not any(response.text.startswith(PREFILL) for response in bare)
+
+
+def test_tokens_are_counted_as_generated_and_a_cut_is_told(tiny_student: Path) -> None:
+    for response in responses(backend(tiny_student), asked(GREEDY)).values():
+        assert response.tokens == 8 if response.finish == "length" else response.tokens <= 8
+
+
+def test_a_text_that_ends_a_response_is_not_part_of_it(tiny_student: Path) -> None:
+    model = backend(tiny_student)
+    (request, *_) = asked(replace(GREEDY, max_new_tokens=40))
+    ((_, whole),) = next(iter(model.generate([request])))
+    end = whole.text[len(whole.text) // 2 :][:3]
+    stopped = replace(request, sampling=replace(request.sampling, until=(end,)))
+    ((_, part),) = next(iter(model.generate([stopped])))
+    assert part.text == whole.text[: whole.text.index(end)]
+    assert part.finish == "stop" and part.tokens < whole.tokens
+
+
+def test_a_models_own_generation_config_only_says_where_it_ends(tiny_student: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(tiny_student, folder)
+    path = folder / "generation_config.json"
+    own = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(own | {"repetition_penalty": 5.0, "top_k": 1, "do_sample": True, "temperature": 0.01}))
+    for sampling in (GREEDY, DRAWN):
+        requests = asked(sampling)
+        assert responses(backend(folder), requests) == responses(backend(tiny_student), requests)

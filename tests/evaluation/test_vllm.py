@@ -1,0 +1,136 @@
+"""backend=vllm for real, where vLLM is installed: `make test-vllm`."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from branchmerge.config import BackendConfig
+from branchmerge.errors import UserError
+from branchmerge.evaluation.backends.hf import Transformers
+from branchmerge.evaluation.backends.openai import Servers
+from branchmerge.evaluation.backends.vllm import VLLM
+from branchmerge.evaluation.requests import Request, Response, Sampling, requests_for
+from branchmerge.trajectories.schema import Message
+
+INSTALLED = importlib.util.find_spec("vllm") is not None
+QUESTIONS = ["What is 12 * 7?", "A much longer question, for another length of the prompt.", "?", "Name a colour."]
+ARGUMENTS = ["--max-model-len", "512", "--enforce-eager", "--gpu-memory-utilization", "0.1"]
+SETTINGS = {"dtype": "float32", "device": "cpu", "batch_size": 16, "timeout_s": 120.0, "vllm_arguments": ARGUMENTS}
+
+needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed: make test-vllm")
+
+
+@pytest.mark.skipif(INSTALLED, reason="vLLM is installed")
+def test_without_vllm_one_line_says_how_to_get_it(tiny_student: Path) -> None:
+    with pytest.raises(UserError, match="vLLM is not installed; pip install"):
+        VLLM(BackendConfig(kind="vllm"), tiny_student)
+
+
+def asked(sampling: Sampling, samples: int = 1) -> list[Request]:
+    return requests_for("task", [(q, (Message("user", q),)) for q in QUESTIONS], samples, sampling, seed=42)
+
+
+def responses(model: Servers | Transformers, requests: list[Request]) -> dict[tuple[str, int], Response]:
+    found = {(r.question, r.sample): response for pairs in model.generate(requests) for r, response in pairs}
+    assert model.failures == [] and len(found) == len(requests)
+    return found
+
+
+@pytest.fixture(scope="module")
+def student(student_factory: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vLLM's attention on a CPU wants heads of 32 and more."""
+    return student_factory(tmp_path_factory.mktemp("student") / "wide", hidden_size=128, head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def server(student: Path) -> Iterator[VLLM]:
+    model = VLLM(BackendConfig(kind="vllm", **SETTINGS), student)  # type: ignore[arg-type]
+    yield model
+    model.close()
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_greedy_responses_are_those_of_transformers(server: VLLM, student: Path) -> None:
+    requests = asked(Sampling(max_new_tokens=12))
+    model = Transformers(BackendConfig(dtype="float32", device="cpu"), student)
+    ours, theirs = responses(model, requests), responses(server, requests)
+    # Of a character that was cut off vLLM says nothing, transformers that there is one.
+    assert {key: replace(said, text=said.text.rstrip("\ufffd")) for key, said in ours.items()} == theirs
+    assert [server.length(r.messages) for r in requests] == [model.length(r.messages) for r in requests]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_samples_differ_and_come_again_by_their_seeds(server: VLLM) -> None:
+    requests = asked(Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95), samples=4)
+    first = responses(server, requests)
+    assert len({response.text for response in first.values()}) > 12
+    assert responses(server, requests) == first
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_server_can_be_asked_as_any_other(server: VLLM) -> None:
+    backend = BackendConfig(kind="openai", base_urls=server.backend.base_urls, model="student", timeout_s=120.0)
+    servers = Servers(backend)
+    assert servers.is_vllm and servers.context == 512
+    requests = asked(Sampling(max_new_tokens=12))
+    assert responses(servers, requests) == responses(server, requests)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_vllm import SETTINGS
+from branchmerge.config import BackendConfig
+from branchmerge.evaluation.backends.vllm import VLLM
+model = VLLM(BackendConfig(kind="vllm", **SETTINGS), Path(sys.argv[1]))
+print("serving", flush=True)
+sys.stdin.read()
+"""
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_killed_evaluation_leaves_no_server(student: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(student), str(Path(__file__).parent)]
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert any(line == "serving\n" for line in parent.stdout)
+    children = _below(parent.pid)
+    assert children
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.communicate()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() and _state(pid) != "Z" for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def _below(pid: int) -> set[int]:
+    """All processes that a process started, and those that they did."""
+    told = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(child): int(parent) for child, parent in (line.split() for line in told.splitlines())}
+    found: set[int] = set()
+    while True:
+        more = {child for child, parent in parents.items() if parent in {pid, *found}} - found
+        if not more:
+            return found
+        found |= more
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
