@@ -19,7 +19,7 @@ SAMPLES = [{"id": "q1", "response": "é \\boxed{1}\n"}, {"id": "q2", "response":
 def test_written_score_is_read_back_for_the_same_key(tmp_path: Path) -> None:
     write(tmp_path, SCORE, SAMPLES)
     found = read(tmp_path, "demo_math", KEY)
-    assert found == dataclasses.replace(SCORE, key=json.loads(json.dumps(KEY)))
+    assert repr(found) == repr(dataclasses.replace(SCORE, key=json.loads(json.dumps(KEY))))  # some of it is NaN
 
 
 @pytest.mark.parametrize(

@@ -109,20 +109,21 @@ def _prepare(level: str, packages: list[str], control: socket.socket) -> Zygote:
     for name in WARM.split():
         importlib.import_module(name)
     plan = isolation.make_plan(level, packages)
-    own_root = isolation.has_namespaces(level)
-    base = None if own_root else tempfile.mkdtemp(prefix="branchmerge-sandbox-")
-    if base is not None:
-        os.chmod(base, 0o711)  # noqa: PTH101  for jobs under another uid
+    if level != isolation.UNSAFE:
+        seccomp_filter(0)  # most of it is the same for all jobs: built here, kept; refuses an unknown architecture
     if level in (isolation.FULL, isolation.NO_NAMESPACES) and not kernel.landlock_abi():
         raise OSError("the kernel has no Landlock")
     isolation.isolate_zygote(plan)
+    # After all that may refuse: nobody would remove it.
+    base = None if isolation.has_namespaces(level) else tempfile.mkdtemp(prefix="branchmerge-sandbox-")
+    if base is not None:
+        os.chmod(base, 0o711)  # noqa: PTH101  for jobs under another uid
     os.environ.clear()
     # A job starts with no handler of ours and no dead children; the keeper, which waits for one, undoes the second.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     sys.path += packages
     _hide_package()
-    seccomp_filter(0)  # most of it is the same for all jobs: built here, kept
     gc.collect()
     gc.disable()
     gc.freeze()  # a collection in a job would copy every page of what is loaded here
