@@ -15,6 +15,7 @@ import math
 import os
 import resource
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -151,8 +152,8 @@ def _make_root(readable: Sequence[str]) -> None:
     for path, source in sources:
         target = Path(root + path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if Path(path).is_dir():
-            target.mkdir()
+        if stat.S_ISDIR(os.fstat(source).st_mode):
+            target.mkdir(exist_ok=True)
         else:
             target.touch()
         kernel.mount(f"/proc/self/fd/{source}", str(target), flags=kernel.MS_BIND | kernel.MS_REC)
