@@ -28,8 +28,6 @@ class TensorFold:
     """Called with every leaf's tensor whose values are not known to be finite; raises where they are not."""
     _leaves: dict[str, Weights] = field(default_factory=dict)
     _measured: dict[Hashable, Any] = field(default_factory=dict)
-    _norms: dict[str, float] = field(default_factory=dict)
-    """Of leaves that were some node's first model"""
 
     def merge(self, tree: Tree, operator: Operator, facts: Facts | None = None) -> Weights:
         """Fold a tree; see `Operator.__call__` for the dtype of what comes out."""
@@ -50,10 +48,7 @@ class TensorFold:
         key = self._key(tree, seeded)
         if key not in self._measured:
             self._measured[key] = self._measure(tree, seeded, models, base)
-        left, spare = tree.children[0].leaf, self._spare(tree, models)
-        merged, change = _apply(seeded, self._measured[key], models, base, spare, self._norms.get(left))
-        if left and change is not None:
-            self._norms[left] = change.norm_before
+        merged, change = _apply(seeded, self._measured[key], models, base, self._spare(tree, models))
         if facts is not None:
             facts[tree.name()] = seeded.facts(self._measured[key]) | (change or changes(merged, models[0])).facts
         return merged
@@ -95,15 +90,10 @@ def _seen_by(operator: Operator, models: list[Weights], base: Weights | None) ->
 
 
 def _apply(
-    operator: Operator,
-    measured: Any,
-    models: list[Weights],
-    base: Weights | None,
-    spare: Array | None,
-    left_norm: float | None,
+    operator: Operator, measured: Any, models: list[Weights], base: Weights | None, spare: Array | None
 ) -> tuple[Weights, Change | None]:
     """The merged tensor, an array where the models are arrays; what the operator knows of its distance from Left."""
-    merged, change = operator.apply_and_compare(measured, *_seen_by(operator, models, base), spare, left_norm)
+    merged, change = operator.apply_and_compare(measured, *_seen_by(operator, models, base), spare)
     return as_array(merged) if isinstance(models[0], np.ndarray) else merged, change
 
 

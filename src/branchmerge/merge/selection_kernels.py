@@ -157,7 +157,7 @@ def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, o
         T: scaled, and float32
         out: may be Right or Left itself
         update: float64 [R]; each row's ||out - Left||^2
-        norm: float64 [R]; each row's ||Left||^2; empty where it is not asked for
+        norm: float64 [R]; each row's ||Left||^2
 
     Returns:
         In how many elements Right was taken, and in how many out differs from Left.
@@ -174,18 +174,14 @@ def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, o
             if n < CHUNK:
                 d[n:], v[n:] = 0, 0
             x, y, o = right[r, c : c + n], left[r, c : c + n], out[r, c : c + n]
-            took = _choose_chunk(x, y, k, signed, T, strict, chosen, d)
+            took = _choose_chunk(x, y, k, signed, T, strict, chosen, d, v)
             _copy(chosen, o)
             taken += took
             # Where values are equal S is 0, which does not pass a positive T.
             changed += took if T > 0 else _count_nonzero(d[:n])
             add_dot(d, d, squares[0])
-            if norm.size:
-                _numbers(y, v)
-                add_dot(v, v, squares[1])
-        update[r] = sum_of_lanes(squares[0])
-        if norm.size:
-            norm[r] = sum_of_lanes(squares[1])
+            add_dot(v, v, squares[1])
+        update[r], norm[r] = sum_of_lanes(squares[0]), sum_of_lanes(squares[1])
     return taken, changed
 
 
@@ -196,14 +192,8 @@ def _copy(source: Any, out: Any) -> None:
 
 
 @compiled
-def _numbers(stored: Any, out: Any) -> None:
-    for i in range(stored.size):
-        out[i] = number(stored[i])
-
-
-@compiled
-def _choose_chunk(x: Any, y: Any, k: Any, signed: bool, T: Any, strict: bool, o: Any, d: Any) -> Any:
-    """The same for a part of a row; d = o - y. Returns in how many elements Right was taken."""
+def _choose_chunk(x: Any, y: Any, k: Any, signed: bool, T: Any, strict: bool, o: Any, d: Any, v: Any) -> Any:
+    """The same for a part of a row; d = o - y, v = y. Returns in how many elements Right was taken."""
     taken = np.int32(0)
     for i in range(x.size):
         a, b = x[i], y[i]
@@ -211,6 +201,7 @@ def _choose_chunk(x: Any, y: Any, k: Any, signed: bool, T: Any, strict: bool, o:
         take = (S > T) if strict else (S >= T)
         o[i] = a if take else b
         d[i] = (number(a) - number(b)) if take else F(0)
+        v[i] = number(b)
         taken += np.int32(take)
     return taken
 

@@ -151,22 +151,13 @@ class ArceeFusion(Operator):
         return self.apply_and_compare(measured, models, base)[0]
 
     def apply_and_compare(
-        self,
-        measured: Measured,
-        models: Sequence[Weights],
-        base: Weights | None = None,
-        spare: Array | None = None,
-        left_norm: float | None = None,
+        self, measured: Measured, models: Sequence[Weights], base: Weights | None = None, spare: Array | None = None
     ) -> tuple[Any, Change | None]:
-        merged, _, change = self.fuse(measured, models, spare, left_norm)
+        merged, _, change = self.fuse(measured, models, spare)
         return (merged if isinstance(models[0], np.ndarray) else as_tensor(merged)), change
 
     def fuse(
-        self,
-        measured: Measured,
-        models: Sequence[Weights],
-        spare: Array | None = None,
-        left_norm: float | None = None,
+        self, measured: Measured, models: Sequence[Weights], spare: Array | None = None
     ) -> tuple[Weights, int, Change | None]:
         """The merged tensor, in how many coordinates Right was taken, and how far from Left that is, where known."""
         if not measured.elements:
@@ -175,35 +166,27 @@ class ArceeFusion(Operator):
         left, right = as_rows(models)
         if measured.compiled:
             out = None if spare is None else spare.reshape(left.shape)
-            merged, taken, change = self._fuse_compiled(measured.kl, T, left, right, out, left_norm)
+            merged, taken, change = self._fuse_compiled(measured.kl, T, left, right, out)
             return merged.reshape(models[0].shape), taken, change
         chosen, taken = self._fuse_torch(measured.kl, T, as_tensor(left), as_tensor(right))
         return chosen.reshape(models[0].shape), taken, None
 
     def _fuse_compiled(
-        self,
-        kl: NDArray[np.float64],
-        T: float,
-        left: Weights,
-        right: Weights,
-        spare: Array | None,
-        left_norm: float | None,
+        self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights, spare: Array | None
     ) -> tuple[Array, int, Change]:
         x, y = _stored(right), _stored(left)
         strict = self.gate == "gt"
         scaled = _rounded(T * kernels.SCALE, down=strict)
         # numpy's large arrays are made of large pages, which cost a tenth of torch's.
         o = np.empty_like(x) if spare is None else _stored(spare)
-        update, norm = np.empty(len(x)), np.empty(len(x) if left_norm is None else 0)
+        update, norm = np.empty(len(x)), np.empty(len(x))
 
         def choose(rows: slice) -> Any:
             signed = self.delta == "signed"
             return kernels.choose(x[rows], y[rows], kl[rows], signed, scaled, strict, o[rows], update[rows], norm[rows])
 
         taken, changed = np.sum(workers.share(choose, *x.shape), axis=0).tolist()
-        if left_norm is None:
-            left_norm = math.sqrt(norm.sum())
-        change = Change(changed, math.sqrt(update.sum()), left_norm, x.size)
+        change = Change(changed, math.sqrt(update.sum()), math.sqrt(norm.sum()), x.size)
         return o.view(as_array(left).dtype), taken, change
 
     def _fuse_torch(self, kl: NDArray[np.float64], T: float, left: Tensor, right: Tensor) -> tuple[Tensor, int]:

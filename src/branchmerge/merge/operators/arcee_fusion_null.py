@@ -43,12 +43,7 @@ class ArceeFusionNull(ArceeFusion):
         whole("seed", self.seed, 0)
 
     def apply_and_compare(
-        self,
-        measured: Measured,
-        models: Sequence[Weights],
-        base: Weights | None = None,
-        spare: Array | None = None,
-        left_norm: float | None = None,
+        self, measured: Measured, models: Sequence[Weights], base: Weights | None = None, spare: Array | None = None
     ) -> tuple[Tensor, None]:
         return self.apply(measured, models, base), None
 

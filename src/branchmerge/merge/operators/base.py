@@ -47,18 +47,12 @@ class Operator(ABC):
         """The merged tensor."""
 
     def apply_and_compare(
-        self,
-        measured: Any,
-        models: Sequence[Tensor],
-        base: Tensor | None = None,
-        spare: Array | None = None,
-        left_norm: float | None = None,
+        self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None, spare: Array | None = None
     ) -> tuple[Tensor, Change | None]:
         """The merged tensor, and how far it is from the first model where that is known without another look.
 
         Args:
             spare: an array like the models, perhaps one of them, that the result may be written to
-            left_norm: the first model's 2-norm, where it is known
         """
         return self.apply(measured, models, base), None
 
