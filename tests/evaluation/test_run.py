@@ -5,17 +5,19 @@ The model is a server on the loopback that answers every question as it was told
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import upstream
 from aiohttp import web
 from datasets import Dataset
 from hydra import compose, initialize_config_dir
@@ -27,10 +29,12 @@ from branchmerge.config import EvaluateConfig
 from branchmerge.errors import UserError
 from branchmerge.evaluation import sandbox
 from branchmerge.evaluation.backends import openai
-from branchmerge.evaluation.benchmark import Benchmark
-from branchmerge.evaluation.requests import Sampling
+from branchmerge.evaluation.benchmark import Benchmark, load_benchmark
+from branchmerge.evaluation.graders import Verdict
+from branchmerge.evaluation.requests import Response, Sampling
 from branchmerge.evaluation.run import evaluate
 from branchmerge.trajectories.demo_teacher import problems
+from branchmerge.trajectories.schema import Message
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("math", "code", "science")
@@ -193,22 +197,58 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert (score.value, score.questions, score.missing) == (1.0, 4, 0)
 
 
-def test_a_context_that_is_too_short_is_refused_before_anything_is_asked(tiny_student: Path, tmp_path: Path) -> None:
-    arguments = [f"models=[{tiny_student}]", f"outputs={tmp_path}", "benchmark.tasks=[demo_math]", "benchmark.limit=2",
+def test_a_context_that_is_too_short_is_refused_before_a_model_loads(tiny_student: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny_student, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"these weights cannot be loaded")
+    arguments = [f"models=[{broken}]", f"outputs={tmp_path}", "benchmark.tasks=[demo_math]", "benchmark.limit=2",
                  "benchmark.max_new_tokens=1000000", "backend.device=cpu"]  # fmt: skip
     with pytest.raises(UserError, match=r"demo_math: a prompt of \d+ tokens and up to 1000000 new ones exceed .* give"):
         evaluate(composed(*arguments))
 
 
+def lm_eval_task(**more: Any) -> ConfigurableTask:
+    docs = Dataset.from_list([{"question": "1 + 1?", "choices": ["1", "2"], "answer": 1, "sum": "2"}])
+    config = {"task": "sums", "custom_dataset": lambda **_: {"test": docs}, "test_split": "test",
+              "doc_to_text": "{{question}}", "doc_to_target": "{{sum}}"}  # fmt: skip
+    return ConfigurableTask(config={**config, **more})
+
+
 def test_tasks_that_compare_likelihoods_are_refused() -> None:
-    docs = Dataset.from_list([{"question": "1 + 1?", "choices": ["1", "2"], "answer": 1}])
-    task = ConfigurableTask(
-        config={"task": "choices", "custom_dataset": lambda **_: {"test": docs}, "test_split": "test",
-                "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
-                "doc_to_target": "{{answer}}"}
-    )  # fmt: skip
-    with pytest.raises(UserError, match="choices: compares likelihoods"):
+    task = lm_eval_task(output_type="multiple_choice", doc_to_choice="{{choices}}", doc_to_target="{{answer}}")
+    with pytest.raises(UserError, match="sums: compares likelihoods"):
         Benchmark(task, 1, Sampling(8), None)
+
+
+FILTER = [{"name": "number", "filter": [{"function": "regex", "regex_pattern": r"(\d+)"}, {"function": "take_first"}]}]
+EXACT = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("It is 2.", Verdict(True, "", "2")),
+        ("<think>\nIs it 3?\n</think>\n\nIt is 2.", Verdict(True, "", "2")),
+        ("It is 3.", Verdict(False, "wrong_answer", "3")),
+        ("<think>\nIt is 2.", Verdict(False, "no_answer", truncated=True)),
+    ],
+)
+def test_lm_evals_own_tasks_are_graded_by_their_filters_and_metric(said: str, expected: Verdict) -> None:
+    task = lm_eval_task(output_type="generate_until", filter_list=FILTER, metric_list=EXACT)
+    benchmark = Benchmark(task, 1, Sampling(8), None)
+    (request,) = benchmark.requests(42)
+    assert request.messages == (Message("user", "1 + 1?"),)
+    assert benchmark.grade(request, Response(said, 5, "stop")).verdict == expected
+    assert benchmark.grader == "" and benchmark.sandbox_level() is None
+
+
+def test_a_metric_between_right_and_wrong_is_refused() -> None:
+    task = lm_eval_task(
+        output_type="generate_until", metric_list=EXACT, process_results=lambda doc, results: {"exact_match": 0.5}
+    )
+    benchmark = Benchmark(task, 1, Sampling(8), None)
+    (request,) = benchmark.requests(42)
+    with pytest.raises(UserError, match=r"sums: its metric exact_match gives 0\.5"):
+        benchmark.grade(request, Response("2", 5, "stop"))
 
 
 def test_servers_need_an_address_and_a_name(tmp_path: Path) -> None:
@@ -216,13 +256,52 @@ def test_servers_need_an_address_and_a_name(tmp_path: Path) -> None:
         evaluate(composed("backend=openai", f"outputs={tmp_path}"))
 
 
-def test_the_sandboxs_level_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+def test_the_sandboxs_level_is_the_one_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         with serving(Server(told("code", right))) as server:
             arguments = settings(server, tmp_path, "benchmark.tasks=[demo_code]")
             (score,) = evaluate(composed(*arguments, "sandbox=unsafe"))
+            assert "sandbox level unsafe" in capsys.readouterr().out
             assert (score.value, score.key["sandbox"]) == (1.0, "unsafe")
             with pytest.raises(UserError, match="no sandbox level 'docker'; the levels are auto, "):
                 evaluate(composed(*arguments, "sandbox=docker"))
     finally:
         sandbox.use("auto")
+
+
+ASKED = 3
+"""Questions of each published benchmark"""
+
+
+def right_answer(task: str, doc: Mapping[str, Any]) -> str:
+    if task != "livecodebench":
+        return f"<think>\n?\n</think>\n\n\\boxed{{{doc['reference']['answer']}}}"
+    return f"```python\n{upstream.solution(int(doc['id'][1:]))}```"
+
+
+@pytest.mark.parametrize("task", sorted(upstream.ROWS))
+def test_the_papers_benchmarks_score_known_samples_exactly(tmp_path: Path, task: str) -> None:
+    """Of k samples the first k - 1 of each question are right."""
+    upstream.write(tmp_path / "data", task, upstream.ROWS[task]())
+    overrides = [f"benchmark.tasks=[{task}]", f"benchmark.data_dir={tmp_path / 'data'}", f"benchmark.limit={ASKED}"]
+    (benchmark,) = load_benchmark(composed(*overrides))
+    known = {benchmark.prompts[question][-1].content: doc for question, doc in benchmark.docs.items()}
+    asked: Counter[str] = Counter()
+    k = benchmark.samples
+    assert k == {"aime24": 16, "aime25": 16}.get(task, 4) and benchmark.sampling == Sampling(32768, 0.6, 0.95)
+
+    def answer(body: dict[str, Any], tries: int) -> dict[str, Any]:
+        question = body["messages"][-1]["content"]
+        asked[question] += 1
+        wrong = "\\boxed{7777}" if task != "livecodebench" else "```python\nprint(0)\n```"
+        return completion(right_answer(task, known[question]) if asked[question] < k else wrong)
+
+    with serving(Server(answer)) as server:
+        (score,) = evaluate(composed(*settings(server, tmp_path, *overrides)))
+    assert score.value == pytest.approx((k - 1) / k)
+    assert (score.questions, score.samples, score.stderr) == (ASKED, k, 0.0)
+    assert score.metrics["pass@2"] == 1.0 and score.metrics["truncated"] == 0.0
+    assert score.metrics.get(f"maj@{k}", 1.0) == 1.0
+    assert score.no_answer == (1 / k if task == "gpqa_diamond" else 0.0)  # 7777 is no letter
+    assert {(body["temperature"], body["top_p"], body["max_tokens"]) for body in server.bodies} == {(0.6, 0.95, 32768)}
+    assert score.metrics.get("math_verify", score.value) == pytest.approx(score.value)

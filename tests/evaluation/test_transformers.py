@@ -93,7 +93,7 @@ def test_the_model_is_fed_the_ids_it_was_trained_on(student: Path) -> None:
         document = tokenise(load_tokenizer(student), row)
         expected.append(list(document.tokens[: document.prompt_len]))
     assert sorted(fed) == sorted(expected)
-    assert [model.length(r.messages) for r in requests] == [len(ids) for ids in expected]
+    assert [model.encoder.ids(r.messages) for r in requests] == expected
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])

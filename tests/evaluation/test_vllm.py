@@ -65,7 +65,6 @@ def test_greedy_responses_are_those_of_transformers(server: VLLM, student: Path)
     ours, theirs = responses(model, requests), responses(server, requests)
     # Of a character that was cut off vLLM says nothing, transformers that there is one.
     assert {key: replace(said, text=said.text.rstrip("\ufffd")) for key, said in ours.items()} == theirs
-    assert [server.length(r.messages) for r in requests] == [model.length(r.messages) for r in requests]
 
 
 @needs_vllm

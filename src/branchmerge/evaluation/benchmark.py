@@ -3,23 +3,25 @@
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.instance import Instance
+
 from branchmerge.config import EvaluateConfig
 from branchmerge.errors import UserError
-from branchmerge.evaluation.graders import Verdict, grade
+from branchmerge.evaluation.graders import NO_ANSWER, RUNS_CODE, WRONG_ANSWER, Verdict, final_part, grade
 from branchmerge.evaluation.prompts import system_prompt
 from branchmerge.evaluation.requests import Messages, Request, Response, Sampling, requests_for
+from branchmerge.evaluation.sandbox import shared
 from branchmerge.evaluation.scoring import Graded
 from branchmerge.trajectories.schema import Message, Reference
 
 TASKS = Path(__file__).with_name("tasks")
-RUNS_CODE = {"code", "livecodebench"}
-"""Graders that run programs"""
 
 
 @dataclass
@@ -58,10 +60,14 @@ class Benchmark:
         first = next(iter(self.docs.values()))
         return str(first["reference"]["grader"]) if _is_ours(first) else ""
 
+    @cached_property
+    def prompts(self) -> dict[str, Messages]:
+        """Of each question, by its id."""
+        return {question: self._messages(doc) for question, doc in self.docs.items()}
+
     def requests(self, seed: int) -> list[Request]:
         """All samples of all questions."""
-        questions = [(question, self._messages(doc)) for question, doc in self.docs.items()]
-        return requests_for(self.name, questions, self.samples, self.sampling, seed)
+        return requests_for(self.name, list(self.prompts.items()), self.samples, self.sampling, seed)
 
     def _messages(self, doc: Mapping[str, Any]) -> Messages:
         """As lm-eval would hand them to a chat template, few-shot examples included."""
@@ -77,20 +83,38 @@ class Benchmark:
         if _is_ours(doc):
             return Graded(request, response, grade(response.text, Reference.parse(doc["reference"])))
         # lm-eval's own tasks do not know of reasoning: they get what follows it.
-        answer = response.text.rpartition("</think>")[2]
-        metrics = self.task.process_results(dict(doc), [answer])
-        main, *_ = [entry["metric"] for entry in self.task.config.metric_list]
-        value = metrics.get(main, next(iter(metrics.values())))
-        return Graded(request, response, Verdict(bool(value), "" if value else "wrong_answer", ""))
+        answer = final_part(response.text)
+        if answer is None:
+            return Graded(request, response, Verdict(False, NO_ANSWER, truncated=True))
+        return Graded(request, response, self._grade_by_lm_eval(dict(doc), answer))
 
+    def _grade_by_lm_eval(self, doc: dict[str, Any], answer: str) -> Verdict:
+        """By the task's first filter and its first metric, which must be right or wrong.
+
+        Raises:
+            UserError: the metric is something between
+        """
+        instance = Instance("generate_until", doc, (), 0)
+        instance.resps = [answer]
+        metric = self.task.config.metric_list[0]["metric"]
+        with _LM_EVAL:
+            for ensemble in self.task._filters:
+                ensemble.apply([instance])
+            filtered = next(iter(instance.filtered_resps.values()))
+            value = self.task.process_results(doc, [filtered])[metric]
+        if value not in (0, 1):
+            raise UserError(f"{self.name}: its metric {metric} gives {value}; evaluate.py scores right and wrong")
+        return Verdict(bool(value), "" if value else WRONG_ANSWER, str(filtered))
+
+    @cached_property
     def facts(self) -> dict[str, Any]:
         """What of a task decides a score."""
         digest = hashlib.sha256()
         for question, doc in self.docs.items():  # one by one: the tests of programs are large
-            prompt = [turn.as_dict() for turn in self._messages(doc)]
+            prompt = [turn.as_dict() for turn in self.prompts[question]]
             digest.update(json.dumps([question, prompt, doc], sort_keys=True, default=str).encode())
         return {
-            "sampling": {**self.sampling.__dict__, "until": list(self.sampling.until)},
+            "sampling": asdict(self.sampling) | {"until": list(self.sampling.until)},  # as it is read back
             "samples": self.samples,
             "docs_sha256": digest.hexdigest(),
         }
@@ -99,9 +123,11 @@ class Benchmark:
         """How this task's programs are confined; None where it runs none."""
         if self.grader not in RUNS_CODE:
             return None
-        from branchmerge.evaluation.sandbox import shared
-
         return shared().level
+
+
+_LM_EVAL = threading.Lock()
+"""Its filters and metrics were not made for threads."""
 
 
 def _is_ours(doc: Mapping[str, Any]) -> bool:
@@ -115,7 +141,7 @@ def load_benchmark(config: EvaluateConfig) -> list[Benchmark]:
     for name, task in _load_tasks(config).items():
         given = Sampling.parse(name, task.config.generation_kwargs or {})
         if chosen.max_new_tokens is not None:
-            given = Sampling(**{**given.__dict__, "max_new_tokens": chosen.max_new_tokens})
+            given = replace(given, max_new_tokens=chosen.max_new_tokens)
         samples = chosen.samples or int(task.config.repeats or 1)
         system = system_prompt(name, chosen.prompt_style)
         found.append(Benchmark(task, samples, given, system, chosen.limit))
@@ -125,7 +151,7 @@ def load_benchmark(config: EvaluateConfig) -> list[Benchmark]:
 def _load_tasks(config: EvaluateConfig) -> dict[str, Any]:
     own = sorted(path.stem for path in TASKS.glob("*.yaml"))
     manager = task_manager(config, include_defaults=not set(config.benchmark.tasks) <= set(own))
-    unknown = [name for name in config.benchmark.tasks if name not in {*manager.all_tasks}]
+    unknown = [name for name in config.benchmark.tasks if name not in manager.all_tasks]
     if unknown:
         known = ", ".join(own)
         raise UserError(f"benchmark.tasks: lm-eval knows no task {unknown[0]}; branchmerge's own are {known}")

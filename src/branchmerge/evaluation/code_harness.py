@@ -13,21 +13,9 @@ from types import ModuleType
 from typing import Any
 
 MODULES = (
-    *(
-        "string",
-        "re",
-        "datetime",
-        "collections",
-        "heapq",
-        "bisect",
-        "copy",
-        "math",
-        "random",
-        "statistics",
-        "itertools",
-    ),
-    *("functools", "operator", "io", "sys", "json"),
-)
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json",
+)  # fmt: skip
 """Modules whose names a solution may use without importing them; of equal names the last one's counts, so `pow` is the
 builtin and `datetime` the module. The order is LiveCodeBench's."""
 RECURSION = 50_000

@@ -23,6 +23,8 @@ GRADER_TIMEOUT = "grader_timeout"
 MATH_VERIFY = "math_verify"
 SECONDARY = {"integer": (MATH_VERIFY,)}
 """Second opinions that a grader reports beside its verdict."""
+RUNS_CODE = ("code", "livecodebench")
+"""Graders that run programs."""
 CHOICES = "ABCDEFGHIJ"
 
 

@@ -1,39 +1,46 @@
-"""What can be known before a model generates for hours: does everything fit, can it be graded, is there room."""
+"""What can be known before a model loads: does every prompt fit with its response, and is there room on the disk."""
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from branchmerge.errors import UserError
-from branchmerge.evaluation.backends import Backend
+from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.requests import Request
 
 BYTES_A_TOKEN = 16
 """Room on the disk for a token of a stored response: its text twice, in the store and with its verdict"""
 
 
-def check(backend: Backend, requests: Sequence[Request], folder: Path) -> None:
-    """Refuse work that cannot end well.
+def check_context(requests: Sequence[Request], context: int | None, encoder: Encoder | None) -> None:
+    """Refuse prompts that leave no room for the longest response.
+
+    Args:
+        requests: of one task
+        context: tokens that prompt and response may have together; None where that is not known
+        encoder: None where only the servers have the tokenizer; then the responses alone are compared
 
     Raises:
-        UserError: a prompt and its longest response exceed the model's context, or the disk is too small
+        UserError: one is too long
     """
-    tokens = sum(request.sampling.max_new_tokens for request in requests)
-    free = shutil.disk_usage(folder).free
-    if free < tokens * BYTES_A_TOKEN:
-        raise UserError(
-            f"{folder}: {len(requests)} responses may take {tokens * BYTES_A_TOKEN / 1e9:.1f} GB, the disk has"
-            f" {free / 1e9:.1f} GB left"
-        )
-    if backend.context is None:
+    if context is None or not requests:
         return
-    one_each = {request.question: request for request in requests}.values()
-    longest = max(
-        one_each, key=lambda request: (backend.length(request.messages) or 0) + request.sampling.max_new_tokens
-    )
-    prompt, new = backend.length(longest.messages) or 0, longest.sampling.max_new_tokens
-    if prompt + new > backend.context:
+    prompts = {request.messages for request in requests}
+    prompt = max(len(encoder.ids(messages)) for messages in prompts) if encoder is not None else 0
+    new = requests[0].sampling.max_new_tokens
+    if prompt + new > context:
         raise UserError(
-            f"{longest.task}: a prompt of {prompt} tokens and up to {new} new ones exceed the model's context of"
-            f" {backend.context}; give benchmark.max_new_tokens={max(backend.context - prompt, 1)} or less"
+            f"{requests[0].task}: a prompt of {prompt} tokens and up to {new} new ones exceed the model's context of"
+            f" {context}; give benchmark.max_new_tokens={max(context - prompt, 1)} or less"
+        )
+
+
+def check_room(requests: Sequence[Request], folder: Path) -> None:
+    """Refuse more responses than the disk of a folder has room for; raises UserError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = BYTES_A_TOKEN * sum(request.sampling.max_new_tokens for request in requests)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: {len(requests)} responses may take {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left"
         )

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,16 @@ from branchmerge.config import EvaluateConfig
 from branchmerge.errors import UserError
 from branchmerge.evaluation import backends, models, preflight, sandbox, store
 from branchmerge.evaluation.benchmark import Benchmark, load_benchmark
+from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.models import Model
 from branchmerge.evaluation.requests import Request, Response
 from branchmerge.evaluation.sample_store import SampleStore
 from branchmerge.evaluation.scoring import Graded, summarise
 from branchmerge.evaluation.store import Score
-from branchmerge.student.backbone import check_tokenizer, load_tokenizer
 from branchmerge.study import Study, locked, package_versions
 
 PACKAGES = ("lm-eval", "transformers", "torch", "math-verify")
 """Whose versions decide a score"""
-
-
-@dataclass
-class Work:
-    """A task for a model."""
-
-    benchmark: Benchmark
-    requests: list[Request]
-    responses: SampleStore
-    key: dict[str, Any]
-    failures: list[str]
-
-    @property
-    def missing(self) -> list[Request]:
-        return [request for request in self.requests if self.responses.get(request) is None]
 
 
 def evaluate(config: EvaluateConfig) -> list[Score]:
@@ -55,19 +39,18 @@ def evaluate(config: EvaluateConfig) -> list[Score]:
         UserError: something does not fit together, or responses are missing and may not be (`allow_missing`)
     """
     found = models.find(config)
-    for model in found:
-        if model.folder is not None:
-            check_tokenizer(load_tokenizer(model.folder), model.folder)
     if config.against is not None and config.against not in [model.name for model in found]:
         raise UserError(f"against={config.against}: choose one of {', '.join(model.name for model in found)}")
     sandbox.use(config.sandbox)
     tasks = load_benchmark(config)
+    _preflight(config, found, tasks)
     scores: list[Score] = []
-    failed: list[str] = []
+    failures: list[str] = []
     for number, model in enumerate(found, start=1):
         place = f"[{number}/{len(found)}] {model.name}"
-        with locked(Study(config).root / "scores" / model.name), ExitStack() as stack:
-            told = _score_model(config, model, tasks, place, failed, stack)
+        with locked(_folder(config, model)):
+            told, failed = _score_model(config, model, tasks, place)
+        failures += failed
         for score in told:
             lacking = f" ({score.missing} samples missing)" if score.missing else ""
             print(f"{place} {score.task}: {score.value:.3f} ± {score.stderr:.3f}{lacking}", flush=True)
@@ -75,9 +58,9 @@ def evaluate(config: EvaluateConfig) -> list[Score]:
             scores += told
         else:
             print(f"note: {model.name} has no responses to some tasks yet; the report is without it", flush=True)
-    if failed and not config.allow_missing:
+    if failures and not config.allow_missing:
         raise UserError(
-            f"{len(failed)} samples could not be generated, the first: {failed[0]}; run the same command again for"
+            f"{len(failures)} samples could not be generated, the first: {failures[0]}; run the same command again for"
             " them alone, or give allow_missing=true"
         )
     if not scores:
@@ -85,43 +68,33 @@ def evaluate(config: EvaluateConfig) -> list[Score]:
     return scores
 
 
-def _score_model(
-    config: EvaluateConfig,
-    model: Model,
-    tasks: Sequence[Benchmark],
-    place: str,
-    failed: list[str],
-    stack: ExitStack,
-) -> list[Score]:
-    """The scores of one model; what it loads for that is closed with the stack, and failures are added."""
-    folder = Study(config).root / "scores" / model.name
-    backend: backends.Backend | None = None
-    scores = []
-    for task in tasks:
-        requests = task.requests(config.seed)
-        key = _key(config, model, task)
-        score = store.read(folder, task.name, key)
-        if score is not None and not score.missing and not config.overwrite:
-            scores.append(score)
-            continue
-        path = folder / "responses" / f"{task.name}.jsonl"
-        if config.overwrite and not config.score_only:
-            path.unlink(missing_ok=True)
-        with SampleStore(path, _facts(config, model, task)) as responses:
-            work = Work(task, requests, responses, key, [])
-            if work.missing and not config.score_only:
-                have = len(requests) - len(work.missing)
-                known = f", {have} of {len(requests)} responses are there" if have else ""
-                print(f"{place} scoring on {task.name}{known}", flush=True)
-                if backend is None:
-                    backend = backends.load(config.backend, model.folder)
-                    stack.callback(backend.close)
-                preflight.check(backend, work.missing, folder)
-            score = _score(config, model, work, None if config.score_only else backend, folder)
-        failed += work.failures
-        if score is not None:
-            scores.append(score)
-    return scores
+def _preflight(config: EvaluateConfig, found: Sequence[Model], tasks: Sequence[Benchmark]) -> None:
+    """Find what would go wrong hours later, before the first model loads; says how programs are confined."""
+    levels = {task.sandbox_level() for task in tasks} - {None}
+    if levels:
+        print(f"programs of the models run at the sandbox level {levels.pop()}", flush=True)
+    if config.score_only:
+        return
+    to_come: list[Request] = []
+    for model in found:
+        encoder = Encoder(model.folder) if model.folder is not None else None
+        context = backends.context(config.backend, model.folder)
+        for task in tasks:
+            if _finished(config, model, task) is None:
+                requests = task.requests(config.seed)
+                preflight.check_context(requests, context, encoder)
+                to_come += requests
+    preflight.check_room(to_come, Study(config).root)
+
+
+def _folder(config: EvaluateConfig, model: Model) -> Path:
+    return Study(config).root / "scores" / model.name
+
+
+def _finished(config: EvaluateConfig, model: Model, task: Benchmark) -> Score | None:
+    """The score that is there already, if it is whole and not to be made again."""
+    score = store.read(_folder(config, model), task.name, _key(config, model, task))
+    return None if score is None or score.missing or config.overwrite else score
 
 
 def _facts(config: EvaluateConfig, model: Model, task: Benchmark) -> dict[str, Any]:
@@ -137,70 +110,106 @@ def _key(config: EvaluateConfig, model: Model, task: Benchmark) -> dict[str, Any
     """Everything that decides a score."""
     return {
         **_facts(config, model, task),
-        **task.facts(),
+        **task.facts,
         "seed": config.seed,
         "sandbox": task.sandbox_level(),
         "packages": {name: package_versions()[name] for name in PACKAGES},
     }
 
 
-def _score(
-    config: EvaluateConfig, model: Model, work: Work, backend: backends.Backend | None, folder: Path
-) -> Score | None:
-    """Generate what is missing, grade, store; None where there is not one response."""
-    began = time.perf_counter()
-    graded = _graded(config, work, backend)
-    if not graded:
-        print(f"{model.name} {work.benchmark.name}: there are no responses yet", flush=True)
-        return None
-    found = summarise(graded, work.benchmark.grader)
-    score = Score(
-        model=model.name,
-        task=work.benchmark.name,
-        value=found.accuracy.mean,
-        stderr=found.accuracy.stderr,
-        questions=found.accuracy.questions,
-        no_answer=found.means.pop("no_answer"),
-        output_tokens=found.means.pop("output_tokens"),
-        key=work.key,
-        seconds=round(time.perf_counter() - began, 2),
-        machine=machine.describe(machine.device_of(config.backend.device)),
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        samples=work.benchmark.samples,
-        missing=len(work.requests) - len(graded),
-        low=found.accuracy.low,
-        high=found.accuracy.high,
-        stderr_question=found.accuracy.stderr_question,
-        stderr_sampling=found.accuracy.stderr_sampling,
-        metrics=found.means,
-        token_source=backends.token_source(config.backend),
-    )
-    store.write(folder, score, [one.row() for one in graded])
-    return score
+def _score_model(
+    config: EvaluateConfig, model: Model, tasks: Sequence[Benchmark], place: str
+) -> tuple[list[Score], list[str]]:
+    """The scores of one model, and why samples are missing that should have been generated."""
+    scores: list[Score] = []
+    failures: list[str] = []
+    backend: backends.Backend | None = None
+    with ExitStack() as stack:
+        for task in tasks:
+            score = _finished(config, model, task)
+            if score is not None:
+                scores.append(score)
+                continue
+            began = time.perf_counter()
+            path = _folder(config, model) / "responses" / f"{task.name}.jsonl"
+            if config.overwrite and not config.score_only:
+                path.unlink(missing_ok=True)
+            with SampleStore(path, _facts(config, model, task)) as responses:
+                requests = task.requests(config.seed)
+                missing = [request for request in requests if responses.get(request) is None]
+                if missing and not config.score_only:
+                    print(f"{place} scoring on {task.name}: {len(missing)} of {len(requests)} responses", flush=True)
+                    if backend is None:
+                        backend = backends.load(config.backend, model.folder)
+                        stack.callback(backend.close)
+                graded = _graded(config, task, requests, responses, None if config.score_only else backend)
+            if backend is not None:
+                failures += backend.failures
+            if graded:
+                seconds = time.perf_counter() - began
+                scores.append(_score(config, model, task, graded, len(requests) - len(graded), seconds))
+    return scores, failures
 
 
-def _graded(config: EvaluateConfig, work: Work, backend: backends.Backend | None) -> list[Graded]:
+def _graded(
+    config: EvaluateConfig,
+    task: Benchmark,
+    requests: Sequence[Request],
+    responses: SampleStore,
+    backend: backends.Backend | None,
+) -> list[Graded]:
     """All samples that there are, in the order of the requests; graded by threads while others are generated.
 
     The graders run programs and math-verify in processes of their own, so threads wait for them, no more.
     """
-    missing = work.missing
     with ThreadPoolExecutor(machine.cores(), "grade") as pool:
         grading: dict[Request, Future[Graded]] = {}
 
         def begin(request: Request, response: Response) -> None:
-            grading[request] = pool.submit(work.benchmark.grade, request, response)
+            grading[request] = pool.submit(task.grade, request, response)
 
-        for request in work.requests:
-            response = work.responses.get(request)
-            if response is not None:
+        missing = []
+        for request in requests:
+            response = responses.get(request)
+            if response is None:
+                missing.append(request)
+            else:
                 begin(request, response)
         if missing and backend is not None:
-            with tqdm(total=len(missing), desc=work.benchmark.name, unit="sample", disable=not config.progress) as bar:
+            with tqdm(total=len(missing), desc=task.name, unit="sample", disable=not config.progress) as bar:
                 for pairs in backend.generate(missing):
-                    work.responses.add(pairs)
+                    responses.add(pairs)
                     for request, response in pairs:
                         begin(request, response)
                     bar.update(len(pairs))
-            work.failures += backend.failures
-        return [grading[request].result() for request in work.requests if request in grading]
+        return [grading[request].result() for request in requests if request in grading]
+
+
+def _score(
+    config: EvaluateConfig, model: Model, task: Benchmark, graded: Sequence[Graded], missing: int, seconds: float
+) -> Score:
+    """Sum up and store."""
+    accuracy, means = summarise(graded, task.grader)
+    score = Score(
+        model=model.name,
+        task=task.name,
+        value=accuracy.mean,
+        stderr=accuracy.stderr,
+        questions=accuracy.questions,
+        no_answer=means.pop("no_answer"),
+        output_tokens=means.pop("output_tokens"),
+        key=_key(config, model, task),
+        seconds=round(seconds, 2),
+        machine=machine.describe(machine.device_of(config.backend.device)),
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        samples=task.samples,
+        missing=missing,
+        low=accuracy.low,
+        high=accuracy.high,
+        stderr_question=accuracy.stderr_question,
+        stderr_sampling=accuracy.stderr_sampling,
+        metrics=means,
+        token_source=backends.token_source(config.backend),
+    )
+    store.write(_folder(config, model), score, [one.row() for one in graded])
+    return score

@@ -43,21 +43,15 @@ class Graded:
         }
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What is told of a model's samples on a task."""
-
-    accuracy: Estimate
-    means: dict[str, float]
-    """By metric: of the questions' means"""
-
-
-def summarise(graded: Sequence[Graded], grader: str) -> Summary:
+def summarise(graded: Sequence[Graded], grader: str) -> tuple[Estimate, dict[str, float]]:
     """Average over the samples of a question, then over questions. Where samples are missing, metrics of k samples are
     told for the k that every question has.
 
     Args:
         grader: of the task's questions, which decides what else is reported; empty for lm-eval's own
+
+    Returns:
+        Accuracy, and by name the other metrics: means of the questions' means.
 
     Raises:
         ValueError: there is no sample
@@ -67,9 +61,8 @@ def summarise(graded: Sequence[Graded], grader: str) -> Summary:
         questions.setdefault(one.request.question, []).append(one)
     told = [_of_question(samples, grader) for samples in questions.values()]
     scores = [[float(one.verdict.correct) for one in samples] for samples in questions.values()]
-    accuracy = estimate(scores)
-    names = [name for name in told[0] if name != "accuracy" and all(name in metrics for metrics in told)]
-    return Summary(accuracy, {name: avg_at_k([metrics[name] for metrics in told]) for name in names})
+    names = [name for name in told[0] if name != "accuracy" and all(name in one for one in told)]
+    return estimate(scores), {name: avg_at_k([one[name] for one in told]) for name in names}
 
 
 def _of_question(samples: Sequence[Graded], grader: str) -> dict[str, float]:

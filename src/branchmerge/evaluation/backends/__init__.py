@@ -1,9 +1,8 @@
 """What generates. Each backend takes requests and yields responses as they come, in any order:
 
-context             tokens that prompt and response may have together; None where that is not known
-length(messages)    of a prompt, in tokens; None where that is not known
 generate(requests)  yields lists of (request, response)
 failures            why requests of the last `generate` got no response
+close()             gives its memory back
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,16 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from branchmerge.config import BackendConfig
-from branchmerge.evaluation.requests import Messages, Request, Response
+from branchmerge.evaluation.requests import Request, Response
+from branchmerge.student.backbone import context_length
 
 
 class Backend(Protocol):
     """See above."""
 
-    context: int | None
     failures: list[str]
-
-    def length(self, messages: Messages) -> int | None: ...
 
     def close(self) -> None: ...
 
@@ -42,6 +39,20 @@ def load(backend: BackendConfig, folder: Path | None) -> Backend:
 
     assert folder is not None
     return Transformers(backend, folder)
+
+
+def context(backend: BackendConfig, folder: Path | None) -> int | None:
+    """Tokens that a prompt and its response may have together; None where neither config nor servers say it.
+
+    Raises:
+        UserError: a server is not there
+    """
+    if backend.kind == "openai":
+        from branchmerge.evaluation.backends.openai import Servers
+
+        return Servers(backend).context
+    assert folder is not None
+    return context_length(folder)
 
 
 def facts(backend: BackendConfig) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from transformers import (
 
 from branchmerge import machine
 from branchmerge.config import BackendConfig
-from branchmerge.data.template import PREFILL, render_prompt
 from branchmerge.evaluation.decode_attention import DECODE_SDPA
-from branchmerge.evaluation.requests import Messages, Request, Response, Sampling
-from branchmerge.student.backbone import context_length, load_model, load_tokenizer
+from branchmerge.evaluation.encoding import Encoder
+from branchmerge.evaluation.requests import Request, Response, Sampling
+from branchmerge.student.backbone import load_model
 
 Pairs = list[tuple[Request, Response]]
 
@@ -66,13 +66,12 @@ class Transformers:
         device = machine.device_of(backend.device)
         self.batch_size = backend.batch_size
         self.failures: list[str] = []  # what goes wrong here ends the run
-        self.tokenizer = load_tokenizer(folder)
-        self.context = context_length(folder)
+        self.encoder = Encoder(folder)
         attention = DECODE_SDPA if device.type == "cpu" else "sdpa"
         self.model = cast(Any, load_model(folder, getattr(torch, dtype_of(backend)), attention))
         self.model.to(device).eval()
         told = self.model.generation_config.eos_token_id
-        ends = [*(told if isinstance(told, list) else [told]), self.tokenizer.eos_token_id]
+        ends = [*(told if isinstance(told, list) else [told]), self.encoder.tokenizer.eos_token_id]
         self.ends = [token for token in dict.fromkeys(ends) if token is not None]
         """Tokens that end a response: those of the checkpoint's generation config, and the tokenizer's own"""
         # Penalties or a top_k of that config are not to slip in: only what a request says counts.
@@ -82,17 +81,11 @@ class Transformers:
         """Give the model's memory back."""
         del self.model
 
-    def prompt(self, messages: Messages) -> str:
-        """The text that the model continues."""
-        return render_prompt(self.tokenizer, messages)
-
-    def length(self, messages: Messages) -> int:
-        """Of the prompt, in tokens."""
-        return len(self._encode(messages))
-
     def generate(self, requests: Sequence[Request]) -> Iterator[Pairs]:
         """Yield responses, a batch at a time, longest prompts first: memory runs out at once or not at all."""
-        ordered = sorted(requests, key=lambda request: (str(request.sampling), -self.length(request.messages)))
+        ordered = sorted(
+            requests, key=lambda request: (str(request.sampling), -len(self.encoder.ids(request.messages)))
+        )
         for sampling, group in groupby(ordered, key=lambda request: request.sampling):
             members = list(group)
             for start in range(0, len(members), self.batch_size):
@@ -100,9 +93,9 @@ class Transformers:
 
     @torch.inference_mode()
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> Pairs:
-        rows = [self._encode(request.messages) for request in requests]
+        rows = [self.encoder.ids(request.messages) for request in requests]
         T = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0]
+        pad = self.encoder.tokenizer.pad_token_id if self.encoder.tokenizer.pad_token_id is not None else self.ends[0]
         tokens = torch.tensor([[pad] * (T - len(row)) + row for row in rows], device=self.model.device)
         kept = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
         processors = LogitsProcessorList()
@@ -111,7 +104,7 @@ class Transformers:
         settings = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=self.ends, pad_token_id=pad
         )
-        stop = {"stop_strings": list(sampling.until), "tokenizer": self.tokenizer} if sampling.until else {}
+        stop = {"stop_strings": list(sampling.until), "tokenizer": self.encoder.tokenizer} if sampling.until else {}
         out = self.model.generate(
             tokens, attention_mask=kept, generation_config=settings, logits_processor=processors, **stop
         )
@@ -124,12 +117,8 @@ class Transformers:
         end = next((n for n, token in enumerate(tokens) if token in self.ends), None)
         if end is not None:
             tokens = tokens[: end + 1]
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        text = str(self.encoder.tokenizer.decode(tokens, skip_special_tokens=True))
         cut = min((place for place in map(text.find, sampling.until) if place >= 0), default=None)
-        if self.prompt(request.messages).endswith(PREFILL):
-            text, cut = PREFILL + text, None if cut is None else cut + len(PREFILL)
         stopped = end is not None or cut is not None
-        return Response(text[:cut], len(tokens), "stop" if stopped else "length")
-
-    def _encode(self, messages: Messages) -> list[int]:
-        return list(self.tokenizer(self.prompt(messages), add_special_tokens=False)["input_ids"])
+        text = self.encoder.opening(request.messages) + text[:cut]
+        return Response(text, len(tokens), "stop" if stopped else "length")

@@ -16,7 +16,7 @@ import httpx
 
 from branchmerge.config import BackendConfig
 from branchmerge.errors import UserError
-from branchmerge.evaluation.requests import Messages, Request, Response
+from branchmerge.evaluation.requests import Request, Response
 
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Status codes that may pass"""
@@ -46,9 +46,6 @@ class Servers:
 
     def close(self) -> None:
         """Nothing to give back."""
-
-    def length(self, messages: Messages) -> int | None:
-        return None  # the server has the tokenizer
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, Response]]]:
         """Yield responses as they come; failed requests are told in `failures` and left out."""

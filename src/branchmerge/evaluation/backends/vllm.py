@@ -23,12 +23,11 @@ from typing import Any
 import httpx
 
 from branchmerge.config import BackendConfig
-from branchmerge.data.template import PREFILL, render_prompt
 from branchmerge.errors import UserError
 from branchmerge.evaluation.backends.hf import dtype_of
 from branchmerge.evaluation.backends.openai import Servers
-from branchmerge.evaluation.requests import Messages, Request, Response
-from branchmerge.student.backbone import load_tokenizer
+from branchmerge.evaluation.encoding import Encoder
+from branchmerge.evaluation.requests import Request, Response
 
 NAME = "student"
 STARTS_WITHIN = 1800.0
@@ -49,30 +48,24 @@ class VLLM(Servers):
             raise UserError(
                 "backend=vllm: vLLM is not installed; pip install -e '.[gpu]', or without a GPU see docs/evaluation.md"
             )
-        self.tokenizer = load_tokenizer(folder)
+        self.encoder = Encoder(folder)
         url, self._stop = _serve(backend, folder)
         super().__init__(replace(backend, base_urls=[url], model=NAME))
         weakref.finalize(self, self._stop)
 
-    def length(self, messages: Messages) -> int:
-        """Of the prompt, in tokens."""
-        return len(self._encode(messages))
-
     def body(self, request: Request) -> dict[str, Any]:
-        return {"prompt": self._encode(request.messages), "add_special_tokens": False, **self.settings(request)}
+        return {"prompt": self.encoder.ids(request.messages), "add_special_tokens": False, **self.settings(request)}
 
     def response(self, request: Request, answer: dict[str, Any]) -> Response:
         choice = answer["choices"][0]
-        opened = PREFILL if render_prompt(self.tokenizer, request.messages).endswith(PREFILL) else ""
         finish = "length" if choice["finish_reason"] == "length" else "stop"
-        return Response(opened + choice["text"], int(answer["usage"]["completion_tokens"]), finish)
+        return Response(
+            self.encoder.opening(request.messages) + choice["text"], int(answer["usage"]["completion_tokens"]), finish
+        )
 
     def close(self) -> None:
         """End the server and give its memory back."""
         self._stop()
-
-    def _encode(self, messages: Messages) -> list[int]:
-        return list(self.tokenizer(render_prompt(self.tokenizer, messages), add_special_tokens=False)["input_ids"])
 
 
 def _serve(backend: BackendConfig, folder: Path) -> tuple[str, Callable[[], None]]:

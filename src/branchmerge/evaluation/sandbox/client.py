@@ -19,6 +19,7 @@ from branchmerge.errors import UserError
 from branchmerge.evaluation.sandbox.collector import Collector, Job, Outcome
 from branchmerge.evaluation.sandbox.isolation import LEVELS, UNSAFE, RefusedError
 from branchmerge.evaluation.sandbox.zygote import BOOT, JOB
+from branchmerge.machine import cores
 
 SECONDS_TO_START = 60.0
 
@@ -44,7 +45,7 @@ class Sandbox:
             raise UserError(f"no sandbox level {level!r}; the levels are auto, {', '.join(LEVELS)}")
         if platform.system() != "Linux":
             raise UserError(f"the sandbox for programs needs Linux; this is {platform.system()}")
-        self._slots = threading.BoundedSemaphore(workers or len(os.sched_getaffinity(0)))
+        self._slots = threading.BoundedSemaphore(workers or cores())
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._closed = False

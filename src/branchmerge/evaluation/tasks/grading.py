@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from branchmerge.evaluation.graders import NO_ANSWER, SECONDARY, Verdict, grade
+from branchmerge.evaluation.graders import NO_ANSWER, RUNS_CODE, SECONDARY, Verdict, grade
 from branchmerge.evaluation.metrics import avg_at_k, maj_at_k, pass_at_k
 from branchmerge.trajectories.schema import Reference
 
-WITHOUT_VOTES = ("code", "livecodebench", "")
+WITHOUT_VOTES = (*RUNS_CODE, "")
 """Graders whose answers are programs, or that tell no answer: there is no majority."""
 
 

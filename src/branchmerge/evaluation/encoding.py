@@ -1,0 +1,27 @@
+"""A conversation as token ids, with a checkpoint's own tokenizer and chat template: those of training."""
+
+from pathlib import Path
+
+from branchmerge.data.template import PREFILL, render_prompt
+from branchmerge.evaluation.requests import Messages
+from branchmerge.student.backbone import check_tokenizer, load_tokenizer
+
+
+class Encoder:
+    """A checkpoint's tokenizer; raises UserError where it cannot render a conversation or end an answer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        check_tokenizer(self.tokenizer, folder)
+
+    def ids(self, messages: Messages) -> list[int]:
+        """The prompt; nothing is put in front of what the template renders."""
+        return list(self.tokenizer(self._prompt(messages), add_special_tokens=False)["input_ids"])
+
+    def opening(self, messages: Messages) -> str:
+        """What the template opened for the response: a <think>, or nothing. A response is stored with it: without it
+        one that was cut off while it still reasoned would look like one without reasoning."""
+        return PREFILL if self._prompt(messages).endswith(PREFILL) else ""
+
+    def _prompt(self, messages: Messages) -> str:
+        return render_prompt(self.tokenizer, messages)
