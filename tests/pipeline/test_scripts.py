@@ -1,6 +1,7 @@
 """The three scripts end to end, run as a user runs them, on a cut-down demo study with a tiny random student."""
 
 import csv
+import html
 import json
 import os
 import signal
@@ -96,6 +97,16 @@ def test_scores_samples_and_report_agree(finished: tuple[Path, dict[str, str]]) 
     assert "merged/arcee_fusion" in page and "| merged/arcee_fusion |" in table
     assert (study / "report" / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "merged/arcee_fusion" in said["evaluate"]
+    for row in rows:
+        place = f"samples/{row['model']}/{row['task']}.html"
+        assert f'href="{place}"' in page
+        read = html.unescape((study / "report" / place).read_bytes().decode())
+        samples = (study / "scores" / row["model"] / "samples" / f"{row['task']}.jsonl").read_text().splitlines()
+        assert all(json.loads(line)["response"] in read for line in samples)
+    with (study / "report" / "comparisons.csv").open() as lines:
+        compared = list(csv.DictReader(lines))
+    assert {(row["model"], row["task"]) for row in compared} == {(row["model"], row["task"]) for row in rows[3:]}
+    assert {row["against"] for row in compared} == {"backbone"}
     assert said["evaluate"].splitlines()[-1] == f"report: {study / 'report' / 'index.html'}"
 
 

@@ -1,18 +1,17 @@
 """Write the report of an evaluation: index.html, report.md, scores.csv, figures/."""
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 from rich.console import Console
 
 from branchmerge.config import EvaluateConfig
 from branchmerge.evaluation import backends, comparison
 from branchmerge.evaluation.comparison import Comparison
 from branchmerge.evaluation.store import Score
-from branchmerge.report import figures, tables
+from branchmerge.report import figures, samples, tables
 from branchmerge.study import Study, write_text
 
 
@@ -32,9 +31,9 @@ def write_report(config: EvaluateConfig, scores: Sequence[Score]) -> Path:
     write_text(folder / "scores.csv", tables.as_csv(table))
     write_text(folder / "comparisons.csv", tables.comparisons_as_csv(compared))
     write_text(folder / "report.md", _markdown(config, table, compared, facts))
-    environment = Environment(loader=PackageLoader("branchmerge.report", "."), autoescape=select_autoescape())
+    environment = Environment(loader=PackageLoader("branchmerge.report", "."), autoescape=True)
     page = environment.get_template("report.html.j2")
-    links = {(score.model, score.task): _samples(study, folder, score) for score in scores}
+    links = samples.write_pages(environment, list(scores), study.root / "scores", folder)
     write_text(
         folder / "index.html",
         page.render(
@@ -94,9 +93,3 @@ def _markdown(
         f"# Report of the study {config.study.name}\n\n{tables.as_markdown(table)}\n"
         f"![accuracy](figures/accuracy.png)\n\n{tables.comparisons_as_markdown(compared)}\n{lines}"
     )
-
-
-def _samples(study: Study, report: Path, score: Score) -> str:
-    """Link from the report to a score's samples."""
-    samples = study.root / "scores" / score.model / "samples" / f"{score.task}.jsonl"
-    return os.path.relpath(samples, report)
