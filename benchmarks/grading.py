@@ -35,7 +35,7 @@ import measure
 from grading_probe_functions import function
 from grading_probes import BREAKS, COMPARED, Probe, probes, stdin
 
-from branchmerge.evaluation.code_grading import OFFICIAL, STRICT, grade_program
+from branchmerge.evaluation.livecodebench.grading import OFFICIAL, STRICT, grade_program
 from branchmerge.evaluation.sandbox import shared
 
 GRADER = """

@@ -20,7 +20,7 @@ from grading_probes import (
     stdin,
 )  # fmt: skip
 
-from branchmerge.evaluation.livecodebench import Case
+from branchmerge.evaluation.livecodebench.cases import Case
 
 
 def function(name: str, program: str, pairs: list[tuple[str, str]], right: bool, why: str = "") -> Probe:

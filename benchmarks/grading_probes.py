@@ -7,7 +7,7 @@ grader says otherwise, `why` tells the reason. Everything is deterministic.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from branchmerge.evaluation.livecodebench import Case
+from branchmerge.evaluation.livecodebench.cases import Case
 
 NOT_ITERABLE = "its sys.stdin is an object with neither __iter__ nor __next__"
 NOT_REGISTERED = "its module is not in sys.modules, where dataclasses look for it"

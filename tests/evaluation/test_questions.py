@@ -16,13 +16,14 @@ import pytest
 import upstream
 
 from branchmerge.errors import UserError
-from branchmerge.evaluation import benchmark_files, coding_problems, questions
-from branchmerge.evaluation.livecodebench import cases
+from branchmerge.evaluation import benchmark_files, questions
+from branchmerge.evaluation.livecodebench import problems
+from branchmerge.evaluation.livecodebench.cases import cases
 from branchmerge.trajectories.schema import Reference
 
 LOADERS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "aime24": questions.aime24, "aime25": questions.aime25, "math500": questions.math500,
-    "gpqa_diamond": questions.gpqa_diamond, "livecodebench": coding_problems.livecodebench,
+    "gpqa_diamond": questions.gpqa_diamond, "livecodebench": problems.livecodebench,
 }  # fmt: skip
 COUNTS = {"aime24": 30, "aime25": 30, "math500": 500, "gpqa_diamond": 198, "livecodebench": 279}
 GRADERS = {"aime24": "integer", "aime25": "integer", "math500": "math", "gpqa_diamond": "choice",
@@ -95,7 +96,7 @@ def test_the_order_of_choices_depends_on_the_id_alone_and_favours_no_letter(data
 
 
 def test_a_programming_problem_is_asked_in_livecodebenchs_words(data_dir: Path) -> None:
-    documents = {document["id"]: document for document in coding_problems.livecodebench(str(data_dir))}
+    documents = {document["id"]: document for document in problems.livecodebench(str(data_dir))}
     start = (
         "You will be given a question (problem specification) and will generate a correct Python program that matches "
         "the specification and passes all tests.\n\nQuestion: Add {} to a number.\n\n\n"
@@ -111,7 +112,7 @@ def test_a_programming_problem_is_asked_in_livecodebenchs_words(data_dir: Path) 
 
 
 def test_a_programming_problem_keeps_all_its_tests(data_dir: Path) -> None:
-    for document in coding_problems.livecodebench(str(data_dir)):
+    for document in problems.livecodebench(str(data_dir)):
         n, reference = int(document["id"][1:]), document["reference"]
         tests = cases(reference["public"], reference["private"])
         assert [(test.input, test.output) for test in tests] == [("1", str(1 + n)), ("1000", str(1000 + n))]
@@ -119,13 +120,11 @@ def test_a_programming_problem_keeps_all_its_tests(data_dir: Path) -> None:
 
 
 def test_the_window_has_both_its_ends_and_nothing_else(data_dir: Path) -> None:
-    assert {document["id"] for document in coding_problems.livecodebench(str(data_dir))} == {
-        f"q{n}" for n in range(5, 284)
-    }
-    january = coding_problems.livecodebench(str(data_dir), start="2025-01-01", end="2025-02-01")
+    assert {document["id"] for document in problems.livecodebench(str(data_dir))} == {f"q{n}" for n in range(5, 284)}
+    january = problems.livecodebench(str(data_dir), start="2025-01-01", end="2025-02-01")
     dates = {row["question_id"]: row["contest_date"] for row in upstream.livecodebench()}
     assert january and all(dates[document["id"]] >= "2025-01-01" for document in january)
-    early = coding_problems.livecodebench(str(data_dir), release="release_v1", start="2023-01-01", end="2026-01-01")
+    early = problems.livecodebench(str(data_dir), release="release_v1", start="2023-01-01", end="2026-01-01")
     assert {document["id"] for document in early} == {f"q{n}" for n in range(0, 284, 5)}  # the first file's
 
 
@@ -201,7 +200,7 @@ def test_a_problem_needs_only_one_kind_of_tests(tmp_path: Path) -> None:
     rows[9]["public_test_cases"] = "[]"
     rows[10]["private_test_cases"] = "[]"
     upstream.write(tmp_path, "livecodebench", rows)
-    assert len(coding_problems.livecodebench(str(tmp_path))) == 279
+    assert len(problems.livecodebench(str(tmp_path))) == 279
 
 
 @pytest.mark.parametrize(
@@ -216,7 +215,7 @@ def test_a_problem_needs_only_one_kind_of_tests(tmp_path: Path) -> None:
 )
 def test_impossible_options_are_refused(data_dir: Path, options: dict[str, str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        coding_problems.livecodebench(str(data_dir), **options)
+        problems.livecodebench(str(data_dir), **options)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -3,6 +3,7 @@
 The model is a server on the loopback that answers every question as it was told to (tests/serving.py).
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -249,6 +250,14 @@ def test_a_metric_between_right_and_wrong_is_refused() -> None:
     (request,) = benchmark.requests(42)
     with pytest.raises(UserError, match=r"sums: its metric exact_match gives 0\.5"):
         benchmark.grade(request, Response("2", 5, "stop"))
+
+
+def test_a_backend_that_is_not_installed_is_told_before_anything_is_asked(tiny_student: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed")
+    with pytest.raises(UserError, match="vLLM is not installed; pip install"):
+        evaluate(composed("backend=vllm", f"models=[{tiny_student}]", f"outputs={tmp_path}"))
+    assert not list(tmp_path.rglob("responses"))
 
 
 def test_servers_need_an_address_and_a_name(tmp_path: Path) -> None:

@@ -155,7 +155,13 @@ def _load_tasks(config: EvaluateConfig) -> dict[str, Any]:
     if unknown:
         known = ", ".join(own)
         raise UserError(f"benchmark.tasks: lm-eval knows no task {unknown[0]}; branchmerge's own are {known}")
-    return dict(manager.load(config.benchmark.tasks)["tasks"])
+    try:
+        return dict(manager.load(config.benchmark.tasks)["tasks"])
+    except (ConnectionError, FileNotFoundError) as error:  # a data set that is nowhere is a FileNotFoundError
+        raise UserError(
+            f"benchmark.tasks: the questions of {', '.join(config.benchmark.tasks)} cannot be loaded ({error}); reach"
+            " the hub, or have them in its cache"
+        ) from error
 
 
 def task_manager(config: EvaluateConfig, include_defaults: bool) -> Any:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from branchmerge.evaluation import answers
-from branchmerge.evaluation.livecodebench import Case, cases
+from branchmerge.evaluation.livecodebench.cases import Case, cases
+from branchmerge.evaluation.livecodebench.grading import grade_program
 from branchmerge.evaluation.math_worker import math_equal
 from branchmerge.evaluation.sandbox import PASSED, run_tests
 from branchmerge.trajectories.schema import Reference
@@ -117,8 +118,6 @@ def grade_code(answer: str, reference: Reference) -> Verdict:
 
 def grade_livecodebench(answer: str, reference: Reference) -> Verdict:
     """The last fenced program, run against all tests of its problem, public and private."""
-    from branchmerge.evaluation.code_grading import grade_program
-
     program = last_program(answer)
     if program is None:
         return Verdict(False, NO_ANSWER)

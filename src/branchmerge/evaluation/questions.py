@@ -2,7 +2,7 @@
 
 A document is {"id", "question": the user turn, "reference": what a correct answer is}, see `trajectories.schema`. What
 is asked is asserted before a model loads: so many questions, each with its own id and an answer of the right kind.
-LiveCodeBench: `coding_problems`.
+LiveCodeBench: `livecodebench.problems`.
 """
 
 import hashlib

@@ -45,12 +45,16 @@ def context(backend: BackendConfig, folder: Path | None) -> int | None:
     """Tokens that a prompt and its response may have together; None where neither config nor servers say it.
 
     Raises:
-        UserError: a server is not there
+        UserError: what is to generate is not there: a server, or vLLM
     """
     if backend.kind == "openai":
         from branchmerge.evaluation.backends.openai import Servers
 
         return Servers(backend).context
+    if backend.kind == "vllm":
+        from branchmerge.evaluation.backends import vllm
+
+        vllm.check_installed()
     assert folder is not None
     return context_length(folder)
 

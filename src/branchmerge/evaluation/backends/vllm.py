@@ -44,10 +44,7 @@ class VLLM(Servers):
         Raises:
             UserError: vLLM is not installed, or its server does not start
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise UserError(
-                "backend=vllm: vLLM is not installed; pip install -e '.[gpu]', or without a GPU see docs/evaluation.md"
-            )
+        check_installed()
         self.encoder = Encoder(folder)
         url, self._stop = _serve(backend, folder)
         super().__init__(replace(backend, base_urls=[url], model=NAME))
@@ -66,6 +63,14 @@ class VLLM(Servers):
     def close(self) -> None:
         """End the server and give its memory back."""
         self._stop()
+
+
+def check_installed() -> None:
+    """Raises UserError where vLLM is not."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "backend=vllm: vLLM is not installed; pip install -e '.[gpu]', or without a GPU see docs/evaluation.md"
+        )
 
 
 def _serve(backend: BackendConfig, folder: Path) -> tuple[str, Callable[[], None]]:

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow
 from datasets import Dataset, Features, Value
 
-from branchmerge.evaluation import coding_problems, questions
+from branchmerge.evaluation import questions
+from branchmerge.evaluation.livecodebench import problems
 from branchmerge.evaluation.tasks import grading
 
 grade = grading.grade_responses
@@ -39,13 +40,13 @@ def gpqa_diamond(data_dir: str | None = None, prompt_style: str = "plain", **_: 
 def livecodebench(
     data_dir: str | None = None,
     prompt_style: str = "plain",
-    livecodebench_release: str = coding_problems.RELEASE,
-    livecodebench_start: str = coding_problems.START,
-    livecodebench_end: str = coding_problems.END,
+    livecodebench_release: str = problems.RELEASE,
+    livecodebench_start: str = problems.START,
+    livecodebench_end: str = problems.END,
     **_: Any,
 ) -> dict[str, Dataset]:
-    """See `coding_problems.livecodebench`."""
-    found = coding_problems.livecodebench(
+    """See `problems.livecodebench`."""
+    found = problems.livecodebench(
         data_dir, prompt_style, livecodebench_release, livecodebench_start, livecodebench_end
     )
     text = Value("string")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from branchmerge.evaluation.livecodebench import Case, cases
+from branchmerge.evaluation.livecodebench.cases import Case, cases
 
 PUBLIC = json.dumps([{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}])
 PRIVATE = [{"input": "[1, 2]\n3", "output": "6", "testtype": "functional"}, *json.loads(PUBLIC)]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from branchmerge.evaluation.code_grading import OFFICIAL, STRICT, CodeVerdict, grade_program
+from branchmerge.evaluation.livecodebench.grading import OFFICIAL, STRICT, CodeVerdict, grade_program
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 from grading_probes import COMPARED, PEEKS, Probe, probes  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""LiveCodeBench's own way to run a solution, faults included, inside the sandbox; sent after `code_harness`'s text.
+"""LiveCodeBench's own way to run a solution, faults included, inside the sandbox; sent after `harness`'s text.
 
 One process runs all cases of a program, as there, so what a case leaves behind is there in the next. For `stdin` cases
 the top-level code becomes the body of a function, imports excepted, and standard input is an object with some of a
@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from branchmerge.evaluation.code_harness import PREAMBLE, encode, reporter
+    from branchmerge.evaluation.livecodebench.harness import PREAMBLE, encode, reporter
 
 REMOVED = {
     os: "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate replace "

@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from branchmerge.evaluation.code_harness import PREAMBLE
-from branchmerge.evaluation.livecodebench import Case
+from branchmerge.evaluation.livecodebench.cases import Case
+from branchmerge.evaluation.livecodebench.harness import PREAMBLE
 from branchmerge.evaluation.sandbox import Job, Outcome, shared
 
 SECONDS = 6
@@ -146,7 +146,7 @@ def _grade_output(program: str, given: str, expected: str) -> CodeVerdict:
 def _grade_call(program: str, arguments: list[str], expected: Any, function: str) -> CodeVerdict:
     token = secrets.token_hex(16)
     task = {"solution": program, "function": function, "arguments": arguments, "token": token}
-    code = f"{_harness('code_harness')}call_function()\n"
+    code = f"{_harness('harness')}call_function()\n"
     outcome = shared().run(Job(code, json.dumps(task), SECONDS, MEMORY_BYTES, OUTPUT_BYTES))
     if outcome.status != "ok":
         return _broken(outcome)
@@ -156,7 +156,7 @@ def _grade_call(program: str, arguments: list[str], expected: Any, function: str
             return CodeVerdict(False, NO_FUNCTION, None, f"there is no Solution.{function} and no {function}")
         value = decode(answer["value"])
         return CodeVerdict(True) if value == expected else _wrong(value, expected)
-    except _NoAnswer:
+    except _NoAnswerError:
         return CodeVerdict(False, CRASHED, None, "it ended, or wrote to a file that is not its own, before it returned")
     except _UNREADABLE as error:
         return CodeVerdict(False, WRONG_ANSWER, None, f"what it returned cannot be read ({type(error).__name__})")
@@ -167,7 +167,7 @@ def _officially(program: str, cases: Sequence[Case], expected: Sequence[Any], fu
     token = secrets.token_hex(16)
     inputs = [case.input for case in cases]
     task = {"solution": program, "function": function, "inputs": inputs, "seconds": SECONDS, "token": token}
-    code = f"{_harness('code_harness')}{_harness('official_harness')}run_officially()\n"
+    code = f"{_harness('harness')}{_harness('official_harness')}run_officially()\n"
     seconds = (SECONDS + 1) * len(cases) + 5
     outcome = shared().run(Job(code, json.dumps(task), seconds, MEMORY_BYTES, OUTPUT_BYTES * len(cases)))
     if outcome.status != "ok":
@@ -179,7 +179,7 @@ def _officially(program: str, cases: Sequence[Case], expected: Sequence[Any], fu
             if not (value == wanted if function else same_text(value, wanted)):
                 return CodeVerdict(False, WRONG_ANSWER, number, _wrong(value, wanted).detail)
         reached, said = len(answer["results"]), str(answer["error"])[:300]
-    except _NoAnswer:
+    except _NoAnswerError:
         return CodeVerdict(False, CRASHED, None, "it ended before the result")
     except _UNREADABLE as error:
         return CodeVerdict(False, WRONG_ANSWER, None, f"what it returned cannot be read ({type(error).__name__})")
@@ -203,13 +203,13 @@ def _compiled(text: str) -> str:
     return f"exec(__import__('marshal').loads({marshal.dumps(code)!r}))\n"
 
 
-class _NoAnswer(Exception):  # noqa: N818
+class _NoAnswerError(Exception):
     """The worker ended without an answer behind its token."""
 
 
 def _answer(outcome: Outcome, token: str) -> dict[str, Any]:
     if not outcome.stdout.startswith(token.encode()):
-        raise _NoAnswer
+        raise _NoAnswerError
     answer = parse(outcome.stdout[len(token) :].decode())  # refuses a second answer behind the first
     if not isinstance(answer, dict):
         raise TypeError("no object")
@@ -254,7 +254,7 @@ def parse(text: str) -> Any:
 
 
 def decode(value: Any, official: bool = False) -> Any:
-    """What `code_harness.encode` made, as something to compare with parsed JSON.
+    """What `harness.encode` made, as something to compare with parsed JSON.
 
     Raises:
         ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError: no harness wrote this

@@ -16,7 +16,7 @@ from branchmerge.errors import UserError
 from branchmerge.evaluation import prompts
 from branchmerge.evaluation.benchmark_files import livecodebench as release_files
 from branchmerge.evaluation.benchmark_files import rows
-from branchmerge.evaluation.livecodebench import cases
+from branchmerge.evaluation.livecodebench.cases import cases
 from branchmerge.evaluation.questions import Document, check_count, check_ids, text
 
 RELEASE, START, END = "release_v5", "2024-08-01", "2025-02-01"

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from branchmerge.evaluation.code_grading import (
+from branchmerge.evaluation.livecodebench.cases import Case
+from branchmerge.evaluation.livecodebench.grading import (
     MEMORY_BYTES,
     OUTPUT_BYTES,
     CodeVerdict,
@@ -17,8 +18,7 @@ from branchmerge.evaluation.code_grading import (
     parse,
     same_text,
 )
-from branchmerge.evaluation.code_harness import encode
-from branchmerge.evaluation.livecodebench import Case
+from branchmerge.evaluation.livecodebench.harness import encode
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)\n"
 MODES = pytest.mark.parametrize("mode", ["strict", "official"])
