@@ -1,6 +1,7 @@
 """Verdicts on programs: which case, why, and what is refused; see test_official_parity for right and wrong."""
 
 import json
+import keyword
 import sys
 import time
 
@@ -18,7 +19,8 @@ from branchmerge.evaluation.livecodebench.grading import (
     parse,
     same_text,
 )
-from branchmerge.evaluation.livecodebench.harness import encode
+from branchmerge.evaluation.livecodebench.harness import PREAMBLE, encode
+from branchmerge.evaluation.livecodebench.preamble import preamble
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)\n"
 MODES = pytest.mark.parametrize("mode", ["strict", "official"])
@@ -171,3 +173,17 @@ def test_long_integers_do_not_need_a_higher_limit_here() -> None:
 def test_forged_values_are_refused(answer: str) -> None:
     with pytest.raises((ValueError, TypeError, KeyError, ZeroDivisionError)):
         decode(json.loads(answer))
+
+
+def test_names_that_a_program_uses_are_those_of_the_whole_preamble() -> None:
+    """For every name of it, the object is the same one."""
+    whole: dict[str, object] = {}
+    exec(PREAMBLE, whole)
+    names = [name for name in whole if not name.startswith("__") and not keyword.iskeyword(name)]
+    assert {"gcd", "pow", "deque", "List", "heappush", "datetime", "sys"} <= set(names)
+    part: dict[str, object] = {}
+    exec(preamble(" ".join(names)), part)
+    assert {name: part[name] for name in names} == {name: whole[name] for name in names}
+    little: dict[str, object] = {}
+    exec(preamble("print(gcd(1, 2), True)  # 'lcm'"), little)
+    assert {"gcd", "lcm", "print"} <= little.keys() and "deque" not in little

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmerge.evaluation.livecodebench.cases import Case
-from branchmerge.evaluation.livecodebench.harness import PREAMBLE
+from branchmerge.evaluation.livecodebench.preamble import preamble
 from branchmerge.evaluation.sandbox import Job, Outcome, shared
 
 SECONDS = 6
@@ -133,7 +133,7 @@ def _verdicts(
 
 def _grade_output(program: str, given: str, expected: str) -> CodeVerdict:
     # The solution's names are those of the module __main__ itself, as if it were run alone.
-    code = f"{_compiled(PREAMBLE)}exec(compile({program!a}, 'solution.py', 'exec', 0, True))\n"
+    code = f"{preamble(program)}exec(compile({program!a}, 'solution.py', 'exec', 0, True))\n"
     outcome = shared().run(Job(code, given, SECONDS, MEMORY_BYTES, OUTPUT_BYTES))
     if outcome.status != "ok":
         return _broken(outcome)
@@ -145,7 +145,8 @@ def _grade_output(program: str, given: str, expected: str) -> CodeVerdict:
 
 def _grade_call(program: str, arguments: list[str], expected: Any, function: str) -> CodeVerdict:
     token = secrets.token_hex(16)
-    task = {"solution": program, "function": function, "arguments": arguments, "token": token}
+    task = {"preamble": preamble(program), "solution": program, "function": function, "arguments": arguments,
+            "token": token}  # fmt: skip
     code = f"{_harness('harness')}call_function()\n"
     outcome = shared().run(Job(code, json.dumps(task), SECONDS, MEMORY_BYTES, OUTPUT_BYTES))
     if outcome.status != "ok":

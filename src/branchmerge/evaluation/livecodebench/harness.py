@@ -21,8 +21,9 @@ builtin and `datetime` the module. The order is LiveCodeBench's."""
 RECURSION = 50_000
 DIGITS = 50_000
 """Longest integer that may be turned into text, as LiveCodeBench sets it; Python's own limit is 4300."""
+LIMITS = f"sys.setrecursionlimit({RECURSION})\nsys.set_int_max_str_digits({DIGITS})\n"
 PREAMBLE = "".join(f"from {name} import *\n" for name in (*MODULES, "builtins", "typing"))
-PREAMBLE += f"import {', '.join(MODULES)}\nsys.setrecursionlimit({RECURSION})\nsys.set_int_max_str_digits({DIGITS})\n"
+PREAMBLE += f"import {', '.join(MODULES)}\n{LIMITS}"
 
 CONTENT: list[tuple[type, Callable[[Any], Any]]] = [
     (str, str.__str__),
@@ -101,7 +102,7 @@ def call_function() -> None:
     encode_, dictionary, arguments = encode, dict, [json.loads(line) for line in task["arguments"]]
     # Not __main__: LeetCode imports a solution. Registered, since dataclasses and pickle look modules up.
     module = sys.modules["solution"] = ModuleType("solution")
-    exec(PREAMBLE, module.__dict__)
+    exec(task["preamble"], module.__dict__)
     given = dictionary(module.__dict__)
     exec(compile(task["solution"], "solution.py", "exec", 0, True), module.__dict__)
     function = find(module, given, task["function"])
