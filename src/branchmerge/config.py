@@ -298,6 +298,8 @@ class EvaluateConfig(CommonConfig):
     progress: bool = True
     against: str | None = None
     """Model that the others are compared with in the report; null: the first."""
+    power: float | None = field(default=None, metadata=_at_least(1e-6))
+    """A difference, such as 0.05: the report tells how many samples of each question it takes to find it."""
     score_only: bool = False
     """Generate nothing: grade what is stored, complete or not."""
     allow_missing: bool = False

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from branchmerge.evaluation.comparison import comparisons, samples
-from branchmerge.evaluation.paired import compare, detectable, holm, spread
+from branchmerge.evaluation.paired import compare, detectable, holm, samples_needed, spread
 from branchmerge.evaluation.store import Score, write
 
 KEY: dict[str, Any] = {"task_version": "1.0", "docs_sha256": "ab", "sampling": {"temperature": 0.6}, "seed": 42,
@@ -45,6 +45,15 @@ def test_every_model_is_compared_with_one_on_every_task(scores: list[Score], tmp
         a, b = RIGHT["merged", one.task], RIGHT["backbone", one.task]
         assert (one.difference, one.p_holm) == (expected[one.task], adjusted[one.task])
         assert one.detectable == pytest.approx(detectable(spread(a, b), 6, 2))
+
+
+def test_power_tells_the_samples_that_a_difference_takes(scores: list[Score], tmp_path: Path) -> None:
+    found, _ = comparisons(scores, "backbone", tmp_path, power=0.8)
+    for one in found:
+        known = spread(RIGHT["merged", one.task], RIGHT["backbone", one.task])
+        assert one.samples_needed == samples_needed(known, 6, 0.8) is not None
+    found, _ = comparisons(scores, "backbone", tmp_path)
+    assert [one.samples_needed for one in found] == [None, None]
 
 
 def test_questions_are_paired_by_their_ids_not_by_their_places(scores: list[Score], tmp_path: Path) -> None:

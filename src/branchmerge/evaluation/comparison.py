@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from branchmerge.evaluation.paired import Difference, compare, detectable, holm, spread
+from branchmerge.evaluation.paired import Difference, compare, detectable, holm, samples_needed, spread
 from branchmerge.evaluation.store import Score
 
 SAME = ("task_version", "docs_sha256", "sampling", "seed")
@@ -25,14 +25,20 @@ class Comparison:
     detectable: float | None
     """Smallest true difference that is found with a power of 80% at these numbers of questions and samples; None for
     one sample a question, which does not tell"""
+    samples_needed: int | None
+    """Samples of each model on each question that make `power`'s difference detectable; None where no number does, or
+    it was not asked for"""
 
 
-def comparisons(scores: Sequence[Score], against: str, root: Path) -> tuple[list[Comparison], list[str]]:
+def comparisons(
+    scores: Sequence[Score], against: str, root: Path, power: float | None = None
+) -> tuple[list[Comparison], list[str]]:
     """Compare every model with one.
 
     Args:
         scores: of several models, and of `against` too
         root: the folder of the scores, a folder a model
+        power: a difference, to be told how many samples it takes
 
     Returns:
         The comparisons, and why others could not be made.
@@ -41,20 +47,19 @@ def comparisons(scores: Sequence[Score], against: str, root: Path) -> tuple[list
     found: list[Comparison] = []
     refused: list[str] = []
     for model in dict.fromkeys(score.model for score in scores if score.model != against):
-        differences: dict[str, tuple[Difference, float | None]] = {}
+        differences: dict[str, tuple[Difference, float | None, int | None]] = {}
         for task in dict.fromkeys(score.task for score in scores):
             try:
-                differences[task] = _compare(known[model, task], known[against, task], root)
+                differences[task] = _compare(known[model, task], known[against, task], root, power)
             except (ValueError, KeyError) as error:
                 refused.append(f"{model} and {against} on {task}: {error}")
-        adjusted = holm({task: difference.p for task, (difference, _) in differences.items()})
-        found += [
-            Comparison(model, against, task, d, adjusted[task], least) for task, (d, least) in differences.items()
-        ]
+        adjusted = holm({task: difference.p for task, (difference, *_) in differences.items()})
+        for task, (difference, least, needed) in differences.items():
+            found.append(Comparison(model, against, task, difference, adjusted[task], least, needed))
     return found, refused
 
 
-def _compare(a: Score, b: Score, root: Path) -> tuple[Difference, float | None]:
+def _compare(a: Score, b: Score, root: Path, power: float | None) -> tuple[Difference, float | None, int | None]:
     """Raises ValueError where the two are not comparable."""
     for name in SAME:
         if a.key.get(name) != b.key.get(name):
@@ -65,9 +70,12 @@ def _compare(a: Score, b: Score, root: Path) -> tuple[Difference, float | None]:
     if first.keys() != second.keys():
         raise ValueError("not comparable, they answer other questions")
     pairs = list(first.values()), [second[question] for question in first]
-    enough = min(len(s) for s in (*pairs[0], *pairs[1])) > 1
-    least = detectable(spread(*pairs), len(first), len(pairs[0][0])) if enough else None
-    return compare(*pairs), least
+    difference, questions, k = compare(*pairs), len(first), len(pairs[0][0])
+    if min(len(s) for s in (*pairs[0], *pairs[1])) < 2:
+        return difference, None, None
+    known = spread(*pairs)
+    needed = samples_needed(known, questions, power) if power is not None else None
+    return difference, detectable(known, questions, k), needed
 
 
 def samples(folder: Path, task: str) -> dict[str, list[float]]:

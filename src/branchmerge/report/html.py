@@ -26,7 +26,7 @@ def write_report(config: EvaluateConfig, scores: Sequence[Score]) -> Path:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     figures.accuracy(table, folder / "figures" / "accuracy.png")
     against = config.against or table[0].model
-    compared, refused = comparison.comparisons(scores, against, study.root / "scores")
+    compared, refused = comparison.comparisons(scores, against, study.root / "scores", config.power)
     facts = [*_facts(config, scores), *(("no comparison", said) for said in refused)]
     write_text(folder / "scores.csv", tables.as_csv(table))
     write_text(folder / "comparisons.csv", tables.comparisons_as_csv(compared))
@@ -44,6 +44,7 @@ def write_report(config: EvaluateConfig, scores: Sequence[Score]) -> Path:
             facts=facts,
             links=links,
             compared=compared,
+            comparison_header=tables.COMPARISON,
             comparison_cells=tables.comparison_cells,
             against=against,
         ),

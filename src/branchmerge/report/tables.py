@@ -65,7 +65,7 @@ def as_csv(table: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-COMPARISON = ("model", "task", "difference", "95% interval", "p", "p (Holm)", "detectable")
+COMPARISON = ("model", "task", "difference", "95% interval", "p", "p (Holm)", "detectable", "samples needed")
 
 
 def comparison_cells(one: Comparison) -> list[str]:
@@ -73,7 +73,9 @@ def comparison_cells(one: Comparison) -> list[str]:
     d = one.difference
     least = "" if one.detectable is None else f"{one.detectable:.3f}"
     interval = f"{d.low:+.3f} to {d.high:+.3f}"
-    return [one.model, one.task, f"{d.mean:+.3f} ± {d.stderr:.3f}", interval, f"{d.p:.3g}", f"{one.p_holm:.3g}", least]
+    needed = "" if one.samples_needed is None else str(one.samples_needed)
+    said = f"{d.mean:+.3f} ± {d.stderr:.3f}"
+    return [one.model, one.task, said, interval, f"{d.p:.3g}", f"{one.p_holm:.3g}", least, needed]
 
 
 def comparisons_as_markdown(compared: Sequence[Comparison]) -> str:
@@ -90,13 +92,26 @@ def comparisons_as_csv(compared: Sequence[Comparison]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        ["model", "against", "task", "difference", "stderr", "low", "high", "p", "p_holm", "questions", "detectable"]
+        [
+            "model",
+            "against",
+            "task",
+            "difference",
+            "stderr",
+            "low",
+            "high",
+            "p",
+            "p_holm",
+            "questions",
+            "detectable",
+            "samples_needed",
+        ]
     )
     for one in compared:
         d = one.difference
         writer.writerow(
             [one.model, one.against, one.task, d.mean, d.stderr, d.low, d.high, d.p, one.p_holm, d.questions,
-             one.detectable]
+             one.detectable, one.samples_needed]
         )  # fmt: skip
     return out.getvalue()
 

@@ -5,6 +5,7 @@ that a server sends apart (`reasoning_content`, or vLLM's newer `reasoning`) is 
 """
 
 import asyncio
+import logging
 import os
 import queue
 import random
@@ -22,6 +23,10 @@ AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Status codes that may pass"""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds between tries; doubled each time, with a random part"""
+
+
+# It tells every request; Hydra shows what is told.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class RequestError(Exception):
