@@ -29,14 +29,6 @@ NAMES = sorted(SAMPLES)
 Doc = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for task, rows in upstream.ROWS.items():
-        upstream.write(folder, task, rows())
-    return folder
-
-
 def manager(data_dir: Path, **metadata: str) -> TaskManager:
     metadata = {"data_dir": str(data_dir), **metadata}
     return TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)

@@ -33,14 +33,6 @@ IDS = {"aime24": "ID", "aime25": "id", "math500": "unique_id", "gpqa_diamond": "
 TASKS = sorted(LOADERS)
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for task, rows in upstream.ROWS.items():
-        upstream.write(folder, task, rows())
-    return folder
-
-
 def refused(folder: Path, task: str, rows: upstream.Rows, says: str, **options: str) -> None:
     """Loading these rows fails with one line that says so."""
     upstream.write(folder, task, rows)

@@ -289,10 +289,9 @@ def right_answer(task: str, doc: Mapping[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("task", sorted(upstream.ROWS))
-def test_the_papers_benchmarks_score_known_samples_exactly(tmp_path: Path, task: str) -> None:
+def test_the_papers_benchmarks_score_known_samples_exactly(tmp_path: Path, data_dir: Path, task: str) -> None:
     """Of k samples the first k - 1 of each question are right."""
-    upstream.write(tmp_path / "data", task, upstream.ROWS[task]())
-    overrides = [f"benchmark.tasks=[{task}]", f"benchmark.data_dir={tmp_path / 'data'}", f"benchmark.limit={ASKED}"]
+    overrides = [f"benchmark.tasks=[{task}]", f"benchmark.data_dir={data_dir}", f"benchmark.limit={ASKED}"]
     (benchmark,) = load_benchmark(composed(*overrides))
     known = {benchmark.prompts[question][-1].content: doc for question, doc in benchmark.docs.items()}
     asked: Counter[str] = Counter()
