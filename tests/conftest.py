@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import upstream
 
 PROJECT = Path(__file__).resolve().parents[1]
 CHAT_TEMPLATE = (
@@ -73,6 +74,15 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student_factory() -> Callable[..., Path]:
     """`make_student`, for tests that need another student than the tiny one."""
     return make_student
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published benchmarks' files, with made-up rows; not to be written to."""
+    folder = tmp_path_factory.mktemp("data")
+    for task, rows in upstream.ROWS.items():
+        upstream.write(folder, task, rows())
+    return folder
 
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
