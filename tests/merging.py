@@ -33,7 +33,7 @@ def recipe(
     folders: dict[str, Path], out: Path, operator: str = "arcee_fusion", tree: Any = NESTED, **more: Any
 ) -> Recipe:
     """A recipe; what is no field of it is a parameter of the operator."""
-    names = ("base", "max_shard_bytes", "overwrite", "vocab", "anatomy", "origin")
+    names = ("base", "max_shard_bytes", "overwrite", "vocab", "anatomy", "origin", "device")
     fields = {key: more.pop(key) for key in names if key in more}
     fields["rules"] = parse_rules(more.pop("rules", []))
     return Recipe(operator, make_operator(operator, more), parse(tree), folders, out, progress=False, **fields)

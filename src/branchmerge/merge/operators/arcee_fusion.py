@@ -17,7 +17,7 @@ Source: TinyR1-32B-Preview (arXiv 2503.04872) and its authors' code. Shapes: R r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -135,17 +135,31 @@ class ArceeFusion(Operator):
         return Measured(kl, (q1, median, q3), elements, True)
 
     def _measure_torch(self, left: Tensor, right: Tensor) -> Measured:
-        from branchmerge.merge.operators.row_kl import kl_of_rows
+        import torch
+
+        from branchmerge.merge.operators.radix_select import select
+        from branchmerge.merge.operators.row_kl import DEVICE_BLOCK, kl_of_rows, row_blocks
 
         p, q = (right, left) if self.direction == "right_left" else (left, right)
         if self.kl == "tensor":
             p, q = p.reshape(1, -1), q.reshape(1, -1)
-        kl = np.broadcast_to(as_array(kl_of_rows(p, q, self.precision)), len(left))
-        return Measured(kl, quartiles(self._scores(kl, left, right)), left.numel(), False)
+        kl = kl_of_rows(p, q, self.precision).expand(len(left))
 
-    def _scores(self, kl: NDArray[np.float64], left: Tensor, right: Tensor) -> Tensor:
+        def scores() -> Iterator[Tensor]:
+            return (self._scores(kl[rows], left[rows], right[rows]) for rows in row_blocks(left))
+
+        places = _places(left.numel())
+        if on_cpu(left):
+            q1, median, q3 = quartiles(as_array(torch.cat(list(scores()))))
+        elif left.numel() <= DEVICE_BLOCK:
+            q1, median, q3 = torch.cat(list(scores())).flatten().sort().values[places].tolist()
+        else:
+            q1, median, q3 = select(scores, places)
+        return Measured(as_array(kl), (q1, median, q3), left.numel(), False)
+
+    def _scores(self, kl: Tensor, left: Tensor, right: Tensor) -> Tensor:
         d = left.double() - right.double()
-        return as_tensor(kl.copy()).to(d.device)[:, None] * (d if self.delta == "signed" else d.abs())
+        return kl[:, None] * (d if self.delta == "signed" else d.abs())
 
     def apply(self, measured: Measured, models: Sequence[Weights], base: Weights | None = None) -> Any:
         return self.apply_and_compare(measured, models, base)[0]
@@ -190,9 +204,16 @@ class ArceeFusion(Operator):
         return o.view(as_array(left).dtype), taken, change
 
     def _fuse_torch(self, kl: NDArray[np.float64], T: float, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
-        S = self._scores(kl, left, right)
-        mask = S > T if self.gate == "gt" else S >= T
-        return right.where(mask, left), int(mask.sum())
+        from branchmerge.merge.operators.row_kl import row_blocks
+
+        kl_there = as_tensor(kl.copy()).to(left.device)
+        out, taken = left.clone(), 0
+        for rows in row_blocks(left):
+            S = self._scores(kl_there[rows], left[rows], right[rows])
+            mask = S > T if self.gate == "gt" else S >= T
+            out[rows] = right[rows].where(mask, left[rows])
+            taken += int(mask.sum())
+        return out, taken
 
     def shows_finite(self, measured: Measured) -> bool:
         return bool(np.isfinite(measured.kl).all())
@@ -234,16 +255,12 @@ def _stored(weights: Weights) -> Array:
     return bits(np.ascontiguousarray(as_array(weights)))
 
 
-def quartiles(S: Weights) -> tuple[float, float, float]:
+def quartiles(S: Array) -> tuple[float, float, float]:
     """Q1, median and Q3; the quantile q of n values is element floor(q (n - 1)) of them sorted."""
-    n = math.prod(S.shape)
-    if not n:
+    if not S.size:
         return math.inf, math.inf, math.inf
-    places = _places(n)
-    if on_cpu(S):
-        q1, median, q3 = np.partition(as_array(S), places, axis=None)[places].tolist()
-    else:
-        q1, median, q3 = as_tensor(S).flatten().sort().values[places].tolist()
+    places = _places(S.size)
+    q1, median, q3 = np.partition(S, places, axis=None)[places].tolist()
     return q1, median, q3
 
 

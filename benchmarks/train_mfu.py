@@ -1,0 +1,147 @@
+"""Training speed and memory on a GPU: packed documents against the same loop with a dense attention mask.
+
+    python benchmarks/train_mfu.py --shape 0.5b --tokens 16384
+
+Random Qwen2 models of the usual shapes; weights and AdamW in float32, products in bfloat16 (autocast), one packed row
+a step, the losses of every token. `packed` is what train.py does; `dense` gives the same model a T x T mask, as
+trainers do that know no packing. MFU counts the products' FLOPs (6 N a token for weights in products, and causal
+attention inside the documents) over what the card does at best in dense bfloat16; recomputing by activation
+checkpointing is not counted, so it lowers the MFU.
+"""
+
+import argparse
+import json
+import time
+from typing import Any
+
+import measure
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from branchmerge.data.batch import Batch, make_batch
+from branchmerge.data.template import Document
+from branchmerge.student import attention
+from branchmerge.student.loss import summed_loss
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "tie_word_embeddings": True},
+}  # fmt: skip
+VOCAB = 151_936
+PEAK = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}
+"""FLOPs a second in dense bfloat16, by NVIDIA's data sheets (SXM)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--documents", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=("packed", "dense"), default=["packed", "dense"])
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="each layer by torch.compile")
+    options = parser.parse_args()
+    found = {way: train(options, way) for way in options.ways}
+    facts = {
+        "benchmark": "train_mfu",
+        **vars(options),
+        "results": found,
+        "gpu": torch.cuda.get_device_name(),
+        "versions": measure.versions(),
+        "date": measure.today(),
+    }
+    if len(found) == 2:
+        facts["ratio"] = round(found["packed"]["tokens_per_s"] / found["dense"]["tokens_per_s"], 2)
+    print(json.dumps(facts))
+
+
+def train(options: argparse.Namespace, way: str) -> dict[str, float]:
+    torch.manual_seed(0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    kind = attention.PACKED_SDPA if way == "packed" else "sdpa"
+    config = AutoConfig.for_model(
+        "qwen2", **SHAPES[options.shape], vocab_size=VOCAB, max_position_embeddings=32_768, attn_implementation=kind
+    )
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.train()
+    if options.checkpointing:
+        model.gradient_checkpointing_enable()
+    if options.compile:
+        for layer in model.model.layers:
+            layer.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    batch = row(options.tokens, options.documents)
+    mask = dense_mask(batch) if way == "dense" else None
+
+    def step() -> float:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = summed_loss(model, batch) if mask is None else dense_loss(model, batch, mask)
+        (loss / batch.supervised_in_step).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    losses = [step() for _ in range(3)]
+    began = time.perf_counter()
+    losses += [step() for _ in range(options.steps)]
+    seconds = (time.perf_counter() - began) / options.steps
+    flops = step_flops(model, batch)
+    peak = next(value for name, value in PEAK.items() if name in torch.cuda.get_device_name())
+    return {
+        "tokens_per_s": round(options.tokens / seconds),
+        "mfu": round(flops / seconds / peak, 4),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "first_loss": round(losses[0] / batch.supervised_in_step, 5),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def row(tokens: int, documents: int) -> Batch:
+    """One packed row of documents of random tokens, with lengths in the ratio 1 : 2 : 3 : ..."""
+    draw = torch.Generator().manual_seed(0)
+    shares = range(1, documents + 1)
+    lengths = [tokens * share // sum(shares) for share in shares]
+    lengths[-1] += tokens - sum(lengths)
+    made = [
+        Document(str(i), tuple(torch.randint(0, VOCAB, (length,), generator=draw).tolist()), 1)
+        for i, length in enumerate(lengths)
+    ]
+    batch = make_batch(made, tokens - documents)
+    for name in ("input_ids", "labels", "position_ids", "cu_seq_lens"):
+        setattr(batch, name, getattr(batch, name).to("cuda"))
+    return batch
+
+
+def dense_mask(batch: Batch) -> Tensor:
+    """bool [1, 1, T, T]: which token sees which."""
+    bounds = batch.cu_seq_lens.long()
+    numbers = torch.repeat_interleave(torch.arange(len(bounds) - 1, device="cuda"), bounds.diff())
+    return (numbers[:, None] == numbers[None]).tril_()[None, None]
+
+
+def dense_loss(model: Any, batch: Batch, mask: Tensor) -> Tensor:
+    """The sum that `summed_loss` gives, with logits for the whole row."""
+    output = model(batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False)
+    return cross_entropy(output.logits[0].float(), batch.labels[0], reduction="sum")
+
+
+def step_flops(model: Any, batch: Batch) -> float:
+    """Of one step's products, forward and backward: weights, and attention inside each document, half of it masked."""
+    config = model.config
+    tokens = batch.input_ids.shape[1]
+    layers = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.ndim == 2)
+    head = config.vocab_size * config.hidden_size
+    squares = float((batch.cu_seq_lens.diff().double() ** 2).sum())
+    return 6 * (layers + head) * tokens + 6 * config.num_hidden_layers * config.hidden_size * squares
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Training on a GPU; skipped where there is none (benchmarks/cuda_checks.sh runs it)."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_student
+from lightning.fabric.utilities import move_data_to_device
+from test_attention import documents, everywhere
+from test_training import branch, metrics
+
+from branchmerge.data.batch import make_batch
+from branchmerge.student import attention
+from branchmerge.student.backbone import load_model
+from branchmerge.student.loss import packed_logits
+from branchmerge.student.training import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+def test_packed_attention_on_a_gpu_is_that_of_the_documents_alone(
+    model_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = make_student(tmp_path / model_type, model_type=model_type)
+    model = load_model(folder, dtype, attention.PACKED_SDPA).eval().to("cuda")
+    plain = load_model(folder, torch.float32, "eager").eval()
+    packed = make_batch(documents(), 1)
+    with torch.no_grad():
+        there = move_data_to_device(packed, torch.device("cuda"))
+        together = packed_logits(model, there, everywhere(packed).to("cuda")).float().cpu()
+        alone = torch.cat([plain(torch.tensor([document.tokens])).logits[0] for document in documents()])
+    error = float((together - alone).norm() / alone.norm())
+    assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_branch_on_a_gpu_has_the_losses_of_one_on_the_cpu(tiny_student: Path, tmp_path: Path) -> None:
+    losses = {}
+    for device, trainer in (("cpu", "cpu"), ("cuda", "gpu")):
+        train(branch(tiny_student, tmp_path / device, "domain=math", f"trainer={trainer}", "trainer.precision=32-true"))
+        losses[device] = [float(row["loss"]) for row in metrics(tmp_path / device, "math")]
+    assert len(losses["cpu"]) == 3
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-5)
+
+
+def test_bf16_trains_on_a_gpu(tiny_student: Path, tmp_path: Path) -> None:
+    quiet = ("trainer=gpu", "trainer.precision=bf16-mixed", "optim.lr=1e-3", "optim.epochs=3")
+    train(branch(tiny_student, tmp_path, "domain=math", *quiet))
+    losses = [float(row["loss"]) for row in metrics(tmp_path, "math")]
+    assert losses[-1] < losses[0] - 0.05
