@@ -1,17 +1,22 @@
-"""Hydra's own sweeper, but each member is composed once: what was composed to be checked is what is launched.
+"""Hydra's own sweeper, but what the members of a sweep have in common is composed once.
 
-Composing takes a tenth of a second and Hydra does it twice a member, which a sweep of merges would notice. Hydra finds
+Composing takes a tenth of a second and Hydra does it twice a member, to check it and to launch it. Here each choice of
+config groups is composed once, a member's values are set in a copy, and that copy is checked and launched. Hydra finds
 its plugins in packages of this name only.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 class ComposeOnceSweeper(BasicSweeper):
@@ -19,20 +24,50 @@ class ComposeOnceSweeper(BasicSweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         loader = hydra_context.config_loader
+        assert isinstance(loader, ConfigLoaderImpl)
+        about_hydra = [str(line) for line in config.hydra.overrides.hydra]  # they may name more folders of configs
+        _, self._repository = loader._parse_overrides_and_create_caching_repo(config.hydra.job.config_name, about_hydra)
         self._compose = loader.load_sweep_config
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._checked: defaultdict[tuple[str, ...], list[DictConfig]] = defaultdict(list)
         loader.load_sweep_config = self._take  # type: ignore[method-assign]
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        assert self.config is not None
         for overrides in batch:
-            self._checked[tuple(overrides)].append(self._compose(self.config, list(overrides)))
+            self._checked[tuple(overrides)].append(self._member(overrides))
 
     def _take(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """What the launcher gets."""
         checked = self._checked[tuple(sweep_overrides)]
         return checked.pop() if checked else self._compose(master_config, sweep_overrides)
+
+    def _member(self, overrides: Sequence[str]) -> DictConfig:
+        """The config that Hydra would compose for these overrides."""
+        assert self.config is not None
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        values = [override for override in parsed if self._sets_a_value(override)]
+        choices = tuple(str(override.input_line) for override in parsed if override not in values)
+        if choices not in self._composed:
+            self._composed[choices] = self._compose(self.config, list(choices))
+        member = copy.deepcopy(self._composed[choices])
+        ConfigLoaderImpl._apply_overrides_to_config(values, member)
+        _name(member, [override for override in parsed if not override.is_hydra_override()])
+        return member
+
+    def _sets_a_value(self, override: Override) -> bool:
+        """Not one that chooses a config of a group, by Hydra's own rule."""
+        if override.is_hydra_override():
+            return False
+        return isinstance(override.value(), dict) or not self._repository.group_exists(override.key_or_group)
+
+
+def _name(member: DictConfig, overrides: list[Override]) -> None:
+    """Tell a config which overrides it is made of."""
+    job = member.hydra.job
+    member.hydra.overrides.task = [override.input_line for override in overrides]
+    style = OmegaConf.to_container(job.config.override_dirname)
+    job.override_dirname = get_overrides_dirname(overrides=overrides, **style)  # type: ignore[arg-type]
 
 
 @dataclass
