@@ -22,6 +22,8 @@ from branchmerge.evaluation.scoring import Graded
 from branchmerge.trajectories.schema import Message, Reference
 
 TASKS = Path(__file__).with_name("tasks")
+OWN = sorted(path.stem for path in TASKS.glob("*.yaml"))
+"""The tasks and groups that branchmerge brings"""
 
 
 @dataclass
@@ -139,6 +141,11 @@ def load_benchmark(config: EvaluateConfig) -> list[Benchmark]:
     chosen = config.benchmark
     found = []
     for name, task in _load_tasks(config).items():
+        if task.config.unsafe_code and name not in OWN:
+            raise UserError(
+                f"{name}: lm-eval would run a model's programs without a sandbox; ask for livecodebench, whose programs"
+                " run in one, or run lm_eval by itself"
+            )
         given = Sampling.parse(name, task.config.generation_kwargs or {})
         if chosen.max_new_tokens is not None:
             given = replace(given, max_new_tokens=chosen.max_new_tokens)
@@ -149,14 +156,18 @@ def load_benchmark(config: EvaluateConfig) -> list[Benchmark]:
 
 
 def _load_tasks(config: EvaluateConfig) -> dict[str, Any]:
-    own = sorted(path.stem for path in TASKS.glob("*.yaml"))
-    manager = task_manager(config, include_defaults=not set(config.benchmark.tasks) <= set(own))
+    manager = task_manager(config, include_defaults=not set(config.benchmark.tasks) <= set(OWN))
     unknown = [name for name in config.benchmark.tasks if name not in manager.all_tasks]
     if unknown:
-        known = ", ".join(own)
+        known = ", ".join(OWN)
         raise UserError(f"benchmark.tasks: lm-eval knows no task {unknown[0]}; branchmerge's own are {known}")
     try:
         return dict(manager.load(config.benchmark.tasks)["tasks"])
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"benchmark.tasks: {', '.join(config.benchmark.tasks)} needs the Python package {error.name}, which is not"
+            f" installed; pip install {error.name}"
+        ) from error
     except (ConnectionError, FileNotFoundError) as error:  # a data set that is nowhere is a FileNotFoundError
         raise UserError(
             f"benchmark.tasks: the questions of {', '.join(config.benchmark.tasks)} cannot be loaded ({error}); reach"

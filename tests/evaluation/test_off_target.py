@@ -1,0 +1,65 @@
+"""Probes that lm-eval brings: graded by its own code, on what follows the reasoning."""
+
+import json
+from pathlib import Path
+
+import lm_eval.tasks.ifeval
+import pytest
+from lm_eval.tasks import TaskManager
+
+from branchmerge.errors import UserError
+from branchmerge.evaluation import benchmark
+from branchmerge.evaluation.benchmark import Benchmark
+from branchmerge.evaluation.requests import Response, Sampling
+
+ROWS = [
+    {"key": 1, "prompt": "Greet me without commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    {
+        "key": 2,
+        "prompt": "Answer in lower case with at least three words.",
+        "instruction_id_list": ["change_case:english_lowercase", "length_constraints:number_words"],
+        "kwargs": [{}, {"relation": "at least", "num_words": 3}],
+    },
+]
+PLAIN = "this is what we would like to say about the weather of today"  # long enough to be told to be English
+SAID = {
+    PLAIN.capitalize(): [True, False],
+    f"<think>\nA, b, c\n</think>\n{PLAIN}": [True, True],
+    f"{PLAIN}, and of tomorrow": [False, True],
+    "hello": [True, False],
+    f"<think>\n{PLAIN}": [False, False],
+}
+
+
+@pytest.fixture(scope="module")
+def ifeval(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
+    """lm-eval's task over rows of our own."""
+    folder = tmp_path_factory.mktemp("ifeval")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    theirs = Path(lm_eval.tasks.ifeval.__path__[0]) / "ifeval.yaml"
+    task = {
+        "include": str(theirs),
+        "task": "probe",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"train": str(rows)}},
+    }
+    (folder / "probe.yaml").write_text(json.dumps(task))  # JSON is YAML
+    loaded = TaskManager(include_path=str(folder), include_defaults=False).load(["probe"])["tasks"]["probe"]
+    return Benchmark(loaded, 1, Sampling(8), None)
+
+
+@pytest.mark.parametrize("text", SAID, ids=repr)
+def test_ifeval_grades_what_follows_the_reasoning(ifeval: Benchmark, text: str) -> None:
+    verdicts = [ifeval.grade(request, Response(text, 3, "stop")).verdict for request in ifeval.requests(42)]
+    assert [verdict.correct for verdict in verdicts] == SAID[text]
+    assert [verdict.truncated for verdict in verdicts] == ["</think>" not in text and "<think>" in text] * 2
+
+
+def test_a_task_that_runs_programs_unconfined_is_refused(ifeval: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_run import composed
+
+    monkeypatch.setattr(ifeval.task.config, "unsafe_code", True)
+    monkeypatch.setattr(benchmark, "_load_tasks", lambda _: {"humaneval": ifeval.task})
+    with pytest.raises(UserError, match="humaneval: lm-eval would run a model's programs without a sandbox"):
+        benchmark.load_benchmark(composed())
