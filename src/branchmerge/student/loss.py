@@ -1,20 +1,27 @@
 """Next-token cross-entropy over the learned tokens of a packed row.
 
-Shapes: T tokens, N learned tokens among them, V vocabulary, D documents.
+Shapes: T tokens, N learned tokens among them, H hidden size, V vocabulary, D documents.
 """
+
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from branchmerge.data.batch import IGNORE, Batch
+from branchmerge.data.batch import IGNORE, Batch, make_batch
+from branchmerge.data.template import Document
+from branchmerge.student.chunked_loss import summed_cross_entropy
+
+Loss = Callable[[PreTrainedModel, Batch], Tensor]
+"""Sum of -log p over the learned tokens of one row, in float32; the caller divides by the step's count."""
 
 
 def packed_logits(model: PreTrainedModel, batch: Batch, positions: Tensor) -> Tensor:
     """Logits at some positions of a packed row; documents do not see each other.
-
-    `use_cache=False` and no mask are essential: with either, transformers ignores where documents end.
 
     Args:
         positions: int64 [N], places in the row.
@@ -22,27 +29,63 @@ def packed_logits(model: PreTrainedModel, batch: Batch, positions: Tensor) -> Te
     Returns:
         [N, V]
     """
-    bounds = batch.cu_seq_lens
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        use_cache=False,
-        logits_to_keep=positions,
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=batch.max_length,
-        max_length_k=batch.max_length,
-    )
-    logits: Tensor = output.logits[0]
+    logits: Tensor = model(**_inputs(batch), logits_to_keep=positions).logits[0]
     return logits
 
 
-def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Sum of -log p over the learned tokens of one row, in float32; the caller divides by the step's count.
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """`use_cache=False` and no mask are essential: with either, transformers ignores where documents end."""
+    bounds, longest = batch.cu_seq_lens, batch.max_length
+    return {
+        "input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": None, "use_cache": False,
+        "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
 
-    Only learned positions go through the output head, which for a large vocabulary is most of the memory.
-    """
+
+def _learned(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Positions whose next token is learned, and those tokens: int64 [N] each."""
     positions = torch.nonzero(batch.labels[0] != IGNORE)[:, 0]
-    logits = packed_logits(model, batch, positions)
-    return cross_entropy(logits.float(), batch.labels[0, positions], reduction="sum")
+    return positions, batch.labels[0, positions]
+
+
+def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The loss by the model's own head, with the logits of all learned tokens at once: the reference."""
+    positions, tokens = _learned(batch)
+    return cross_entropy(packed_logits(model, batch, positions).float(), tokens, reduction="sum")
+
+
+def chunked_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The same with the logits of a chunk of tokens at a time; for heads that only multiply by their weight."""
+    positions, tokens = _learned(batch)
+    hidden = model.base_model(**_inputs(batch)).last_hidden_state[0, positions]
+    return summed_cross_entropy(hidden, model.get_output_embeddings().weight, tokens)
+
+
+def loss_for(model: PreTrainedModel) -> Loss:
+    """`chunked_loss` where it gives this model's loss; else `summed_loss`, with a warning.
+
+    Some models scale, cap or shift their logits. Tried on a short row, so that none of them needs to be known here.
+    """
+    ids = torch.arange(16) * 31 % int(model.config.get_text_config().vocab_size)
+    row = make_batch([Document("check", tuple(ids.tolist()), 1)], 15)
+    for name in ("input_ids", "labels", "position_ids", "cu_seq_lens"):
+        setattr(row, name, getattr(row, name).to(model.device))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = summed_loss(model, row)
+            found = chunked_loss(model, row)
+        why = f"{found.item():.6g} for {expected.item():.6g}"
+        same = bool(torch.isclose(found, expected, rtol=1e-3 if model.dtype == torch.float32 else 2e-2, equal_nan=True))
+    except (AttributeError, TypeError, RuntimeError) as error:
+        same, why = False, f"{type(error).__name__}: {error}"
+    finally:
+        model.train(training)
+    if not same:
+        warnings.warn(
+            f"{type(model).__name__}: its output head is not a plain matrix ({why}); the loss takes the logits of all"
+            " learned tokens at once, which needs more memory",
+            stacklevel=2,
+        )
+    return chunked_loss if same else summed_loss

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from branchmerge.config import OptimConfig
 from branchmerge.data.batch import Batch
 from branchmerge.errors import UserError
-from branchmerge.student.loss import summed_loss
+from branchmerge.student.loss import loss_for
 from branchmerge.student.optim import make_optimizer
 
 
@@ -26,6 +26,7 @@ class Student(LightningModule):
     def __init__(self, model: PreTrainedModel, optim: OptimConfig, total_steps: int) -> None:
         super().__init__()
         self.model = model
+        self._summed_loss = loss_for(model)
         self.optim = optim
         self.total_steps = total_steps
         self._loss = 0.0
@@ -41,7 +42,7 @@ class Student(LightningModule):
         """
         if not self._tokens:
             self._since = time.perf_counter()
-        share = summed_loss(self.model, batch) / batch.supervised_in_step
+        share = self._summed_loss(self.model, batch) / batch.supervised_in_step
         if not torch.isfinite(share.detach()):
             rows = ", ".join(batch.ids[:3])
             raise UserError(
