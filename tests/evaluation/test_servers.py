@@ -1,6 +1,7 @@
 """backend=openai against a real HTTP server on the loopback that answers as it was told to."""
 
 import json
+import resource
 from typing import Any
 
 import pytest
@@ -47,6 +48,17 @@ def test_every_request_gets_its_own_response_many_at_once() -> None:
     for request, response in found.items():
         assert response == Response(f"{request.messages[0].content} {request.seed}", 7, "stop")
     assert len({body["seed"] for body in server.bodies}) == 400  # samples of a question are not the same draw
+
+
+def test_more_at_once_than_a_process_may_open_files_at_first() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
+    try:
+        with serving(Server(echo)) as server:
+            servers = backend(server, concurrency=150, retries=0)
+            assert len(responses(servers, asked(300))) == 300 and servers.failures == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_sampling_is_sent_in_full() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from branchmerge.config import BackendConfig
@@ -39,9 +41,15 @@ def asked(sampling: Sampling, samples: int = 1) -> list[Request]:
 
 
 def responses(model: Servers | Transformers, requests: list[Request]) -> dict[tuple[str, int], Response]:
-    found = {(r.question, r.sample): response for pairs in model.generate(requests) for r, response in pairs}
-    assert model.failures == [] and len(found) == len(requests)
+    pairs = [pair for pairs in model.generate(requests) for pair in pairs]
+    found = {(request.question, request.sample): response for request, response in pairs}
+    assert model.failures == [] and len(found) == len(pairs) == len(requests)
     return found
+
+
+def serve(student: Path, *arguments: str, data_parallel: int = 1) -> VLLM:
+    settings = {**SETTINGS, "vllm_arguments": [*ARGUMENTS, *arguments], "data_parallel": data_parallel}
+    return VLLM(BackendConfig(kind="vllm", **settings), student)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +60,7 @@ def student(student_factory: Callable[..., Path], tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def server(student: Path) -> Iterator[VLLM]:
-    model = VLLM(BackendConfig(kind="vllm", **SETTINGS), student)  # type: ignore[arg-type]
+    model = serve(student)
     yield model
     model.close()
 
@@ -86,14 +94,39 @@ def test_the_server_can_be_asked_as_any_other(server: VLLM) -> None:
     assert responses(servers, requests) == responses(server, requests)
 
 
+@needs_vllm
+@pytest.mark.slow
+def test_copies_of_the_model_share_the_requests_and_end_with_their_server(server: VLLM, student: Path) -> None:
+    requests = asked(Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95), samples=8)
+    others = _below(os.getpid())
+    copies = serve(student, data_parallel=2)
+    try:
+        assert responses(copies, requests) == responses(server, requests)
+        told = httpx.get(copies.backend.base_urls[0].removesuffix("v1") + "metrics").text
+        answered = {"0": 0.0, "1": 0.0}
+        for engine, number in re.findall(r'^vllm:request_success_total{engine="(.)".* (.*)$', told, re.MULTILINE):
+            answered[engine] += float(number)
+        assert min(answered.values()) > 0 and sum(answered.values()) == len(requests)
+        started = {pid for pid in _below(os.getpid()) - others if Path(f"/proc/{pid}").exists()}
+        os.kill(next(pid for pid in started if os.getpgid(pid) == pid), signal.SIGKILL)
+    finally:
+        copies.close()
+    _wait_for_the_end(started)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_server_that_does_not_start_says_why(student: Path) -> None:
+    with pytest.raises(UserError, match=r"does not start \(Value error, .*max_model_len \(999999\) is greater"):
+        serve(student, "--max-model-len", "999999")
+
+
 KILLED = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_vllm import SETTINGS
-from branchmerge.config import BackendConfig
-from branchmerge.evaluation.backends.vllm import VLLM
-model = VLLM(BackendConfig(kind="vllm", **SETTINGS), Path(sys.argv[1]))
+from test_vllm import serve
+model = serve(Path(sys.argv[1]), data_parallel=2)
 print("serving", flush=True)
 sys.stdin.read()
 """
@@ -107,11 +140,15 @@ def test_a_killed_evaluation_leaves_no_server(student: Path) -> None:
     assert parent.stdout is not None
     assert any(line == "serving\n" for line in parent.stdout)
     children = _below(parent.pid)
-    assert children
+    assert len(children) > 2
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()
+    _wait_for_the_end(children)
+
+
+def _wait_for_the_end(pids: set[int]) -> None:
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() and _state(pid) != "Z" for pid in children):
+    while any(Path(f"/proc/{pid}").exists() and _state(pid) != "Z" for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.2)
 

@@ -9,6 +9,7 @@ import logging
 import os
 import queue
 import random
+import resource
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -55,6 +56,7 @@ class Servers:
     def generate(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, Response]]]:
         """Yield responses as they come; failed requests are told in `failures` and left out."""
         self.failures = []
+        _allow_connections(min(self.backend.concurrency, len(requests)))
         done: queue.SimpleQueue[list[tuple[Request, Response]] | BaseException | None] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
         work = loop.create_task(self._all(requests, done))
@@ -170,3 +172,11 @@ class Servers:
         if self.backend.model not in known:
             raise UserError(f"backend.model={self.backend.model}: {url} has {', '.join(known) or 'no model'}")
         return known[self.backend.model]
+
+
+def _allow_connections(many: int) -> None:
+    """Each is an open file; systems often allow a process no more than 1024 until it asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = many + 256 if hard == resource.RLIM_INFINITY else min(many + 256, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

