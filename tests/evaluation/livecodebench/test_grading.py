@@ -108,6 +108,36 @@ def test_each_case_has_a_process_of_its_own() -> None:
     assert not grade_program(program, cases, "f", "official").correct
 
 
+def test_case_cannot_reach_the_verdict_of_a_later_one() -> None:
+    program = """
+import builtins, os, sys
+if input() == 'attack':
+    frame = sys._getframe()
+    while frame:
+        frame.f_globals.update(dict.fromkeys(['_wait', '_run', '_is_alone', '_set_stage'], lambda *_: (0, 0)))
+        frame = frame.f_back
+    for number in range(3, 256):
+        try:
+            os.write(number, bytes(13))
+        except OSError:
+            pass
+    for pid in (os.getppid(), 1, -1):
+        try:
+            os.kill(pid, 9)
+        except OSError:
+            pass
+    open('left', 'w').write('right')
+    builtins.left = 'right'
+    print('attacked')
+else:
+    print(open('left').read() if os.path.exists('left') else getattr(builtins, 'left', 'wrong'))
+"""
+    cases = stdin(("attack", "attacked"), *[("look", "wrong")] * 4)
+    assert grade_program(program, cases) == CodeVerdict(True)
+    said = grade_program(program, stdin(("attack", "attacked"), ("look", "right")))
+    assert (said.reason, said.case) == ("wrong_answer", 1)
+
+
 @MODES
 def test_what_cannot_be_graded_is_an_error(mode: str) -> None:
     with pytest.raises(ValueError, match="without tests"):

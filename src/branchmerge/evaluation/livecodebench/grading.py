@@ -109,11 +109,15 @@ def _verdicts(
     program: str, cases: Sequence[Case], expected: Sequence[Any], function: str, workers: int
 ) -> Iterator[CodeVerdict]:
     """The verdict of each case, in order; those ahead run meanwhile, those not begun are dropped at the end."""
+    imports = preamble(program)
+    # The solution's names are those of the module __main__ itself, as if it were run alone.
+    code = f"{imports}exec(compile({program!a}, 'solution.py', 'exec', 0, True))\n"
+    task = {"preamble": imports, "solution": program, "function": function}
 
     def grade(number: int) -> CodeVerdict:
         if function:
-            return _grade_call(program, _arguments(cases[number]), expected[number], function)
-        return _grade_output(program, cases[number].input, expected[number])
+            return _grade_call({**task, "arguments": _arguments(cases[number])}, expected[number])
+        return _grade_output(code, cases[number].input, expected[number])
 
     if workers == 1:
         yield from map(grade, range(len(cases)))
@@ -131,9 +135,7 @@ def _verdicts(
         pool.shutdown(cancel_futures=True)
 
 
-def _grade_output(program: str, given: str, expected: str) -> CodeVerdict:
-    # The solution's names are those of the module __main__ itself, as if it were run alone.
-    code = f"{preamble(program)}exec(compile({program!a}, 'solution.py', 'exec', 0, True))\n"
+def _grade_output(code: str, given: str, expected: str) -> CodeVerdict:
     outcome = shared().run(Job(code, given, SECONDS, MEMORY_BYTES, OUTPUT_BYTES))
     if outcome.status != "ok":
         return _broken(outcome)
@@ -143,12 +145,11 @@ def _grade_output(program: str, given: str, expected: str) -> CodeVerdict:
     return _wrong(said, expected)
 
 
-def _grade_call(program: str, arguments: list[str], expected: Any, function: str) -> CodeVerdict:
-    token = secrets.token_hex(16)
-    task = {"preamble": preamble(program), "solution": program, "function": function, "arguments": arguments,
-            "token": token}  # fmt: skip
+def _grade_call(task: dict[str, Any], expected: Any) -> CodeVerdict:
+    token, function = secrets.token_hex(16), task["function"]
     code = f"{_harness('harness')}call_function()\n"
-    outcome = shared().run(Job(code, json.dumps(task), SECONDS, MEMORY_BYTES, OUTPUT_BYTES))
+    given = json.dumps({**task, "token": token})
+    outcome = shared().run(Job(code, given, SECONDS, MEMORY_BYTES, OUTPUT_BYTES))
     if outcome.status != "ok":
         return _broken(outcome)
     try:

@@ -7,7 +7,8 @@ Works as root and as an ordinary user, without Docker; `Sandbox.level` says how 
 (`isolation` lists the levels). Reading order: client, collector, zygote, isolation, syscalls, program, kernel.
 
 What it does not hold: a fault in the kernel itself; what a program can learn from time and from the files it may read
-(the interpreter, its packages, the system's libraries). Without namespaces it may also see names and sizes of files
+(the interpreter, its packages, the system's libraries), and from its process id, which counts the processes and
+threads of jobs before it. Without namespaces it may also see names and sizes of files
 elsewhere, and write as many files of up to 16 MiB to its folder as its time allows.
 """
 

@@ -45,7 +45,8 @@ class Sandbox:
             raise UserError(f"no sandbox level {level!r}; the levels are auto, {', '.join(LEVELS)}")
         if platform.system() != "Linux":
             raise UserError(f"the sandbox for programs needs Linux; this is {platform.system()}")
-        self._slots = threading.BoundedSemaphore(workers or cores())
+        self._workers = workers or cores()
+        self._slots = threading.BoundedSemaphore(self._workers)
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._closed = False
@@ -106,7 +107,7 @@ class Sandbox:
             if self._closed:
                 raise RuntimeError("this sandbox is closed")
             if self._zygote is None:
-                self._zygote = _Zygote(self.level)
+                self._zygote = _Zygote(self.level, self._workers)
             return self._zygote
 
     def _discard(self, zygote: "_Zygote | None") -> None:
@@ -119,18 +120,19 @@ class Sandbox:
 class _Zygote:
     """One zygote process and the socket to it."""
 
-    def __init__(self, level: str) -> None:
+    def __init__(self, level: str, workers: int) -> None:
         self._level = level
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         paths = sysconfig.get_paths()
         packages = dict.fromkeys([paths["purelib"], paths["platlib"]])
         # A fixed hash seed, so that a program which depends on the order of a set gets the same verdict every time.
         # It is why -s -P with an environment of our own stand for -I, which would ignore the seed.
-        environment = {"PYTHONHASHSEED": "0"}
+        # The libraries' functions are looked up at the start: each job would do it again, in pages of its own.
+        environment = {"PYTHONHASHSEED": "0", "LD_BIND_NOW": "1"}
         if "LD_LIBRARY_PATH" in os.environ:  # the interpreter itself may not start without
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         options = ["-s", "-P", "-S", "-X", "utf8", "-c", BOOT.format(entry="main()")]
-        arguments = [str(Path(__file__).parent), level, str(theirs.fileno()), *packages]
+        arguments = [str(Path(__file__).parent), level, str(workers), str(theirs.fileno()), *packages]
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, *options, *arguments], env=environment, cwd="/", pass_fds=[theirs.fileno()],

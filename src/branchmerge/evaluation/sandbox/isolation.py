@@ -1,4 +1,4 @@
-"""What a level of the sandbox takes away, in two parts: once for the zygote, and once more for each job.
+"""What a level of the sandbox takes away, in three parts: for the zygote, for each keeper, and for each job.
 
     level                          files                     processes, network          system calls
     namespaces+landlock+seccomp    own root, Landlock        own namespaces              allow list
@@ -74,6 +74,14 @@ class Plan:
     level: str
     readable: list[str]
     kept: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a keeper's jobs run: their folder, and the Landlock ruleset of what they may touch, if they have one."""
+
+    folder: str
+    ruleset: int | None = None
 
 
 def make_plan(level: str, packages: Sequence[str]) -> Plan:
@@ -163,13 +171,38 @@ def _make_root(readable: Sequence[str]) -> None:
     kernel.make_readonly("/")
 
 
-def make_job_folder() -> None:
-    """In a job's own mount namespace: the empty folder that ends with it."""
-    flags = kernel.MS_NOSUID | kernel.MS_NODEV
-    kernel.mount("tmpfs", FOLDER, "tmpfs", flags, f"size={FOLDER_BYTES},nr_inodes=10000,mode=700")
+def make_place(plan: Plan, base: str | None) -> Place:
+    """An empty folder for jobs, of this mount namespace or else in the folder `base`, and its ruleset.
+
+    Raises:
+        OSError: a step failed
+    """
+    if base is None:
+        flags = kernel.MS_NOSUID | kernel.MS_NODEV
+        kernel.mount("tmpfs", FOLDER, "tmpfs", flags, f"size={FOLDER_BYTES},nr_inodes=10000,mode=700")
+        folder = FOLDER
+    else:
+        folder = tempfile.mkdtemp(dir=base)
+        if plan.level == NO_NAMESPACES and os.getuid() == 0:
+            os.chown(folder, NOBODY, NOBODY)
+    os.utime(folder, (0, 0))
+    return Place(folder, _ruleset(plan, folder) if plan.level in (FULL, NO_NAMESPACES) else None)
 
 
-def isolate_job(plan: Plan, folder: str, limits: Limits, tie: Callable[[], None] | None = None) -> None:
+def _ruleset(plan: Plan, folder: str) -> int:
+    null = ("/dev/null", _READ | kernel.ACCESS_FS_WRITE_FILE | kernel.ACCESS_FS_TRUNCATE)
+    # A root of its own has nothing but the readable paths in it.
+    paths = ["/"] if has_namespaces(plan.level) else plan.readable
+    return kernel.landlock_ruleset([(folder, _OWN), null, *((path, _READ) for path in paths)])
+
+
+def is_untouched(place: Place) -> bool:
+    """Whether nothing was ever made, removed or listed in the folder; no job may set a time."""
+    state = Path(place.folder).stat()
+    return state.st_mtime_ns == state.st_atime_ns == 0 and stat.S_IMODE(state.st_mode) == 0o700
+
+
+def isolate_job(plan: Plan, place: Place, limits: Limits, tie: Callable[[], None] | None = None) -> None:
     """Take from this process all that the plan's level takes, for good; then only the program is left to run.
 
     `tie` is called once the uid is what it will be, and before the filter.
@@ -177,10 +210,8 @@ def isolate_job(plan: Plan, folder: str, limits: Limits, tie: Callable[[], None]
     Raises:
         OSError: a step failed; the program must not be run.
     """
-    os.chdir(folder)
+    os.chdir(place.folder)
     os.umask(0o077)
-    os.environ.clear()
-    os.environ.update(ENVIRONMENT)
     set_limits(limits, has_namespaces(plan.level))
     if plan.level == NO_NAMESPACES and os.getuid() == 0:
         become_nobody(plan.kept)
@@ -189,13 +220,15 @@ def isolate_job(plan: Plan, folder: str, limits: Limits, tie: Callable[[], None]
     if plan.level == UNSAFE:
         return
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-    if plan.level in (FULL, NO_NAMESPACES):
-        null = ("/dev/null", _READ | kernel.ACCESS_FS_WRITE_FILE | kernel.ACCESS_FS_TRUNCATE)
-        # A root of its own has nothing but the readable paths in it.
-        paths = ["/"] if has_namespaces(plan.level) else plan.readable
-        kernel.landlock([(folder, _OWN), null, *((path, _READ) for path in paths)])
+    if place.ruleset is not None:
+        kernel.landlock(place.ruleset)
     kernel.set_capabilities(plan.kept)
     kernel.seccomp(seccomp_filter(os.getpid()))
+
+
+def set_environment() -> None:
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT)
 
 
 def _open_to_all(path: str) -> bool:

@@ -1,5 +1,7 @@
 """The last steps inside a job's own process: run the program as `python program.py` would, and leave.
 
+The stage is set before the job's process is forked: what is made there is not made, nor its pages copied, for each job.
+
 Imported by the zygote; from here on nothing of this package is within the program's reach but its own call stack.
 """
 
@@ -21,8 +23,8 @@ _STREAMS = [("stdin", "r", "surrogateescape"), ("stdout", "w", "surrogateescape"
 
 
 def run(source: bytes) -> None:
-    """Run a program on file descriptors 0, 1 and 2 and end this process with the program's exit code."""
-    _set_stage()
+    """Run a program on the stage and end this process with the program's exit code."""
+    gc.enable()
     try:
         text = source.decode()
         linecache.cache[NAME] = (len(text), None, text.splitlines(keepends=True), NAME)
@@ -36,8 +38,8 @@ def run(source: bytes) -> None:
     os._exit(_finish(status))
 
 
-def _set_stage() -> None:
-    """A fresh __main__, standard streams and what `site` adds."""
+def set_stage() -> None:
+    """A fresh __main__, standard streams on file descriptors 0, 1 and 2, and what `site` adds."""
     main = ModuleType("__main__")
     main.__dict__.update(__file__=NAME, __builtins__=sys.modules["builtins"])
     sys.modules["__main__"] = main
@@ -50,7 +52,6 @@ def _set_stage() -> None:
         setattr(sys, f"__{name}__", stream)
     tempfile.tempdir = None  # not where the zygote may write
     site.setquit()  # exit() and quit()
-    gc.enable()
 
 
 def _exit_code(code: object) -> int:

@@ -1,17 +1,20 @@
 """The process that every job is forked from: a small, fresh interpreter that has seen nothing of any job.
 
-    client --job, five descriptors--> zygote --fork--> keeper --fork, isolate--> job
-       <-----------------------------report----------- keeper
+    zygote --fork--> keeper --fork, isolate--> job
+    client --job, five descriptors--> keeper --report--> client
 
-The zygote never reads a job: program and stdin come as descriptors, which only the job itself reads, and output goes
-straight to the client. The keeper lives as long as its job; it keeps the time, kills, cleans up and reports. If the
-client ends, the zygote ends; if the zygote ends, the kernel kills the keepers, and then their jobs.
+There are as many keepers as jobs may run at once; whichever is idle takes the next job from the one socket. None ever
+reads a job: program and stdin come as descriptors, which only the job itself reads, and output goes straight to the
+client. The keeper keeps the time, kills, cleans up and reports. It runs another job only if this one has left no
+process and has not touched the folder; else it ends, and the zygote forks another. If the client ends, the zygote ends;
+if the zygote ends, the kernel kills the keepers, and then their jobs.
 """
 
 import gc
 import importlib
 import json
 import os
+import random
 import select
 import shutil
 import signal
@@ -27,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from branchmerge.evaluation.sandbox import isolation, kernel, program
-from branchmerge.evaluation.sandbox.isolation import BUBBLEWRAP, Limits, Plan
+from branchmerge.evaluation.sandbox.isolation import BUBBLEWRAP, Limits, Place, Plan
 from branchmerge.evaluation.sandbox.syscalls import seccomp_filter
 
 JOB = struct.Struct("=dQ")
@@ -58,24 +61,25 @@ zygote.{entry}
 
 @dataclass(frozen=True)
 class Zygote:
-    """What the zygote was started with, and the folder in which jobs without a root of their own get theirs."""
+    """What the zygote was started with, and the folder in which keepers without a root of their own get theirs."""
 
     plan: Plan
+    workers: int
     packages: list[str]
     base: str | None
     control: socket.socket
 
 
 def main() -> None:
-    """Entry of the zygote. Arguments: the folder of this file, the level, the control socket, package folders."""
+    """Entry of the zygote. Arguments: this file's folder, level, number of keepers, control socket, package folders."""
     if isolation.raise_stack_limit():
         os.execve(sys.executable, sys.orig_argv, os.environ)
-    _, level, control, *packages = sys.argv[1:]
+    _, level, workers, control, *packages = sys.argv[1:]
     with socket.socket(fileno=int(control)) as client:
         client.set_inheritable(False)
         watched = _watch_parent()
         try:
-            zygote = _prepare(level, packages, client)
+            zygote = _prepare(level, int(workers), packages, client)
         except Exception as error:
             client.send(json.dumps({"refused": f"{error}"}).encode())
             return
@@ -83,7 +87,7 @@ def main() -> None:
         try:
             _serve(zygote, watched)
         finally:
-            _leave(zygote.base)
+            _leave(zygote)
 
 
 def inside_bubblewrap() -> None:
@@ -93,7 +97,9 @@ def inside_bubblewrap() -> None:
     _hide_package()
     os.dup2(int(source), 3)
     kernel.close_from(4)
-    isolation.isolate_job(Plan(BUBBLEWRAP, []), isolation.FOLDER, Limits(float(seconds), int(memory)))
+    isolation.set_environment()
+    isolation.isolate_job(Plan(BUBBLEWRAP, []), Place(isolation.FOLDER), Limits(float(seconds), int(memory)))
+    program.set_stage()
     program.run(_read_all(3))
 
 
@@ -105,7 +111,7 @@ def _watch_parent() -> int | None:
         return None
 
 
-def _prepare(level: str, packages: list[str], control: socket.socket) -> Zygote:
+def _prepare(level: str, workers: int, packages: list[str], control: socket.socket) -> Zygote:
     for name in WARM.split():
         importlib.import_module(name)
     plan = isolation.make_plan(level, packages)
@@ -118,16 +124,16 @@ def _prepare(level: str, packages: list[str], control: socket.socket) -> Zygote:
     base = None if isolation.has_namespaces(level) else tempfile.mkdtemp(prefix="branchmerge-sandbox-")
     if base is not None:
         os.chmod(base, 0o711)  # noqa: PTH101  for jobs under another uid
-    os.environ.clear()
-    # A job starts with no handler of ours and no dead children; the keeper, which waits for one, undoes the second.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    isolation.set_environment()
+    # A job starts with no handler of ours, or of the client's.
+    for number in (signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
     sys.path += packages
     _hide_package()
     gc.collect()
     gc.disable()
     gc.freeze()  # a collection in a job would copy every page of what is loaded here
-    return Zygote(plan, packages, base, control)
+    return Zygote(plan, workers, packages, base, control)
 
 
 def _hide_package() -> None:
@@ -137,28 +143,31 @@ def _hide_package() -> None:
 
 
 def _serve(zygote: Zygote, watched: int | None) -> None:
+    """See to it that there are always as many keepers as jobs may run at once, until the client ends."""
     poll = select.poll()
-    poll.register(zygote.control, select.POLLIN)
+    poll.register(zygote.control, 0)  # the jobs are for the keepers; here it only tells of the client's end
     if watched is not None:
         poll.register(watched, select.POLLIN)
     myself = os.pidfd_open(os.getpid())
+    keepers: dict[int, int] = {}
     while True:
-        ready = {number for number, _ in poll.poll()}
-        if watched in ready:
-            return
-        message, descriptors, _, _ = socket.recv_fds(zygote.control, JOB.size, 5, socket.MSG_CMSG_CLOEXEC)
-        if not message:
-            return
-        # Where no process can be had, the closed report tells the client that this job was not run.
-        with suppress(BlockingIOError):
-            if _fork(zygote.plan.level) == 0:
-                _as_process(lambda: _keep(zygote, myself, Limits(*JOB.unpack(message)), descriptors))  # noqa: B023
-        for descriptor in descriptors:
+        while len(keepers) < zygote.workers:
+            keeper = _fork(zygote.plan.level)
+            if keeper == 0:
+                _as_process(lambda: _keep(zygote, myself))
+            descriptor = os.pidfd_open(keeper)
+            keepers[descriptor] = keeper
+            poll.register(descriptor, select.POLLIN)
+        for descriptor, _ in poll.poll():
+            if descriptor not in keepers:
+                return
+            poll.unregister(descriptor)
             os.close(descriptor)
+            os.waitpid(keepers.pop(descriptor), 0)
 
 
 def _fork(level: str) -> int:
-    """Fork a keeper. With namespaces it is the first process of the job's: the kernel ends the job when it ends."""
+    """Fork a keeper. With namespaces it is the first process of its own: the kernel ends its job when it ends."""
     return kernel.fork_into(isolation.JOB_NAMESPACES) if isolation.has_namespaces(level) else os.fork()
 
 
@@ -173,49 +182,81 @@ def _as_process(work: Callable[[], None]) -> None:
         os._exit(70)
 
 
-def _keep(zygote: Zygote, parent: int, limits: Limits, descriptors: Sequence[int]) -> None:
-    """The keeper: start the job, wait for its end, its deadline or the client's word, report."""
+def _keep(zygote: Zygote, parent: int) -> None:
+    """The keeper: run one job after another, up to the first that leaves something behind."""
     _tie_to(parent)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    report = socket.socket(fileno=descriptors[4])
-    begin = time.monotonic()
     try:
-        folder = _make_folder(zygote)
+        place = isolation.make_place(zygote.plan, zygote.base)
+        keeper = os.pidfd_open(os.getpid())
+        _set_stage()
     except OSError as error:
-        report.send(FAILURE + f"{error}".encode())
+        _refuse(zygote, f"{error}")
         return
-    keeper = os.pidfd_open(os.getpid())
-    job = os.fork()
+    gc.freeze()
+    clean = True
+    while clean:
+        message, descriptors = _receive(zygote)
+        if not message:
+            break
+        clean = _run(zygote, keeper, place, Limits(*JOB.unpack(message)), descriptors)
+    if clean:
+        _remove(zygote, place)
+
+
+def _receive(zygote: Zygote) -> tuple[bytes, list[int]]:
+    """The next job; an empty message when the client has gone."""
+    message, descriptors, _, _ = socket.recv_fds(zygote.control, JOB.size, 5, socket.MSG_CMSG_CLOEXEC)
+    return message, descriptors
+
+
+def _refuse(zygote: Zygote, why: str) -> None:
+    """Take a job only to tell the client why it cannot be isolated."""
+    message, descriptors = _receive(zygote)
+    if message:
+        os.write(descriptors[4], FAILURE + why.encode())
+
+
+def _set_stage() -> None:
+    """Set the stage on files of the kinds that jobs get: a stream notes at its start what can be done with its file."""
+    given, (_, said) = os.memfd_create("given"), os.pipe()
+    for number, descriptor in enumerate((given, said, said)):
+        os.dup2(descriptor, number)
+    program.set_stage()
+
+
+def _run(zygote: Zygote, keeper: int, place: Place, limits: Limits, descriptors: Sequence[int]) -> bool:
+    """Run a job, wait for its end, its deadline or the client's word, report; whether all is as it was before.
+
+    If it is not, the folder is removed: when the client has the report, nothing is left of the job.
+    """
+    random.seed()  # the job's: not the numbers of the one before
+    report = descriptors[4]
+    begin = time.monotonic()
+    job = kernel.fork()
     if job == 0:
-        _as_process(lambda: _become_job(zygote, keeper, folder, limits, descriptors))
+        _as_process(lambda: _become_job(zygote, keeper, place, limits, descriptors))
     for descriptor in descriptors[:4]:
         os.close(descriptor)
     how, status = _wait(job, report, begin + limits.seconds)
     seconds = time.monotonic() - begin
-    if zygote.base is not None:
-        _clean(folder)
+    clean = _is_alone() and isolation.is_untouched(place)
+    if not clean:
+        _remove(zygote, place)
     # A client that has gone does not read it.
     with suppress(OSError):
-        report.send(REPORT.pack(how, status, seconds))
+        os.write(report, REPORT.pack(how, status, seconds))
+    os.close(report)
+    return clean
 
 
-def _make_folder(zygote: Zygote) -> str:
-    if zygote.base is None:
-        isolation.make_job_folder()
-        return isolation.FOLDER
-    folder = tempfile.mkdtemp(dir=zygote.base)
-    if os.getuid() == 0 and zygote.plan.level == isolation.NO_NAMESPACES:
-        os.chown(folder, isolation.NOBODY, isolation.NOBODY)
-    return folder
-
-
-def _wait(job: int, report: socket.socket, deadline: float) -> tuple[int, int]:
+def _wait(job: int, report: int, deadline: float) -> tuple[int, int]:
     """Wait for a job, kill it if it must end; how it ended and its wait status."""
     poll = select.poll()
     ended = os.pidfd_open(job)
     poll.register(ended, select.POLLIN)
     poll.register(report, select.POLLIN)
     ready = {number for number, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+    os.close(ended)
     how = ENDED if ended in ready else CANCELLED if ready else OUT_OF_TIME
     # Also after its end: without a filter it may have left others in its group.
     for kill in (os.kill, os.killpg):
@@ -224,9 +265,17 @@ def _wait(job: int, report: socket.socket, deadline: float) -> tuple[int, int]:
     return how, os.waitpid(job, 0)[1]
 
 
-def _become_job(zygote: Zygote, keeper: int, folder: str, limits: Limits, descriptors: Sequence[int]) -> None:
+def _is_alone() -> bool:
+    """Whether this process has no child. The first one of a namespace inherits those of all others there."""
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return True
+    return False
+
+
+def _become_job(zygote: Zygote, keeper: int, place: Place, limits: Limits, descriptors: Sequence[int]) -> None:
     """The job: take the descriptors, tie its life to the keeper's, isolate, run. Never returns."""
-    report = socket.socket(fileno=descriptors[4])
     try:
         os.setsid()
         for number, descriptor in enumerate(descriptors[1:4]):
@@ -235,12 +284,13 @@ def _become_job(zygote: Zygote, keeper: int, folder: str, limits: Limits, descri
             _tie_to(keeper)
             _exec_bubblewrap(zygote, limits, descriptors[0])
         source = _read_all(descriptors[0])
-        isolation.isolate_job(zygote.plan, folder, limits, lambda: _tie_to(keeper))
+        # In the keeper's own namespace the kernel sees to that.
+        tie = None if isolation.has_namespaces(zygote.plan.level) else lambda: _tie_to(keeper)
+        isolation.isolate_job(zygote.plan, place, limits, tie)
     except BaseException as error:
-        report.send(FAILURE + f"{type(error).__name__}: {error}".encode())
+        os.write(descriptors[4], FAILURE + f"{type(error).__name__}: {error}".encode())
         os._exit(70)
     kernel.close_from(3)
-    report.detach()
     program.run(source)
 
 
@@ -268,20 +318,26 @@ def _exec_bubblewrap(zygote: Zygote, limits: Limits, source: int) -> None:
 
 
 def _read_all(descriptor: int) -> bytes:
-    with open(descriptor, "rb") as file:
-        file.seek(0)
-        return file.read()
+    """Read a memory file, whatever its position, and close it."""
+    text = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    os.close(descriptor)
+    return text
 
 
-def _clean(folder: str) -> None:
-    os.chmod(folder, 0o700)  # noqa: PTH101  the job may have taken our own rights away
-    shutil.rmtree(folder)
+def _remove(zygote: Zygote, place: Place) -> None:
+    """Remove the folder, where it does not end with the keeper's own namespace."""
+    if zygote.base is not None:
+        os.chmod(place.folder, 0o700)  # noqa: PTH101  the job may have taken our own rights away
+        shutil.rmtree(place.folder)
 
 
-def _leave(base: str | None) -> None:
+def _leave(zygote: Zygote) -> None:
     """Wait until the keepers, whose client has gone, have killed and cleaned up; then remove what is left."""
     signal.alarm(SECONDS_TO_LEAVE)  # a keeper that hangs is killed with this process
+    with suppress(OSError):
+        zygote.control.shutdown(socket.SHUT_RDWR)  # a fork of the client may keep it open
     with suppress(ChildProcessError):
-        os.wait()  # returns only when all are gone, since SIGCHLD is ignored
-    if base is not None:
-        shutil.rmtree(base, ignore_errors=True)
+        while True:
+            os.wait()
+    if zygote.base is not None:
+        shutil.rmtree(zygote.base, ignore_errors=True)
