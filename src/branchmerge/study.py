@@ -98,6 +98,11 @@ class Study:
         return self.root.joinpath("logs", *parts)
 
     @property
+    def checkpoints(self) -> Path:
+        """Of branches in training."""
+        return self.root / "checkpoints"
+
+    @property
     def report(self) -> Path:
         return self.root / "report"
 

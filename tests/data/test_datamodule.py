@@ -161,7 +161,7 @@ PLAN = Plan((((0, 3), (1,)), ((4,), (2, 0)), ((1,),)))
 
 
 def test_supervised_in_step_is_the_sum_over_the_rows_of_the_step() -> None:
-    rows = PackedRows(DOCUMENTS, PLAN)
+    rows = PackedRows(DOCUMENTS, PLAN.steps)
     learned = [sum(supervised_tokens(DOCUMENTS[number]) for number in row) for row in PLAN.rows]
     assert learned == [5, 2, 5, 4, 2]
     assert [rows[index].supervised for index in range(len(rows))] == learned
@@ -169,7 +169,7 @@ def test_supervised_in_step_is_the_sum_over_the_rows_of_the_step() -> None:
 
 
 def test_rows_come_in_the_order_of_the_plan() -> None:
-    rows = PackedRows(DOCUMENTS, PLAN)
+    rows = PackedRows(DOCUMENTS, PLAN.steps)
     assert len(rows) == 5
     assert [rows[index].ids for index in range(5)] == [["0", "3"], ["1"], ["4"], ["2", "0"], ["1"]]
 
@@ -179,7 +179,7 @@ def batches(corpus: Corpus) -> list[Batch]:
 
 
 def test_loader_hands_over_the_packed_rows_unchanged() -> None:
-    rows = PackedRows(DOCUMENTS, PLAN)
+    rows = PackedRows(DOCUMENTS, PLAN.steps)
     loaded = batches(Corpus(DOCUMENTS, PLAN, {}))
     assert [batch.ids for batch in loaded] == [rows[index].ids for index in range(5)]
     for index, batch in enumerate(loaded):

@@ -1,5 +1,6 @@
 """From raw rows to the training's packed batches: read, select, tokenise, plan."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from branchmerge.config import SourceConfig, TrainConfig
 from branchmerge.data.batch import Batch, make_batch, supervised_tokens
-from branchmerge.data.packing import Plan, make_plan
+from branchmerge.data.packing import Plan, Step, make_plan
 from branchmerge.data.template import Document, tokenise
 from branchmerge.errors import UserError
 from branchmerge.trajectories import sources
@@ -19,15 +20,13 @@ from branchmerge.trajectories.selection import select
 
 
 class PackedRows(Dataset[Batch]):
-    """The plan's rows in the order they are trained on."""
+    """The rows of some of the plan's steps in the order they are trained on."""
 
-    def __init__(self, documents: list[Document], plan: Plan) -> None:
+    def __init__(self, documents: list[Document], steps: Sequence[Step]) -> None:
         self.documents = documents
-        self.rows = plan.rows
+        self.rows = [row for step in steps for row in step]
         self.supervised_in_step = [
-            sum(supervised_tokens(documents[number]) for row in step for number in row)
-            for step in plan.steps
-            for _ in step
+            sum(supervised_tokens(documents[number]) for row in step for number in row) for step in steps for _ in step
         ]
 
     def __len__(self) -> int:
@@ -57,14 +56,15 @@ class Corpus:
 
 
 class TrajectoryData(LightningDataModule):
-    """Hands the corpus to the Trainer, a packed row at a time, in the plan's order."""
+    """Hands the corpus to the Trainer, a packed row at a time, in the plan's order, from a step on."""
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, first_step: int = 0) -> None:
         super().__init__()
         self.corpus = corpus
+        self.first_step = first_step
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        rows = PackedRows(self.corpus.documents, self.corpus.plan)
+        rows = PackedRows(self.corpus.documents, self.corpus.plan.steps[self.first_step :])
         return DataLoader(rows, batch_size=None, shuffle=False)
 
 

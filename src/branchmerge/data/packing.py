@@ -12,19 +12,23 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Row = tuple[int, ...]
+"""The numbers of its documents"""
+Step = tuple[Row, ...]
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole training in order: for each optimizer step its rows, for each row the numbers of its documents."""
+    """The whole training in order."""
 
-    steps: tuple[tuple[tuple[int, ...], ...], ...]
+    steps: tuple[Step, ...]
 
     @property
-    def rows(self) -> list[tuple[int, ...]]:
+    def rows(self) -> list[Row]:
         return [row for step in self.steps for row in step]
 
 
-def pack(lengths: Sequence[int], capacity: int, rng: random.Random) -> list[tuple[int, ...]]:
+def pack(lengths: Sequence[int], capacity: int, rng: random.Random) -> list[Row]:
     """Pack all documents once, best fit in a random order: each goes to the fullest row that still has room for it.
 
     Args:
@@ -55,7 +59,7 @@ def make_plan(
     lengths: Sequence[int], capacity: int, global_batch: int, epochs: int, max_steps: int | None, seed: int
 ) -> Plan:
     """Pack every epoch anew, cut the rows of all epochs into steps of `global_batch`; only the last may be smaller."""
-    rows: list[tuple[int, ...]] = []
+    rows: list[Row] = []
     for epoch in range(epochs):
         rows += pack(lengths, capacity, random.Random(f"{seed}/{epoch}"))
         if max_steps is not None and len(rows) >= max_steps * global_batch:

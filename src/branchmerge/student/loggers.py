@@ -1,5 +1,6 @@
 """Training curves: a CSV file always, W&B or TensorBoard beside it on request."""
 
+import csv
 import netrc
 import os
 from pathlib import Path
@@ -9,16 +10,35 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from branchmerge.config import TrainConfig
 from branchmerge.errors import UserError
 
+METRICS = "metrics.csv"
 
-def make_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
-    """The loggers of a branch; the CSV file is `<folder>/metrics.csv`, in place of one of an earlier try."""
-    (folder / "metrics.csv").unlink(missing_ok=True)
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)]
+
+def make_loggers(config: TrainConfig, folder: Path, first_step: int = 0) -> list[Logger]:
+    """The loggers of a branch; the CSV file is `<folder>/metrics.csv`.
+
+    Args:
+        first_step: where this run goes on; what an earlier one told of the steps before stays.
+    """
+    kept = _rows_before(folder / METRICS, first_step)
+    (folder / METRICS).unlink(missing_ok=True)
+    curve = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    for row in kept:
+        curve.log_metrics({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+    loggers: list[Logger] = [curve]
     if config.logger.kind == "wandb":
         loggers.append(_wandb(config, folder))
     elif config.logger.kind == "tensorboard":
         loggers.append(_tensorboard(folder))
     return loggers
+
+
+def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
+    """Of a curve; a line that was cut off is left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if all(row.values())]
+    return [{name: float(value) for name, value in row.items()} for row in rows if int(row["step"]) < step]
 
 
 def _wandb(config: TrainConfig, folder: Path) -> Logger:

@@ -1,7 +1,6 @@
 """Train one branch: what train.py calls."""
 
 import logging
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from branchmerge import machine
 from branchmerge.config import TrainConfig
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account, prepare, read_corpus
 from branchmerge.student import attention, backbone
+from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.export import export
 from branchmerge.student.loggers import make_loggers
 from branchmerge.student.module import Student
+from branchmerge.student.resume import Resume
 from branchmerge.study import Manifest, Study, is_done, locked, parent_of, publish
 
 
@@ -46,11 +47,13 @@ def train(config: TrainConfig) -> Path:
         backbone.check_tokenizer(tokenizer, start)
         corpus = prepare(config, rows, tokenizer, backbone.context_length(start))
         _tell(corpus)
+        saved = CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
         with publish(folder, planned) as partial:
-            student, facts = _fit(config, start, device, precision, corpus)
+            student, facts = _fit(config, start, device, precision, corpus, saved)
             planned.data = corpus.account
             planned.training = facts
             export(student.model, start, partial, getattr(torch, config.export_dtype))
+        saved.remove()
     print(
         f"{folder}: {facts['steps']} steps, {facts['tokens']} tokens, {facts['seconds']:.0f} s,"
         f" {facts['tokens_per_second']:.0f} tokens/s, last loss {facts['last_loss']:.3f}",
@@ -60,12 +63,19 @@ def train(config: TrainConfig) -> Path:
 
 
 def _fit(
-    config: TrainConfig, start: Path, device: torch.device, precision: str, corpus: Corpus
+    config: TrainConfig, start: Path, device: torch.device, precision: str, corpus: Corpus, saved: CheckpointFolder
 ) -> tuple[Student, dict[str, Any]]:
-    """Load the backbone, train it over the plan, return it with the facts for the manifest."""
+    """Load the backbone, train it over the plan, return it with the facts for the manifest.
+
+    Goes on from the last checkpoint that is whole.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     seed_everything(config.seed, workers=True, verbose=False)
     steps = len(corpus.plan.steps)
+    begin = saved.newest()
+    first_step = begin.step if begin else 0
+    if begin is not None:
+        print(f"{begin.folder}: going on after step {begin.step} of {steps}", flush=True)
     attn = attention.implementation(config.backbone.attn, device)
     model = backbone.load_model(start, torch.float32, attn)
     if config.trainer.activation_checkpointing:
@@ -73,6 +83,8 @@ def _fit(
     model.train()
     student = Student(model, config.optim, steps)
     logs = _logs(config)
+    resume = Resume(saved, config.trainer.checkpoint, begin)
+    bars = [TQDMProgressBar(refresh_rate=1)] if config.trainer.progress else []
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
@@ -80,9 +92,9 @@ def _fit(
         max_epochs=1,  # the plan holds all epochs, one after the other
         accumulate_grad_batches=config.optim.global_batch,
         gradient_clip_val=config.optim.grad_clip or None,
-        logger=make_loggers(config, logs),
+        logger=make_loggers(config, logs, first_step),
         default_root_dir=logs,
-        callbacks=[TQDMProgressBar(refresh_rate=1)] if config.trainer.progress else [],
+        callbacks=[resume, *bars],
         enable_progress_bar=config.trainer.progress,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -90,9 +102,8 @@ def _fit(
         deterministic=device.type == "cpu",
         log_every_n_steps=1,
     )
-    began = time.perf_counter()
-    trainer.fit(student, datamodule=TrajectoryData(corpus))
-    seconds = time.perf_counter() - began
+    trainer.fit(student, datamodule=TrajectoryData(corpus, first_step))
+    seconds = resume.seconds
     if trainer.interrupted:
         raise KeyboardInterrupt
     last_loss = float(trainer.callback_metrics["loss"])
@@ -130,6 +141,14 @@ def _logs(config: TrainConfig) -> Path:
         out = Path(config.out).expanduser()
         return out.parent / f"{out.name}-logs"
     return Study(config).logs("train", config.domain.name)
+
+
+def _checkpoints(config: TrainConfig) -> Path:
+    """Where checkpoints lie while a branch is in training."""
+    if config.out is not None:
+        out = Path(config.out).expanduser()
+        return out.parent / f"{out.name}-checkpoints"
+    return Study(config).checkpoints
 
 
 def _precision(asked: str, device: torch.device) -> str:

@@ -1,0 +1,87 @@
+"""Save a branch as it trains, stop it when the machine is taken away, and go on from where it was."""
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from branchmerge.config import CheckpointConfig
+from branchmerge.student.checkpoints import Checkpoint, CheckpointFolder, load_state, save_state
+
+PREEMPTED = 128 + signal.SIGTERM
+"""Exit status of a run that was told to end and did so in good order."""
+
+
+class Resume(Callback):
+    """Writes checkpoints between optimizer steps, and starts a run at the step of one.
+
+    The Trainer is handed the rows that are left (`TrajectoryData`), so its own counters of batches begin anew; only
+    those of optimizer steps go on.
+    """
+
+    def __init__(self, folder: CheckpointFolder, config: CheckpointConfig, begin: Checkpoint | None) -> None:
+        self.folder = folder
+        self.config = config
+        self.begin = begin
+        self._saved = begin.step if begin else 0
+        self._saved_at = time.monotonic()
+        self._told_to_end = threading.Event()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._started = self._saved_at = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            self._former = signal.signal(signal.SIGTERM, self._take_note)
+        if self.begin is None:
+            return
+        loop = trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = self.begin.step
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self.begin.step
+        load_state(self.begin.folder, module, _optimizer(trainer))
+        (scheduler,) = (config.scheduler for config in trainer.lr_scheduler_configs)
+        scheduler.last_epoch = self.begin.step  # its learning rates came with the optimizer's state
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        """Between steps: the one before has been logged."""
+        if trainer.global_step == self._saved or index % trainer.accumulate_grad_batches:
+            return
+        ending = trainer.strategy.reduce_boolean_decision(self._told_to_end.is_set(), all=False)
+        if ending or trainer.strategy.reduce_boolean_decision(self._is_due(trainer.global_step), all=False):
+            self._save(trainer, module)
+        if ending:
+            print(
+                f"told to end after step {trainer.global_step} of {self.folder.folder.name}; run the same command again"
+                " to go on",
+                flush=True,
+            )
+            raise SystemExit(PREEMPTED)
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        if hasattr(self, "_former"):
+            signal.signal(signal.SIGTERM, self._former)
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, those of earlier runs included."""
+        return (self.begin.seconds if self.begin else 0.0) + time.monotonic() - self._started
+
+    def _take_note(self, number: int, frame: FrameType | None) -> None:
+        self._told_to_end.set()
+
+    def _is_due(self, step: int) -> bool:
+        every, minutes = self.config.every_n_steps, self.config.every_n_minutes
+        by_step = every is not None and step - self._saved >= every
+        return by_step or (minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        step = trainer.global_step
+        self.folder.write(step, self.seconds, lambda folder: save_state(folder, module, _optimizer(trainer)))
+        self._saved, self._saved_at = step, time.monotonic()
+
+
+def _optimizer(trainer: Trainer) -> Optimizer:
+    (optimizer,) = trainer.optimizers
+    return optimizer

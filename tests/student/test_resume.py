@@ -1,0 +1,204 @@
+"""A killed or stopped branch goes on from its last checkpoint, to the same curve and the same weights."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import PROJECT, branch, metrics
+
+from branchmerge.student import checkpoints
+from branchmerge.student.checkpoints import CheckpointFolder
+from branchmerge.student.training import train
+from branchmerge.study import Manifest, read_manifest, weights_sha256
+
+SETTINGS = (
+    "domain=math", "optim.epochs=20", "optim.max_steps=20", "optim.global_batch=3",
+    "trainer.checkpoint.every_n_steps=2",
+)  # fmt: skip
+COMPARED = ("step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outputs = tmp_path_factory.mktemp("uninterrupted")
+    train(branch(tiny_student, outputs, *SETTINGS))
+    return outputs
+
+
+def curve(outputs: Path) -> list[tuple[str, ...]]:
+    return [tuple(row[name] for name in COMPARED) for row in metrics(outputs, "math")]
+
+
+def expert(outputs: Path) -> Path:
+    return outputs / "tiny" / "experts" / "math"
+
+
+def steps_saved(outputs: Path) -> list[int]:
+    return sorted(int(folder.name.split("-")[1]) for folder in outputs.glob("tiny/checkpoints/*/step-*"))
+
+
+def started(student: Path, outputs: Path, *more: str) -> subprocess.Popen[str]:
+    """`python train.py` of the same branch, as a process of its own."""
+    command = [
+        sys.executable, "train.py", "--config-dir", "tests/conf", "study=tiny", f"backbone.path={student}",
+        "trainer=cpu", "trainer.precision=32-true", "trainer.progress=false", f"outputs={outputs}", *SETTINGS, *more,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+    """Until a process has come so far."""
+    assert callable(condition)
+    end = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def assert_same_branch(outputs: Path, uninterrupted: Path) -> None:
+    assert curve(outputs) == curve(uninterrupted)
+    assert weights_sha256(expert(outputs)) == weights_sha256(expert(uninterrupted))
+    assert not list(outputs.glob("tiny/checkpoints/*"))
+
+
+def test_killed_in_the_middle_of_a_step(tiny_student: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    process = started(tiny_student, tmp_path)
+    wait_for(lambda: steps_saved(tmp_path), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not expert(tmp_path).exists()
+    saved = max(steps_saved(tmp_path))
+    again = started(tiny_student, tmp_path)
+    said = again.communicate()[0]
+    assert again.returncode == 0, said
+    assert f"going on after step {saved} of 20" in said
+    assert_same_branch(tmp_path, uninterrupted)
+    manifest = read_manifest(expert(tmp_path))
+    assert manifest is not None and manifest.training["steps"] == len(curve(uninterrupted)) == 20
+
+
+def test_told_to_end_it_saves_and_goes_on_later(tiny_student: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    never = "trainer.checkpoint.every_n_steps=1000"
+    curve_file = tmp_path / "tiny" / "logs" / "train" / "math" / "metrics.csv"
+    process = started(tiny_student, tmp_path, never)
+    wait_for(lambda: curve_file.is_file() and len(curve_file.read_text().splitlines()) > 1, process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "run the same command again to go on" in said and "Traceback" not in said
+    (saved,) = steps_saved(tmp_path)
+    assert saved < len(curve(uninterrupted))
+    again = started(tiny_student, tmp_path, never)
+    said = again.communicate()[0]
+    assert again.returncode == 0 and f"going on after step {saved} of" in said
+    assert_same_branch(tmp_path, uninterrupted)
+
+
+def manifest(**work: object) -> Manifest:
+    return Manifest("expert", "math", {}, dict(work))
+
+
+def folder_with(tmp_path: Path, *steps: int, keep_last: int = 3) -> CheckpointFolder:
+    folder = CheckpointFolder(tmp_path, manifest(lr=1), keep_last)
+    for step in steps:
+        assert folder.write(step, float(step), lambda partial, step=step: torch.save(step, partial / "state.pt"))  # type: ignore[misc]
+    return folder
+
+
+def test_the_last_ones_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, 2, 4, 6, 100, keep_last=2)
+    assert sorted(path.name for path in folder.folder.iterdir()) == ["step-00000006", "step-00000100"]
+    newest = folder.newest()
+    assert newest is not None and (newest.step, newest.seconds) == (100, 100.0)
+    assert torch.load(newest.folder / "state.pt") == 100
+    assert CheckpointFolder(tmp_path, manifest(lr=2), 2).newest() is None  # other work
+    folder.remove()
+    assert folder.newest() is None
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "lost", "no record", "broken record"])
+def test_one_that_is_not_whole_is_passed_over(harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_with(tmp_path, 2, 4)
+    last = folder.folder / "step-00000004"
+    state, record = last / "state.pt", last / "checkpoint.json"
+    if harm == "flipped":
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
+    elif harm == "cut":
+        state.write_bytes(state.read_bytes()[:-1])
+    elif harm == "broken record":
+        record.write_text(record.read_text()[:-10])
+    else:
+        (record if harm == "no record" else state).unlink()
+    found = folder.newest()
+    assert found is not None and found.step == 2
+    assert f"warning: {last}: not whole" in capsys.readouterr().out
+    assert folder.write(4, 4.0, lambda partial: torch.save(4, partial / "state.pt"))
+    found = folder.newest()
+    assert found is not None and found.step == 4
+
+
+@pytest.mark.parametrize("writer", ["torch.save", "shards"])
+def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
+    writer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a disk in memory: {mounted.stderr.strip()}")
+    try:
+        folder = folder_with(tmp_path, 2)
+        model = torch.nn.Linear(1 << 10, 1 << 10)
+        optimizer = torch.optim.AdamW(model.parameters())
+        fill = {
+            "torch.save": lambda partial: torch.save(model.weight, partial / "state.pt"),
+            "shards": lambda partial: checkpoints.save_state(partial, model, optimizer),
+        }[writer]
+        assert not folder.write(4, 4.0, fill)
+        assert "no room for a checkpoint" in capsys.readouterr().out
+        assert [path.name for path in folder.folder.iterdir()] == ["step-00000002"]
+        found = folder.newest()
+        assert found is not None and found.step == 2
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)  # torch may still hold the file that it gave up
+
+
+def test_another_error_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    def fail(_: Path) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    with pytest.raises(OSError, match="broken disk"):
+        folder_with(tmp_path).write(2, 2.0, fail)
+
+
+def test_weights_moments_and_generators_come_back(tmp_path: Path) -> None:
+    def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> float:
+        loss = model(torch.ones(2, 3)).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    model, optimizer = made()
+    step(model, optimizer)
+    checkpoints.save_state(tmp_path, model, optimizer)
+    expected = [step(model, optimizer) for _ in range(3)]
+    other, its_optimizer = made()
+    checkpoints.load_state(tmp_path, other, its_optimizer)
+    assert [step(other, its_optimizer) for _ in range(3)] == expected
