@@ -265,6 +265,8 @@ class BenchmarkConfig:
     """First contest date that counts; null: 2024-08-01."""
     livecodebench_end: str | None = None
     """Last one; null: 2025-02-01."""
+    livecodebench_grader: str = field(default="strict", metadata=_choice("strict", "official"))
+    """official: LiveCodeBench's own verdicts, its faults included, to compare with published numbers."""
 
 
 @dataclass

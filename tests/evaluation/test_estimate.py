@@ -1,4 +1,4 @@
-"""A model's mean and its error: against scipy, and against simulation of a truth that is known."""
+"""A model's mean and its error: against scipy and statsmodels, and against simulation of a truth that is known."""
 
 import math
 
@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, sem, ttest_1samp
+from statsmodels.api import OLS
 
 from branchmerge.evaluation.stats import estimate
 
@@ -20,6 +21,14 @@ def test_the_question_is_the_cluster(scores: list[list[float]]) -> None:
     assert found.mean == pytest.approx(np.mean(means), abs=1e-12)
     assert found.stderr == pytest.approx(sem(means), abs=1e-12)
     assert (found.questions, found.samples) == (len(scores), sum(map(len, scores)))
+
+
+def test_the_error_is_that_of_a_clustered_regression() -> None:
+    scores = np.random.default_rng(5).random((12, 4))
+    questions = np.repeat(np.arange(12), 4)
+    fitted = OLS(scores.ravel(), np.ones(48)).fit(cov_type="cluster", cov_kwds={"groups": questions})
+    found = estimate(scores.tolist())
+    assert (found.mean, found.stderr) == pytest.approx((fitted.params[0], fitted.bse[0]), rel=1e-10)
 
 
 def test_the_interval_is_students() -> None:

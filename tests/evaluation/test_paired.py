@@ -1,4 +1,4 @@
-"""Two models on the same questions: against scipy, by hand, and against simulation of a truth that is known."""
+"""Two models on the same questions: against scipy, statsmodels, numbers by hand, and simulations of a known truth."""
 
 import math
 
@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from branchmerge.evaluation.paired import (
     Spread,
@@ -98,6 +99,12 @@ def test_the_false_alarms_are_as_many_as_promised() -> None:
     ps = np.array([compare(a, b).p for a, b in drawn(5, 14, 4, 0.0, repeats=500)])
     for alpha in (0.05, 0.2):
         assert np.mean(ps <= alpha) == pytest.approx(alpha, abs=3.3 * math.sqrt(alpha * (1 - alpha) / 500))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_that_of_statsmodels(ps: list[float]) -> None:
+    expected = multipletests(ps, method="holm")[1]
+    assert list(holm({str(i): p for i, p in enumerate(ps)}).values()) == pytest.approx(expected.tolist(), abs=1e-12)
 
 
 def test_holm_by_hand() -> None:

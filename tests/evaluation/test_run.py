@@ -278,6 +278,21 @@ def test_the_sandboxs_level_is_the_one_that_was_asked_for(tmp_path: Path, capsys
         sandbox.use("auto")
 
 
+@pytest.mark.parametrize(("grader", "correct"), [("strict", True), ("official", False)])
+def test_official_verdicts_can_be_asked_for(data_dir: Path, grader: str, correct: bool) -> None:
+    """LiveCodeBench has no lines in the sys.stdin that it gives to a program."""
+    settings = ["benchmark.tasks=[livecodebench]", f"benchmark.data_dir={data_dir}"]
+    (benchmark,) = load_benchmark(composed(*settings, f"benchmark.livecodebench_grader={grader}"))
+    assert benchmark.grader == {"strict": "livecodebench", "official": "livecodebench_official"}[grader]
+    assert benchmark.sandbox_level() == sandbox.shared().level
+    request = next(request for request in benchmark.requests(42) if int(request.question[1:]) % 2)
+    number = int(request.question[1:])
+    said = f"```python\nimport sys\nfor line in sys.stdin:\n    print(int(line) + {number})\n```"
+    assert benchmark.grade(request, Response(said, 9, "stop")).verdict.correct is correct
+    usual = f"```python\n{upstream.solution(number)}```"
+    assert benchmark.grade(request, Response(usual, 9, "stop")).verdict.correct
+
+
 ASKED = 3
 """Questions of each published benchmark"""
 

@@ -187,6 +187,7 @@ def task_manager(config: EvaluateConfig, include_defaults: bool) -> Any:
         "livecodebench_release": config.benchmark.livecodebench_release,
         "livecodebench_start": config.benchmark.livecodebench_start,
         "livecodebench_end": config.benchmark.livecodebench_end,
+        "livecodebench_grader": config.benchmark.livecodebench_grader,
     }
     metadata = {name: value for name, value in metadata.items() if value is not None}
     return TaskManager(include_path=str(TASKS), include_defaults=include_defaults, metadata=metadata)

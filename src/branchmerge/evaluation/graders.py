@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from branchmerge.evaluation import answers
 from branchmerge.evaluation.livecodebench.cases import Case, cases
-from branchmerge.evaluation.livecodebench.grading import grade_program
+from branchmerge.evaluation.livecodebench.grading import OFFICIAL, STRICT, grade_program
 from branchmerge.evaluation.math_worker import math_equal
 from branchmerge.evaluation.sandbox import PASSED, run_tests
 from branchmerge.trajectories.schema import Reference
@@ -24,7 +24,7 @@ GRADER_TIMEOUT = "grader_timeout"
 MATH_VERIFY = "math_verify"
 SECONDARY = {"integer": (MATH_VERIFY,)}
 """Second opinions that a grader reports beside its verdict."""
-RUNS_CODE = ("code", "livecodebench")
+RUNS_CODE = ("code", "livecodebench", "livecodebench_official")
 """Graders that run programs."""
 CHOICES = "ABCDEFGHIJ"
 
@@ -64,7 +64,7 @@ def grade(response: str, reference: Reference) -> Verdict:
         )
     graders = {
         "math": grade_math, "choice": grade_choice, "integer": grade_integer, "code": grade_code,
-        "livecodebench": grade_livecodebench,
+        "livecodebench": grade_livecodebench, "livecodebench_official": grade_livecodebench,
     }  # fmt: skip
     return graders[reference.grader](answer, reference)
 
@@ -117,13 +117,14 @@ def grade_code(answer: str, reference: Reference) -> Verdict:
 
 
 def grade_livecodebench(answer: str, reference: Reference) -> Verdict:
-    """The last fenced program, run against all tests of its problem, public and private."""
+    """The last fenced program, run against all tests of its problem, public and private; see `grade_program`."""
     program = last_program(answer)
     if program is None:
         return Verdict(False, NO_ANSWER)
     with _UNPACKING:
         tests = _unpacked(reference.public, reference.private)
-    verdict = grade_program(program, tests, reference.function)
+    mode = OFFICIAL if reference.grader == "livecodebench_official" else STRICT
+    verdict = grade_program(program, tests, reference.function, mode)
     return Verdict(verdict.correct, "" if verdict.correct else verdict.reason, program)
 
 

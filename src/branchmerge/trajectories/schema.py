@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
-GRADERS = ("math", "choice", "integer", "code", "livecodebench")
+GRADERS = ("math", "choice", "integer", "code", "livecodebench", "livecodebench_official")
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Reference:
             if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
                 raise ValueError("a reference with grader 'code' needs a non-empty list of tests")
             return Reference("code", tests=tuple(str(test) for test in tests))
-        if raw["grader"] == "livecodebench":
+        if raw["grader"] in ("livecodebench", "livecodebench_official"):
             public, private = str(raw.get("public") or ""), str(raw.get("private") or "")
             if not public and not private:
-                raise ValueError("a reference with grader 'livecodebench' needs its public or private tests")
-            return Reference("livecodebench", public=public, private=private, function=str(raw.get("function") or ""))
+                raise ValueError(f"a reference with grader {raw['grader']!r} needs its public or private tests")
+            return Reference(raw["grader"], public=public, private=private, function=str(raw.get("function") or ""))
         if "answer" not in raw:
             raise ValueError(f"a reference with grader {raw['grader']!r} needs an answer")
         if raw["grader"] == "integer" and not re.fullmatch(r"[+-]?\d+", str(raw["answer"])):

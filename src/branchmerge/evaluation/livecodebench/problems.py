@@ -17,6 +17,7 @@ from branchmerge.evaluation import prompts
 from branchmerge.evaluation.benchmark_files import livecodebench as release_files
 from branchmerge.evaluation.benchmark_files import rows
 from branchmerge.evaluation.livecodebench.cases import cases
+from branchmerge.evaluation.livecodebench.grading import OFFICIAL, STRICT
 from branchmerge.evaluation.questions import Document, check_count, check_ids, text
 
 RELEASE, START, END = "release_v5", "2024-08-01", "2025-02-01"
@@ -33,6 +34,7 @@ def livecodebench(
     release: str = RELEASE,
     start: str = START,
     end: str = END,
+    grader: str = STRICT,
 ) -> list[Document]:
     """The problems of a release whose contest was in a window.
 
@@ -42,10 +44,13 @@ def livecodebench(
         release: release_v1, ...; a later one holds all problems of those before
         start: first date, YYYY-MM-DD
         end: last date, of which only midnight belongs to the window, as in LiveCodeBench's own code
+        grader: strict or official, see `grading`
 
     Raises:
         UserError: files are missing or are not what they should be, or the window makes no sense
     """
+    if grader not in (STRICT, OFFICIAL):
+        raise UserError(f"livecodebench_grader={grader}: choose {STRICT} or {OFFICIAL}")
     first, last = _date(start, "livecodebench_start"), _date(end, "livecodebench_end")
     if first >= last:
         raise UserError(
@@ -54,7 +59,7 @@ def livecodebench(
     documents = []
     for where, row in rows(release_files(release), data_dir):
         if first <= _date(text(row, "contest_date", where), f"{where}: contest_date") <= last:
-            documents.append(_document(row, where, style))
+            documents.append(_document(row, where, style, grader))
     if not documents:
         raise UserError(f"livecodebench: {release} has no problem from {start} to {end}")
     if (release, start, end) in COUNTS:
@@ -70,7 +75,7 @@ def _date(written: str, what: str) -> datetime:
         raise UserError(f"{what}={written} is no date; write it as 2024-08-01") from None
 
 
-def _document(row: dict[str, Any], where: str, style: str) -> Document:
+def _document(row: dict[str, Any], where: str, style: str, grader: str) -> Document:
     name = text(row, "question_id", where)
     public, private = (text(row, column, where) for column in ("public_test_cases", "private_test_cases"))
     try:
@@ -82,7 +87,8 @@ def _document(row: dict[str, Any], where: str, style: str) -> Document:
         raise UserError(f"{where}: {name} has no tests, so every program would pass")
     if has_public and (cases(public, "")[0].kind == "functional") != bool(function):
         raise UserError(f"{where}: either the tests of {name} or its metadata say that it is a function, not both")
-    reference = {"grader": "livecodebench", "public": public, "private": private, "function": function}
+    name_of_grader = "livecodebench_official" if grader == OFFICIAL else "livecodebench"
+    reference = {"grader": name_of_grader, "public": public, "private": private, "function": function}
     text(row, "question_content", where)
     # Both as they stand, spaces at their ends included: the prompt is LiveCodeBench's to the letter.
     question = prompts.code_question(row["question_content"], row.get("starter_code") or "", style)

@@ -1,7 +1,8 @@
 """What the published benchmarks' YAML files call: load the checked questions, grade the k responses of one.
 
 All arguments come from the task's metadata, so that one `--metadata` (or `TaskManager(metadata=...)`) changes them:
-data_dir, prompt_style and, for livecodebench, livecodebench_release, livecodebench_start, livecodebench_end.
+data_dir, prompt_style and, for livecodebench, livecodebench_release, livecodebench_start, livecodebench_end,
+livecodebench_grader.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from datasets import Dataset, Features, Value
 
 from branchmerge.evaluation import questions
 from branchmerge.evaluation.livecodebench import problems
+from branchmerge.evaluation.livecodebench.grading import STRICT
 from branchmerge.evaluation.tasks import grading
 
 grade = grading.grade_responses
@@ -43,11 +45,12 @@ def livecodebench(
     livecodebench_release: str = problems.RELEASE,
     livecodebench_start: str = problems.START,
     livecodebench_end: str = problems.END,
+    livecodebench_grader: str = STRICT,
     **_: Any,
 ) -> dict[str, Dataset]:
     """See `problems.livecodebench`."""
     found = problems.livecodebench(
-        data_dir, prompt_style, livecodebench_release, livecodebench_start, livecodebench_end
+        data_dir, prompt_style, livecodebench_release, livecodebench_start, livecodebench_end, livecodebench_grader
     )
     text = Value("string")
     # A whole release's tests pass the 2 GiB that a column of plain strings can hold.
