@@ -10,8 +10,9 @@ demo: setup ## the three phases on the embedded demo study; goes on where it was
 	$(BIN)/python merge.py
 	$(BIN)/python evaluate.py
 
+# Two processes: many tests wait (for limits of the sandbox, for servers) and leave a core to the others.
 test: setup ## all tests but those marked slow
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## the demo study itself, as a test
 	$(BIN)/python -m pytest -m slow

@@ -169,6 +169,8 @@ class TrainerConfig:
     """Weights and optimizer are float32 always. auto: bf16 compute on CUDA and on CPUs with bf16 instructions."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    max_skipped_steps: int = field(default=3, metadata=_at_least(0))
+    """Steps in a row whose loss or gradient is not finite that are left out before training stops."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     progress: bool = True
     """Draw progress bars."""

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from branchmerge import config
-from branchmerge.data.batch import make_batch, supervised_tokens
+from branchmerge.data.batch import Batch, make_batch, supervised_tokens
 from branchmerge.data.datamodule import prepare, read_corpus
 from branchmerge.errors import UserError
 from branchmerge.student import attention
 from branchmerge.student.backbone import load_model, load_tokenizer, locate
 from branchmerge.student.loss import summed_loss
+from branchmerge.student.module import Student
 from branchmerge.student.optim import lr_factor
 from branchmerge.student.training import train
 from branchmerge.study import Study, read_manifest
@@ -90,9 +91,41 @@ def test_a_loss_that_is_no_number_stops_the_branch_and_names_rows(tiny_student: 
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"step 0: the loss is nan on the rows math-0"):
-        train(branch(folder, tmp_path, "domain=math"))
+    match = r"step 2: loss nan, gradient nan on the rows math-.*, \.\.\.; lower optim\.lr"
+    with pytest.raises(UserError, match=match):
+        train(branch(folder, tmp_path, "domain=math", "trainer.max_skipped_steps=2"))
     assert not (tmp_path / "tiny" / "experts" / "math").exists()
+
+
+def test_a_step_without_a_finite_gradient_is_left_out(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if that step's rows had overflowed: neither weights nor moments know of it."""
+    train(branch(tiny_student, tmp_path / "whole", "domain=math"))
+    usual = Student.training_step
+
+    def overflowing(self: Student, batch: Batch, index: int) -> torch.Tensor:
+        share = usual(self, batch, index)
+        return share * float("inf") if self.trainer.global_step == 1 else share
+
+    monkeypatch.setattr(Student, "training_step", overflowing)
+    settings = branch(tiny_student, tmp_path / "skipping", "domain=math")
+    before: list[dict[str, torch.Tensor]] = []
+    at_end = Student.on_train_batch_end
+
+    def keep(self: Student, *given: Any) -> None:
+        if self.trainer.global_step != self._step_before:
+            before.append({name: value.clone() for name, value in self.state_dict().items()})
+        at_end(self, *given)
+
+    monkeypatch.setattr(Student, "on_train_batch_end", keep)
+    train(settings)
+    rows = metrics(tmp_path / "skipping", "math")
+    assert [row["skipped"] for row in rows] == ["0.0", "1.0", "0.0"]
+    assert rows[0]["loss"] == metrics(tmp_path / "whole", "math")[0]["loss"]
+    assert all(torch.equal(before[0][name], value) for name, value in before[1].items())
+    assert any(not torch.equal(before[1][name], value) for name, value in before[2].items())
+    assert "left out (1 of 3 in a row)" in capsys.readouterr().out
 
 
 def test_training_is_what_a_plain_loop_computes(tiny_student: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The LightningModule around any causal LM: one packed row in, its share of the step's loss out."""
 
+import math
 import time
 from typing import Any
 
@@ -23,16 +24,17 @@ class Student(LightningModule):
     and ranks; so how a step is cut into micro-batches does not change the update.
     """
 
-    def __init__(self, model: PreTrainedModel, optim: OptimConfig, total_steps: int) -> None:
+    def __init__(self, model: PreTrainedModel, optim: OptimConfig, total_steps: int, max_skipped: int = 0) -> None:
+        """`max_skipped`: steps in a row without a finite gradient that are left out before training stops."""
         super().__init__()
         self.model = model
         self._summed_loss = loss_for(model)
         self.optim = optim
         self.total_steps = total_steps
-        self._loss = 0.0
-        self._tokens = 0
-        self._supervised = 0
+        self.max_skipped = max_skipped
+        self._skipped_in_a_row = 0
         self._since = 0.0
+        self._begin_step()
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """This row's summed loss over the learned tokens of the whole step.
@@ -44,11 +46,8 @@ class Student(LightningModule):
             self._since = time.perf_counter()
         share = self._summed_loss(self.model, batch) / batch.supervised_in_step
         if not torch.isfinite(share.detach()):
-            rows = ", ".join(batch.ids[:3])
-            raise UserError(
-                f"step {self.trainer.global_step}: the loss is {share.item()} on the rows {rows}, ...; lower optim.lr="
-                f"{self.optim.lr}, or look at these rows"
-            )
+            self._broken_rows += batch.ids
+        self._rows += batch.ids
         self._loss += float(share.detach())
         self._tokens += batch.input_ids.numel()
         self._supervised += batch.supervised
@@ -64,9 +63,25 @@ class Student(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, and keep the norm for the log."""
+        """Clip by the global norm, and keep the norm for the log; without a finite gradient the step is left out."""
         limit = gradient_clip_val or float("inf")
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+        if math.isfinite(self._grad_norm):
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        for parameter in self.parameters():
+            parameter.grad = None  # the optimizer passes over it: neither weight nor moments change
+        self._tell_of_skipping()
+
+    def _tell_of_skipping(self) -> None:
+        """Raises UserError when there were too many in a row."""
+        rows = self._broken_rows or self._rows
+        named = ", ".join(rows[:5]) + (", ..." if len(rows) > 5 else "")
+        said = f"step {self.trainer.global_step}: loss {self._loss}, gradient {self._grad_norm} on the rows {named}"
+        if self._skipped_in_a_row > self.max_skipped:
+            raise UserError(f"{said}; lower optim.lr={self.optim.lr}, or look at these rows")
+        print(f"warning: {said}; left out ({self._skipped_in_a_row} of {self.max_skipped} in a row)", flush=True)
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
         self._step_before = self.trainer.global_step
@@ -83,4 +98,10 @@ class Student(LightningModule):
         self.log("grad_norm", self._grad_norm)
         self.log("tokens", float(self._tokens))
         self.log("supervised_tokens", float(self._supervised))
+        self.log("skipped", float(self._skipped_in_a_row > 0))
+        self._begin_step()
+
+    def _begin_step(self) -> None:
         self._loss, self._tokens, self._supervised = 0.0, 0, 0
+        self._rows: list[str] = []
+        self._broken_rows: list[str] = []

@@ -81,7 +81,7 @@ def _fit(
     if config.trainer.activation_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    student = Student(model, config.optim, steps)
+    student = Student(model, config.optim, steps, config.trainer.max_skipped_steps)
     logs = _logs(config)
     resume = Resume(saved, config.trainer.checkpoint, begin)
     bars = [TQDMProgressBar(refresh_rate=1)] if config.trainer.progress else []
