@@ -19,6 +19,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from branchmerge.student.autocast import compute_dtype
+
 PACKED_SDPA = "packed_sdpa"
 
 
@@ -71,15 +73,9 @@ def packed_sdpa(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _dtype(query: Tensor) -> torch.dtype:
-    """What attention is computed in: under autocast, rotary embeddings leave the query in float32."""
-    autocast = torch.is_autocast_enabled(query.device.type)
-    return torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
-
-
 def _takes_varlen(query: Tensor) -> bool:
     """Whether torch's FlashAttention for rows of several documents is there: half precision on Ampere or later."""
-    half = _dtype(query) in (torch.bfloat16, torch.float16)
+    half = compute_dtype(query) in (torch.bfloat16, torch.float16)
     there = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     return half and there and {"scale", "window_size"} <= _varlen_parameters()
 
@@ -100,7 +96,7 @@ def _varlen(
     window: tuple[int, int],
 ) -> Tensor:
     """[1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
-    q, k, v = (heads[0].transpose(0, 1).to(_dtype(query)) for heads in (query, key, value))
+    q, k, v = (heads[0].transpose(0, 1).to(compute_dtype(query)) for heads in (query, key, value))
     grouped: dict[str, Any] = {"enable_gqa": k.shape[1] != q.shape[1]} if "enable_gqa" in _varlen_parameters() else {}
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, **grouped)
     assert isinstance(out, Tensor)

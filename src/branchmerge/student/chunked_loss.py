@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from branchmerge.student.autocast import compute_dtype
+
 CHUNK, DEVICE_CHUNK = 1 << 24, 1 << 27
 """Logits that are held at once, in float32: 64 MB on a CPU, half a gigabyte elsewhere, which keeps a GPU busy."""
 
@@ -32,13 +34,8 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor
     """
     held = CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK
     rows = max(1, held // len(head))
-    loss: Tensor = _SummedCrossEntropy.apply(hidden, head, labels, rows, _dtype(hidden))
+    loss: Tensor = _SummedCrossEntropy.apply(hidden, head, labels, rows, compute_dtype(hidden))
     return loss
-
-
-def _dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 class _SummedCrossEntropy(Function):

@@ -28,7 +28,6 @@ class Resume(Callback):
         self.config = config
         self.begin = begin
         self._saved = begin.step if begin else 0
-        self._saved_at = time.monotonic()
         self._told_to_end = threading.Event()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
