@@ -26,7 +26,7 @@ from pathlib import Path
 
 import measure
 
-TINY = ["--hidden", "64", "--intermediate", "128", "--layers", "1", "--heads", "4", "--kv-heads", "2", "--vocab", "64"]
+TINY = ["--hidden", "64", "--intermediate", "1024", "--layers", "1", "--heads", "4", "--kv-heads", "2", "--vocab", "64"]
 
 
 def main() -> None:

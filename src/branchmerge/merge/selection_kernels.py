@@ -25,6 +25,8 @@ ZERO = np.uint32(1 << 16)
 """The key of zero, and, as keys are rounded up, of nothing else."""
 KEYS = (1 << 17) + CHUNK
 """More than the largest key, in whole chunks."""
+GROUP = 32
+"""Values that are looked through at once for those that are wanted."""
 
 
 @inlined
@@ -126,25 +128,28 @@ def scores(right: Any, left: Any, kl: Any, signed: bool, out: Any) -> None:
 def gather(right: Any, left: Any, kl: Any, signed: bool, wanted: Any, out: Any) -> int:
     """Copy every S, scaled, whose key is one of three to out; returns how many there are."""
     values = np.empty(CHUNK, np.float32)
-    hits = np.zeros(CHUNK, np.uint8)
-    hits_of_eight = hits.view(np.uint64)
+    bits = values.view(np.uint32)
     first, second, third = _bits_of_key(wanted[0]), _bits_of_key(wanted[1]), _bits_of_key(wanted[2])
     found = 0
     for r in range(right.shape[0]):
         for c in range(0, right.shape[1], CHUNK):
             n = min(CHUNK, right.shape[1] - c)
             x, y, k = right[r, c : c + n], left[r, c : c + n], _scaled(kl[r])
-            hits[n:] = 0
             for i in range(n):
-                value = _score(k, x[i], y[i], signed)
-                leading = _rounded_up(bits_of_float(value))
-                values[i] = value
-                hits[i] = (leading == first) | (leading == second) | (leading == third)
-            for group in range(CHUNK // 8):
-                if hits_of_eight[group]:
-                    for i in range(8 * group, 8 * group + 8):
-                        if hits[i]:
-                            out[found] = values[i]
+                values[i] = _score(k, x[i], y[i], signed)
+            if n < CHUNK:
+                values[n:] = np.nan  # no key that is looked for
+            # Few are wanted: most groups are passed over as a whole.
+            for start in range(0, n, GROUP):
+                group, hit = bits[start : start + GROUP], np.uint32(0)
+                for i in range(GROUP):
+                    leading = _rounded_up(group[i])
+                    hit |= np.uint32((leading == first) | (leading == second) | (leading == third))
+                if hit:
+                    for i in range(GROUP):
+                        leading = _rounded_up(group[i])
+                        if (leading == first) | (leading == second) | (leading == third):
+                            out[found] = values[start + i]
                             found += 1
     return found
 

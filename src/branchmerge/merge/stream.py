@@ -45,6 +45,8 @@ BACKBONE = "the backbone"
 """Its name among the leaves."""
 SIDE_BY_SIDE = 1 << 25
 """Bytes of a tensor up to which several are merged side by side; larger ones are shared by all threads."""
+AHEAD = 1 << 27
+"""Bytes of results that may be made before the writers want them: they keep the threads busy while a disk hesitates."""
 
 
 def merge(recipe: Recipe) -> Path:
@@ -190,11 +192,14 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=not results[0].recipe.progress)
     with bar:
         underway: deque[tuple[str, Callable[[], Iterable[_Merged]]]] = deque()
+        ahead = 0
 
         def hand_over(left: int) -> None:
-            """Give merged tensors to the writers, in order, until so many are underway."""
-            while len(underway) > left:
+            """Give merged tensors to the writers, in order, until so many bytes are underway."""
+            nonlocal ahead
+            while underway and (ahead > left or not left):
                 name, made = underway.popleft()
+                ahead -= infos[name].nbytes * len(results)
                 for result, merged in zip(results, made(), strict=True):
                     result.take(name, merged)
                 for source in sources:
@@ -206,13 +211,14 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
             if following is not None:
                 for source in sources:
                     source.prefetch(following)
+            ahead += infos[name].nbytes * len(results)
             merge = partial(_merge_tensor, name, results, readers, origin)
             if infos[name].nbytes > SIDE_BY_SIDE:
                 underway.append((name, merge))
                 hand_over(0)  # makes the next result when the last one is with its writer
             else:
                 underway.append((name, workers.begin(partial(_listed, merge)).result))
-                hand_over(workers.count + 4)
+                hand_over(AHEAD)
         hand_over(0)
 
 
