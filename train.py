@@ -12,13 +12,26 @@ config.register()
 @cli.job
 def main(cfg: DictConfig) -> None:
     branch = config.typed(cfg, config.TrainConfig)
-    # Imported here, so that a mistake on the command line is told at once and not after loading torch.
-    from branchmerge.student.training import check, train
+    if branch.plan:
+        from branchmerge.student.plan import make_plan
+        from branchmerge.student.plan_text import told
 
+        print(told(make_plan(branch)))
+        return
+    # Imported here, so that a mistake on the command line is told at once and not after loading torch.
+    with cli.importing():
+        from branchmerge.student import launch, ranks
+        from branchmerge.student.training import check, train
+
+    if launch.is_needed(branch):
+        check(branch)
+        cli.together(launch.launch, launch.this_branch(branch))
+        return
     if branch.study.warmup and branch.backbone.path is None and branch.domain.name != "warmup":
         check(branch)  # the branch's own data, before minutes go into the backbone
         train(config.typed(cli.compose_domain("warmup"), config.TrainConfig))
     train(branch)
+    ranks.leave()
 
 
 if __name__ == "__main__":

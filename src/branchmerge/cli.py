@@ -121,5 +121,7 @@ def compose_domain(domain: str) -> DictConfig:
     Takes over what was said about study, backbone, machine and seed; not what was said about the branch itself.
     """
     about = ("study", "backbone", "trainer", "logger", "seed", "outputs")
-    kept = [o for o in HydraConfig.get().overrides.task if o.lstrip("+~").split("=")[0].split(".")[0] in about]
+    of_branch = "trainer.validate_every_n_steps"  # what it validates on is said with the branch's data
+    keys = {o: o.lstrip("+~").split("=")[0] for o in HydraConfig.get().overrides.task}
+    kept = [o for o, key in keys.items() if key.split(".")[0] in about and key != of_branch]
     return compose(config_name="train", overrides=[*kept, f"domain={domain}"])

@@ -60,6 +60,16 @@ class BudgetConfig:
 
 
 @dataclass
+class ExpectedConfig:
+    """What is known of a part of the corpus before it is read; for plan=true alone."""
+
+    trajectories: int = field(default=MISSING, metadata=_at_least(1))
+    """Left after selection."""
+    tokens: int | None = field(default=None, metadata=_at_least(1))
+    """Of a trajectory, on average; null: half a packed row, and the plan says so."""
+
+
+@dataclass
 class StudyConfig:
     """One study: corpus, budget and merge order. The backbone is chosen by the study's defaults list."""
 
@@ -83,6 +93,8 @@ class StudyConfig:
     """Raw rows by part name."""
     budget: dict[str, BudgetConfig] = MISSING
     """Budget by domain name."""
+    expected: dict[str, ExpectedConfig] = field(default_factory=dict)
+    """Sizes by part name, for plans of a corpus that is not on this machine."""
 
 
 @dataclass
@@ -108,6 +120,8 @@ class BackboneConfig:
     `gguf:<package>`, an installed Python package that carries the weights as one GGUF file."""
     revision: str | None = None
     """Hub only: commit, tag or branch."""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """The model's config.json as far as it decides sizes, for plan=true where no checkpoint is on this machine."""
     attn: str = field(default="auto", metadata=_choice("auto", "flash_attention_2", "sdpa"))
     """Attention in training. auto: flash-attn when it is importable on CUDA, else SDPA document by document."""
 
@@ -124,14 +138,25 @@ class DataConfig:
     """Grade every trajectory that carries a reference and drop those with a wrong answer."""
     seq_len: int = field(default=MISSING, metadata=_at_least(8))
     """Tokens in a packed row."""
+    workers: int = field(default=0, metadata=_at_least(0))
+    """Processes that lay out rows beside the training; rows are tokenised before it, so few gain by them."""
     too_long: str = field(default="drop", metadata=_choice("drop", "truncate"))
     """What happens to a trajectory longer than seq_len or than the model's context; counted in the manifest."""
+    limit: int | None = field(default=None, metadata=_at_least(1))
+    """Read this many rows of each source at most; null: as many as the source itself says."""
+    validation_rows: int = field(default=0, metadata=_at_least(0))
+    """Trajectories of every domain of the study that no branch trains on; the loss on them is logged. The same ones in
+    every branch, chosen by a hash of their ids."""
+    packed_rows: int | None = field(default=None, metadata=_at_least(1))
+    """Train on the trajectories of so many packed rows alone, over and over; null for all. For debugging."""
 
 
 @dataclass
 class OptimConfig:
     """AdamW and its schedule."""
 
+    optimizer: str = field(default="adamw", metadata=_choice("adamw", "adamw_8bit"))
+    """adamw_8bit: its moments in 8 bits by torchao, a quarter of their memory; the weights stay float32."""
     epochs: int = field(default=MISSING, metadata=_at_least(1))
     """As in the study's budget; so are the next four."""
     max_steps: int | None = field(default=None, metadata=_at_least(1))
@@ -167,24 +192,71 @@ class TrainerConfig:
     accelerator: str = field(default="auto", metadata=_choice("auto", "cpu", "gpu"))
     precision: str = field(default="auto", metadata=_choice("auto", "32-true", "bf16-mixed"))
     """Weights and optimizer are float32 always. auto: bf16 compute on CUDA and on CPUs with bf16 instructions."""
+    strategy: str = field(default="single", metadata=_choice("single", "fsdp"))
+    """single: one device. fsdp: a process for each device, and every device holds its share of weights, gradients and
+    moments (FSDP2)."""
+    devices: int | None = field(default=None, metadata=_at_least(1))
+    """fsdp: devices of each node, or processes on a CPU; null: all GPUs, one process on a CPU."""
+    num_nodes: int = field(default=1, metadata=_at_least(1))
+    """fsdp: machines. More than one are started by torchrun or Slurm, see docs/training.md."""
+    gpus_per_job: int | None = field(default=None, metadata=_at_least(1))
+    """fsdp, in a multirun: members train side by side, each on so many GPUs of its own; null: one after the other."""
+    replicate: int = field(default=1, metadata=_at_least(1))
+    """fsdp: sets of devices that hold the whole model each (HSDP), such as the number of nodes; 1: all hold one."""
+    cpu_offload: bool = False
+    """fsdp: weights, gradients and moments lie in the CPU's memory: less of the GPU's, much slower."""
+    compile: bool = False
+    """torch.compile for every decoder layer: a minute at the start, faster after it."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     max_skipped_steps: int = field(default=3, metadata=_at_least(0))
     """Steps in a row whose loss or gradient is not finite that are left out before training stops."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validate_every_n_steps: int | None = field(default=None, metadata=_at_least(1))
+    """Optimizer steps from one loss on `data.validation_rows` to the next; null: only before the first step and after
+    the last."""
+    sample_every_n_steps: int | None = field(default=None, metadata=_at_least(1))
+    """Optimizer steps from one answer of the student to one prompt to the next, in samples.jsonl beside the curve; null
+    for none. One device only."""
+    sample_tokens: int = field(default=64, metadata=_at_least(1))
+    """Of such an answer, at most."""
     progress: bool = True
-    """Draw progress bars."""
+    """Tell step, loss, tokens/s and time left; a bar in a terminal, a line every half minute elsewhere."""
+
+
+@dataclass
+class PlanningConfig:
+    """What plan=true reckons with: a kind of GPU, its price, and what to compare."""
+
+    card: str = "H100 SXM"
+    """Its name, for the text alone."""
+    card_gib: float = field(default=80.0, metadata=_at_least(0.001))
+    """Its memory."""
+    reserve_gib: float = field(default=4.0, metadata=_at_least(0))
+    """Of it, for what no simulation shows: the CUDA context, NCCL's buffers, gaps between pieces of memory."""
+    tflops: float = field(default=989.0, metadata=_at_least(0.001))
+    """Its dense bfloat16 products, in 1e12 FLOPs a second, by the data sheet."""
+    mfu: float = field(default=0.4, metadata=_at_least(0.001))
+    """The part of that which training reaches; activations computed again are not counted as work."""
+    price: float = field(default=2.0, metadata=_at_least(0))
+    """Of a GPU for an hour, in any currency."""
+    devices: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+    """Numbers of GPUs to compare."""
+    seq_lens: list[int] = field(default_factory=lambda: [4096, 8192, 16384, 32768])
+    """Lengths of a packed row to compare."""
 
 
 @dataclass
 class LoggerConfig:
     """Where the training curves go; the CSV file is written in any case."""
 
-    kind: str = field(default="csv", metadata=_choice("csv", "wandb", "tensorboard"))
+    kind: str = field(default="csv", metadata=_choice("csv", "wandb", "tensorboard", "mlflow"))
     project: str | None = None
     """W&B project."""
     entity: str | None = None
     """W&B user or team."""
+    tracking_uri: str | None = None
+    """MLflow: address of its server; null: MLFLOW_TRACKING_URI where that is set, else a file beside the curve."""
 
 
 @dataclass
@@ -213,6 +285,11 @@ class TrainConfig(CommonConfig):
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     export_dtype: str = field(default=MISSING, metadata=_choice("float32", "bfloat16"))
     """Dtype of the exported weights."""
+    redo: bool = False
+    """Do the work again where it is finished. For debugging."""
+    plan: bool = False
+    """Train nothing: tell the memory, time and cost of it, and what to change where it does not fit."""
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
 
 
 @dataclass
@@ -353,6 +430,22 @@ def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
     return config
 
 
+def check_trainer(trainer: TrainerConfig, global_batch: int) -> None:
+    """Refuse a machine that cannot train so."""
+    if trainer.strategy == "single":
+        defaults = TrainerConfig()
+        for name in ("devices", "num_nodes", "gpus_per_job", "replicate", "cpu_offload"):
+            if getattr(trainer, name) != getattr(defaults, name):
+                raise UserError(
+                    f"trainer.{name}={getattr(trainer, name)}: takes several devices; use trainer=fsdp, or leave it out"
+                )
+    if trainer.devices is not None and global_batch % (trainer.devices * trainer.num_nodes):
+        raise UserError(
+            f"optim.global_batch={global_batch}: its rows cannot be shared equally by {trainer.num_nodes} x"
+            f" {trainer.devices} devices; choose a multiple of their number"
+        )
+
+
 def _first_missing(node: DictConfig, prefix: str) -> str:
     """Name the first key that has no value, interpolations aside; empty where there is none."""
     for key in map(str, node):
@@ -381,14 +474,33 @@ def _check(node: Any, prefix: str) -> None:
         choices, low = item.metadata.get("choices"), item.metadata.get("low")
         if value is None:
             continue
+        if choices is not None and value not in choices and (why := WRONG_PRECISIONS.get(str(value))):
+            raise UserError(f"{name}={value}: {why}; use bf16-mixed or 32-true")
         if choices is not None and value not in choices:
             raise UserError(f"{name}={value}: choose one of {', '.join(choices)}")
         if low is not None and not value >= low:
             raise UserError(f"{name}={value}: must be at least {low}")
 
 
+WRONG_PRECISIONS = {
+    "bf16-true": "weights kept in bfloat16 stand still under small updates, and rotary positions are rounded",
+    "bf16": "weights kept in bfloat16 stand still under small updates, and rotary positions are rounded",
+    "16-true": "weights kept in float16 stand still under small updates",
+    "16-mixed": "gradients overflow float16 without a loss scale, which no step here has",
+    "transformer-engine": "its float8 weights are not tested here",
+}
+"""Precisions that Lightning knows and that train without an error, and wrongly."""
+
+
 def _check_train(config: TrainConfig) -> None:
     """What cannot be seen from one field alone."""
+    every = config.trainer.validate_every_n_steps
+    if every is not None and not config.data.validation_rows:
+        raise UserError(
+            f"trainer.validate_every_n_steps={every}: no rows are held out to validate on; give data.validation_rows="
+        )
+    if not config.plan:  # a plan tells of it and goes on
+        check_trainer(config.trainer, config.optim.global_batch)
     unknown = [part for part in config.domain.parts if part not in config.study.corpus]
     if unknown and config.data.path is None:
         known = ", ".join(config.study.corpus)

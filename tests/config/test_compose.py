@@ -14,7 +14,7 @@ from branchmerge.merge.operators import OPERATORS, make_operator, parameters_of
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SCHEMAS = {"train": config.TrainConfig, "merge": config.MergeConfig, "evaluate": config.EvaluateConfig}
 GROUPS = {
-    "train": ["study", "domain", "backbone", "trainer", "logger"],
+    "train": ["study", "domain", "backbone", "trainer", "logger", "debug"],
     "merge": ["study", "backbone", "operator"],
     "evaluate": ["study", "backbone", "benchmark", "backend"],
 }

@@ -12,7 +12,7 @@ from branchmerge.data.batch import Batch, make_batch, supervised_tokens
 from branchmerge.data.template import Document
 from branchmerge.student import attention
 from branchmerge.student.backbone import load_model
-from branchmerge.student.loss import Loss, chunked_loss, loss_for, summed_loss
+from branchmerge.student.loss import Loss, PackedLoss, chunked_loss, summed_loss
 
 # Learned tokens 60, 7, 33 and 3: the uneven counts with which a mean of means goes badly wrong.
 SHAPES = ((70, 10), (40, 33), (50, 17), (9, 6))
@@ -73,12 +73,15 @@ def test_the_chunked_loss_is_taken_where_the_head_is_a_matrix(model_type: str, t
     model = load_model(make_student(tmp_path, model_type=model_type), torch.float32, attention.PACKED_SDPA).train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert loss_for(model) is chunked_loss
-    assert model.training
+        packed = PackedLoss(model)
+        packed.choose_loss()
+    assert packed.loss is chunked_loss and model.training
 
 
 def test_a_head_that_scales_its_logits_keeps_the_whole_ones(tmp_path: Path) -> None:
     folder = make_student(tmp_path, model_type="granite", logits_scaling=8.0)
     model = load_model(folder, torch.float32, attention.PACKED_SDPA)
     with pytest.warns(UserWarning, match="Granite.*: its output head is not a plain matrix"):
-        assert loss_for(model) is summed_loss
+        packed = PackedLoss(model)
+        packed.choose_loss()
+    assert packed.loss is summed_loss

@@ -1,9 +1,11 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from branchmerge.config import OptimConfig
+from branchmerge.student.checkpoints import load_state, save_state
 from branchmerge.student.optim import lr_factor, make_optimizer
 
 
@@ -46,3 +48,31 @@ def test_one_step_is_adamw_by_its_formula() -> None:
     optimizer.step()
     step = (0.1 * g / 0.1) / (math.sqrt(0.05) * g.abs() / math.sqrt(0.05) + 1e-8)
     torch.testing.assert_close(layer.weight.detach(), before - 0.1 * (0.01 * before + step))
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_learn_and_come_back_from_a_checkpoint(tmp_path: Path) -> None:
+    """torchao compiles its step, and is not in the environment, because transformers imports it wherever it is."""
+    pytest.importorskip("torchao")
+
+    def made() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(256, 64)
+        return layer, make_optimizer(layer, OptimConfig(optimizer="adamw_8bit", lr=0.01, schedule="constant"), 10)[0]
+
+    def step(layer: torch.nn.Linear, optimizer: torch.optim.Optimizer) -> float:
+        loss = (layer(torch.full((2, 256), 0.1)) - 1).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    layer, optimizer = made()
+    losses = [step(layer, optimizer) for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+    assert optimizer.state[layer.weight]["exp_avg"].codes.dtype == torch.uint8 and layer.weight.dtype == torch.float32
+    save_state(tmp_path, layer, optimizer)
+    others = made()
+    load_state(tmp_path, *others)
+    assert step(*others) == step(layer, optimizer)
+    assert torch.equal(others[0].weight, layer.weight)

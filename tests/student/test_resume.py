@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import PROJECT, branch, metrics
+from branches import PROJECT, branch, metrics
 
 from branchmerge.student import checkpoints
 from branchmerge.student.checkpoints import CheckpointFolder

@@ -1,18 +1,16 @@
 """A branch, from rows on disk to an expert on disk, in this process."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from branches import branch, metrics
 from conftest import make_student
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from branchmerge import config
 from branchmerge.data.batch import Batch, make_batch, supervised_tokens
 from branchmerge.data.datamodule import prepare, read_corpus
 from branchmerge.errors import UserError
@@ -23,22 +21,6 @@ from branchmerge.student.module import Student
 from branchmerge.student.optim import lr_factor
 from branchmerge.student.training import train
 from branchmerge.study import Study, read_manifest
-
-PROJECT = Path(__file__).resolve().parents[2]
-config.register()
-
-
-def branch(student: Path, outputs: Path, *overrides: str) -> config.TrainConfig:
-    quiet = ["trainer=cpu", "trainer.precision=32-true", "trainer.progress=false", f"outputs={outputs}"]
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        search = f"hydra.searchpath=[file://{PROJECT}/tests/conf]"
-        cfg = compose("train", [search, "study=tiny", f"backbone.path={student}", *quiet, *overrides])
-        return config.typed(cfg, config.TrainConfig)
-
-
-def metrics(outputs: Path, domain: str) -> list[dict[str, str]]:
-    with (outputs / "tiny" / "logs" / "train" / domain / "metrics.csv").open() as lines:
-        return list(csv.DictReader(lines))
 
 
 def test_a_branch_becomes_an_expert_with_manifest_and_curves(tiny_student: Path, tmp_path: Path) -> None:
@@ -129,8 +111,9 @@ def test_a_step_without_a_finite_gradient_is_left_out(
 
 
 def test_training_is_what_a_plain_loop_computes(tiny_student: Path, tmp_path: Path) -> None:
-    """Three steps of two micro-batches against torch alone, written out here: same losses, same weights."""
-    settings = branch(tiny_student, tmp_path, "domain=math")
+    """Fifty steps of two micro-batches against torch alone, written out here: same losses, same weights."""
+    more = ("data.seq_len=256", "optim.epochs=20", "optim.max_steps=50", "optim.global_batch=2")
+    settings = branch(tiny_student, tmp_path, "domain=math", *more)
     folder = train(settings)
     corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
     model = load_model(tiny_student, torch.float32, attention.PACKED_SDPA)
@@ -150,9 +133,10 @@ def test_training_is_what_a_plain_loop_computes(tiny_student: Path, tmp_path: Pa
             losses[-1] += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = settings.optim.lr * lr_factor(number, 3, 0.1, "cosine")
+            group["lr"] = settings.optim.lr * lr_factor(number, 50, 0.1, "cosine")
         optimizer.step()
         optimizer.zero_grad()
+    assert len(losses) == 50
     assert [float(row["loss"]) for row in metrics(tmp_path, "math")] == pytest.approx(losses, rel=1e-5)
     trained = load_file(folder / "model.safetensors")
     start = load_file(tiny_student / "model.safetensors")

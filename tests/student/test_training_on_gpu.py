@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from branches import branch, metrics
 from conftest import make_student
 from lightning.fabric.utilities import move_data_to_device
 from test_attention import documents, everywhere
-from test_training import branch, metrics
 
 from branchmerge.data.batch import make_batch
 from branchmerge.student import attention

@@ -9,7 +9,7 @@ Shapes: T tokens of the row, D documents in it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,15 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        moved = {name: getattr(self, name).to(device) for name in TENSORS}
+        return replace(self, **moved)
+
+
+TENSORS = ("input_ids", "labels", "position_ids", "cu_seq_lens")
+
+
 def supervised_tokens(document: Document) -> int:
     """How many tokens of a document are learned."""
     return len(document) - max(document.prompt_len, 1)
@@ -67,3 +76,10 @@ def make_batch(documents: Sequence[Document], supervised_in_step: int) -> Batch:
         supervised_in_step=supervised_in_step,
         ids=[document.id for document in documents],
     )
+
+
+def make_idle_batch(documents: Sequence[Document], supervised_in_step: int) -> Batch:
+    """A row that teaches nothing, for a process whose share of a step is smaller than the others'."""
+    batch = make_batch(documents[:1], supervised_in_step)
+    batch.labels.fill_(IGNORE)
+    return batch

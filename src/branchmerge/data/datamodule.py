@@ -1,7 +1,8 @@
 """From raw rows to the training's packed batches: read, select, tokenise, plan."""
 
+import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning import LightningDataModule
@@ -10,8 +11,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from branchmerge.config import SourceConfig, TrainConfig
-from branchmerge.data.batch import Batch, make_batch, supervised_tokens
-from branchmerge.data.packing import Plan, Step, make_plan
+from branchmerge.data.batch import Batch, make_batch, make_idle_batch, supervised_tokens
+from branchmerge.data.held_out import hold_out
+from branchmerge.data.packing import Plan, Row, Step, first_documents, make_plan
 from branchmerge.data.template import Document, tokenise
 from branchmerge.errors import UserError
 from branchmerge.trajectories import sources
@@ -20,20 +22,30 @@ from branchmerge.trajectories.selection import select
 
 
 class PackedRows(Dataset[Batch]):
-    """The rows of some of the plan's steps in the order they are trained on."""
+    """One process's rows of some of the plan's steps, in the order they are trained on.
 
-    def __init__(self, documents: list[Document], steps: Sequence[Step]) -> None:
+    A step's rows are dealt out in turn. Where they do not come out even, the last ones get an idle row: all processes
+    must take part in every sum.
+    """
+
+    def __init__(self, documents: list[Document], steps: Sequence[Step], rank: int = 0, world: int = 1) -> None:
         self.documents = documents
-        self.rows = [row for step in steps for row in step]
-        self.supervised_in_step = [
-            sum(supervised_tokens(documents[number]) for row in step for number in row) for step in steps for _ in step
-        ]
+        self.rows: list[Row] = []
+        self.supervised_in_step: list[int] = []
+        self.idle: list[bool] = []
+        for step in steps:
+            supervised = sum(supervised_tokens(documents[number]) for row in step for number in row)
+            for place in range(rank, -(-len(step) // world) * world, world):
+                self.idle.append(place >= len(step))
+                self.rows.append(step[min(place, len(step) - 1)])
+                self.supervised_in_step.append(supervised)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
-        return make_batch([self.documents[number] for number in self.rows[index]], self.supervised_in_step[index])
+        make = make_idle_batch if self.idle[index] else make_batch
+        return make([self.documents[number] for number in self.rows[index]], self.supervised_in_step[index])
 
 
 @dataclass
@@ -43,6 +55,8 @@ class Corpus:
     documents: list[Document]
     plan: Plan
     account: dict[str, Any]
+    held_out: dict[str, list[Document]] = field(default_factory=dict)
+    """By part; not trained on"""
 
     @property
     def tokens(self) -> int:
@@ -58,21 +72,29 @@ class Corpus:
 class TrajectoryData(LightningDataModule):
     """Hands the corpus to the Trainer, a packed row at a time, in the plan's order, from a step on."""
 
-    def __init__(self, corpus: Corpus, first_step: int = 0) -> None:
+    def __init__(self, corpus: Corpus, first_step: int = 0, rank: int = 0, world: int = 1, workers: int = 0) -> None:
         super().__init__()
         self.corpus = corpus
         self.first_step = first_step
+        self.rank, self.world = rank, world
+        self.workers = workers
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        rows = PackedRows(self.corpus.documents, self.corpus.plan.steps[self.first_step :])
-        return DataLoader(rows, batch_size=None, shuffle=False)
+        steps = self.corpus.plan.steps[self.first_step :]
+        rows = PackedRows(self.corpus.documents, steps, self.rank, self.world)
+        return DataLoader(rows, batch_size=None, num_workers=self.workers, worker_init_fn=_ignore_sigterm)
+
+
+def _ignore_sigterm(_: int) -> None:
+    """A worker ends with its process, which may want some rows more before it saves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def data_sources(config: TrainConfig) -> dict[str, SourceConfig]:
     """The sources of a branch by name: `data.path` where it is given, else the domain's parts of the study's corpus."""
     if config.data.path is not None:
-        return {"data.path": SourceConfig(path=config.data.path, format=config.data.format)}
-    return {part: config.study.corpus[part] for part in config.domain.parts}
+        return {"data.path": SourceConfig(path=config.data.path, format=config.data.format, limit=config.data.limit)}
+    return {part: sources.at_most(config.study.corpus[part], config.data.limit) for part in config.domain.parts}
 
 
 def data_account(config: TrainConfig) -> dict[str, Any]:
@@ -99,9 +121,13 @@ def prepare(
     """
     longest = min(config.data.seq_len, context or config.data.seq_len)
     account = data_account(config)
+    held_out = hold_out(config, rows, tokenizer, longest)
     documents: list[Document] = []
     for name, part in rows.items():
-        selection = select(part, config.data.verify, config.trainer.progress)
+        trainable = held_out.removed_from(part)
+        selection = select(trainable, config.data.verify, config.trainer.progress)
+        if len(trainable) < len(part):
+            selection.dropped["held_out"] = len(part) - len(trainable)
         entry = account["sources"][name]
         bar = tqdm(selection.rows, desc="tokenise", disable=not config.trainer.progress)
         part_documents = [tokenise(tokenizer, row) for row in bar]
@@ -109,7 +135,7 @@ def prepare(
         if len(fitting) < len(part_documents):
             selection.dropped["too_long"] = len(part_documents) - len(fitting)
         entry |= {
-            "read": selection.read, "kept": len(fitting), "dropped": selection.dropped,
+            "read": len(part), "kept": len(fitting), "dropped": selection.dropped,
             "truncated": cut, "unverified": selection.unverified,
         }  # fmt: skip
         documents += fitting
@@ -121,9 +147,14 @@ def prepare(
         )
     optim = config.optim
     lengths = [len(document) for document in documents]
+    if config.data.packed_rows is not None:
+        few = first_documents(lengths, config.data.seq_len, config.data.packed_rows, config.seed)
+        documents, lengths = [documents[number] for number in few], [lengths[number] for number in few]
     plan = make_plan(lengths, config.data.seq_len, optim.global_batch, optim.epochs, optim.max_steps, config.seed)
-    corpus = Corpus(documents, plan, account)
+    corpus = Corpus(documents, plan, account, held_out.documents)
     account |= {"rows": len(documents), "tokens": corpus.tokens, "supervised_tokens": corpus.supervised}
+    if held_out.documents:
+        account["held_out"] = {part: len(chosen) for part, chosen in held_out.documents.items()}
     return corpus
 
 

@@ -55,6 +55,11 @@ def pack(lengths: Sequence[int], capacity: int, rng: random.Random) -> list[Row]
     return packed
 
 
+def first_documents(lengths: Sequence[int], capacity: int, rows: int, seed: int) -> list[int]:
+    """The documents of the first `rows` rows of a plan, in their own order."""
+    return sorted(number for row in pack(lengths, capacity, random.Random(f"{seed}/0"))[:rows] for number in row)
+
+
 def make_plan(
     lengths: Sequence[int], capacity: int, global_batch: int, epochs: int, max_steps: int | None, seed: int
 ) -> Plan:

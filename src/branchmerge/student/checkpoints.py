@@ -2,11 +2,12 @@
 
     checkpoints/<domain>-<fingerprint of the work>/step-00000040/
         state/            weights and optimizer, as torch.distributed.checkpoint writes them, shard by shard
-        generators.pt     states of the random number generators
+        generators-0.pt   states of a process's random number generators
         checkpoint.json   step, seconds trained, SHA-256 of every file; written last
 
-The order of rows is the plan's, so the step alone says which rows come next. A branch of other settings or data has
-another fingerprint and does not see these.
+The order of rows is the plan's, so the step alone says which rows come next, also where the next run has another number
+of processes. A branch of other settings or data has another fingerprint and does not see these. Several processes call
+all of this together, and need a folder that all of them see.
 """
 
 import hashlib
@@ -28,10 +29,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
+from branchmerge.student import ranks
 from branchmerge.study import UNWRITABLE, Manifest, file_sha256, write_json
 
 DONE = "checkpoint.json"
-STATE, GENERATORS = "state", "generators.pt"
+STATE, GENERATORS = "state", "generators-{rank}.pt"
 FULL = 1 << 24
 """A disk with less than so many bytes left was too small for what could not be written."""
 
@@ -64,11 +66,11 @@ class CheckpointFolder:
 
     def newest(self) -> Checkpoint | None:
         """The last one that is whole; says which are not."""
-        for folder in sorted(self.folder.glob("step-*"), reverse=True):
-            try:
-                return _read(folder)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                print(f"warning: {folder}: not whole ({error}); going on from the one before", flush=True)
+        for folder in ranks.by_first(lambda: sorted(self.folder.glob("step-*"), reverse=True)):
+            found, why = _read(folder)
+            if found is not None:
+                return found
+            ranks.say(f"warning: {folder}: not whole ({why}); going on from the one before")
         return None
 
     def write(self, step: int, seconds: float, save: Callable[[Path], None]) -> bool:
@@ -79,45 +81,83 @@ class CheckpointFolder:
         """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".step-{step:08d}.partial"
+        parts: list[Callable[[], Any]] = [
+            lambda: self._make(partial),
+            lambda: save(partial),
+            lambda: self._finish(partial, final, step, seconds),
+        ]
+        for part in parts:
+            failed = self._try(part)
+            if failed:
+                if ranks.is_first():
+                    shutil.rmtree(partial, ignore_errors=True)
+                ranks.say(f"warning: {final}: no room for a checkpoint ({failed}); training goes on without it")
+                return False
+        if ranks.is_first():
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep_last]:
+                shutil.rmtree(old)
+        return True
+
+    def _try(self, part: Callable[[], Any]) -> str:
+        """Do it in all processes; why it failed where the disk is full, empty where it did not; raises other errors."""
+        error: BaseException | None = None
         try:
-            self._remove_left_overs()
-            partial.mkdir(parents=True)
-            save(partial)
-            files = sorted(path for path in partial.rglob("*") if path.is_file())
-            digests = {str(path.relative_to(partial)): file_sha256(path) for path in files}
-            write_json(partial / DONE, asdict(_Record(step, seconds, digests)))
-            _sync([*files, partial / DONE, partial])
+            part()
+        except (OSError, RuntimeError, CheckpointException) as found:
+            error = found
+        full = error is None or _no_room(self.folder, error)
+        told = ranks.from_all((full, "" if error is None else str(error).strip().splitlines()[-1]))
+        if error is not None and not full:
+            raise error
+        if not all(full for full, _ in told):
+            raise RuntimeError("; ".join(why for full, why in told if not full))
+        return next((why for _, why in told if why), "")
+
+    def _make(self, partial: Path) -> None:
+        if not ranks.is_first():
+            return
+        for left in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+
+    def _finish(self, partial: Path, final: Path, step: int, seconds: float) -> None:
+        """Fingerprint what was saved, each process a part of it, and give it its name."""
+        files = _mine(sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()))
+        digests = {name: file_sha256(partial / name) for name in files}
+        _sync([partial / name for name in files])
+        everyones = {name: digest for part in ranks.from_all(digests) for name, digest in part.items()}
+        if ranks.is_first():
+            write_json(partial / DONE, asdict(_Record(step, seconds, everyones)))
+            _sync([partial / DONE, partial])
             if final.exists():  # one that was not whole
                 shutil.rmtree(final)
             partial.rename(final)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            full = _no_room(self.folder, error)
-            shutil.rmtree(partial, ignore_errors=True)
-            if not full:
-                raise
-            why = str(error).strip().splitlines()[-1]
-            print(f"warning: {final}: no room for a checkpoint ({why}); training goes on without it", flush=True)
-            return False
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep_last]:
-            shutil.rmtree(old)
-        return True
 
     def remove(self) -> None:
         """When the branch's result is published."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _remove_left_overs(self) -> None:
-        for partial in self.folder.glob(".step-*.partial"):
-            shutil.rmtree(partial)
+        if ranks.is_first():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _read(folder: Path) -> Checkpoint:
-    """Check a checkpoint byte by byte."""
-    record = _Record(**json.loads((folder / DONE).read_text()))
-    for name, digest in record.sha256.items():
-        if file_sha256(folder / name) != digest:
-            raise ValueError(f"{name} has changed")
-    return Checkpoint(folder, record.step, record.seconds)
+def _read(folder: Path) -> tuple[Checkpoint | None, str]:
+    """Check a checkpoint byte by byte, each process a part of it; the reason where it is not whole."""
+    record, why = None, ""
+    try:
+        record = _Record(**json.loads((folder / DONE).read_text()))
+        for name in _mine(sorted(record.sha256)):
+            if file_sha256(folder / name) != record.sha256[name]:
+                raise ValueError(f"{name} has changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = str(error)
+    why = next(filter(None, ranks.from_all(why)), "")
+    if why or record is None:
+        return None, why
+    return Checkpoint(folder, record.step, record.seconds), ""
+
+
+def _mine(names: list[str]) -> list[str]:
+    """This process's part of a list that all have."""
+    return names[ranks.rank() :: ranks.world()]
 
 
 def _no_room(folder: Path, error: BaseException) -> bool:
@@ -142,7 +182,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     weights, moments = get_state_dict(model, optimizer)
     with _quiet():
         save_shards({"model": weights, "optimizer": moments}, checkpoint_id=folder / STATE)
-    torch.save(_generators(), folder / GENERATORS)
+    torch.save(_generators(), folder / GENERATORS.format(rank=ranks.rank()))
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -152,7 +192,10 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     with _quiet():
         load(state, checkpoint_id=folder / STATE)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    generators: dict[str, Any] = torch.load(folder / GENERATORS, weights_only=True)
+    mine = folder / GENERATORS.format(rank=ranks.rank())
+    if not mine.is_file():  # fewer processes wrote it: these draw other numbers, where they draw any
+        return
+    generators: dict[str, Any] = torch.load(mine, weights_only=True)
     torch.set_rng_state(generators["cpu"])
     if generators["cuda"]:
         torch.cuda.set_rng_state_all(generators["cuda"])

@@ -12,13 +12,55 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+MAX_SHARD_BYTES = 5_000_000_000
 
 
-def export(model: "PreTrainedModel", backbone: Path, out: Path, dtype: "torch.dtype") -> None:
-    """Save the weights in `dtype`, with the backbone's tokenizer and chat template; converts `model` itself."""
-    model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps `to` without its types
-    model.save_pretrained(out)
+def export(
+    model: "PreTrainedModel", backbone: Path, out: Path, dtype: "torch.dtype", max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Save the weights in `dtype`, with the backbone's tokenizer and chat template.
+
+    All processes of a sharded student call this together, and the first one writes; a tensor at a time is whole.
+    """
+    import torch
+
+    from branchmerge.merge.arrays import as_array
+    from branchmerge.merge.checkpoint import TensorInfo, Writer
+    from branchmerge.student import ranks
+
+    weights = _weights(model)
+    if not ranks.is_first():
+        for tensor in weights.values():
+            _whole(tensor)
+        return
+    stored = as_array(torch.empty(0, dtype=dtype)).dtype
+    infos = {name: TensorInfo(stored, tuple(tensor.shape)) for name, tensor in weights.items()}
+    with Writer(out, infos, max_shard_bytes) as writer:
+        for name, tensor in weights.items():
+            writer.write(name, as_array(_whole(tensor).to(dtype)).copy())
+    model.config.dtype = dtype
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(out)
     copy_tokenizer(backbone, out)
+
+
+def _weights(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
+    """All weights by their names; one that two layers share only once, by the name of the first."""
+    seen: set[int] = set()
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            found[name] = parameter.detach()
+    buffers = {name for name, _ in model.named_buffers()}
+    return found | {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
+
+
+def _whole(tensor: "torch.Tensor") -> "torch.Tensor":
+    """A weight put together from everyone's share."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_tokenizer(source: Path, out: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Training curves: a CSV file always, W&B or TensorBoard beside it on request."""
+"""Training curves: a CSV file always, W&B, TensorBoard or MLflow beside it on request."""
 
 import csv
 import netrc
@@ -29,6 +29,8 @@ def make_loggers(config: TrainConfig, folder: Path, first_step: int = 0) -> list
         loggers.append(_wandb(config, folder))
     elif config.logger.kind == "tensorboard":
         loggers.append(_tensorboard(folder))
+    elif config.logger.kind == "mlflow":
+        loggers.append(_mlflow(config, folder))
     return loggers
 
 
@@ -36,9 +38,11 @@ def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
     """Of a curve; a line that was cut off is left out."""
     if not path.is_file():
         return []
-    with path.open(newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if all(row.values())]
-    return [{name: float(value) for name, value in row.items()} for row in rows if int(row["step"]) < step]
+    whole = path.read_text()
+    rows = csv.DictReader(whole[: whole.rfind("\n") + 1].splitlines())
+    # Validation has rows of its own, which leave the columns of training empty, and the other way round.
+    kept = [{name: float(value) for name, value in row.items() if value} for row in rows]
+    return [row for row in kept if row["step"] < step]
 
 
 def _wandb(config: TrainConfig, folder: Path) -> Logger:
@@ -76,3 +80,20 @@ def _tensorboard(folder: Path) -> Logger:
         raise UserError(
             "logger=tensorboard: tensorboard is not installed; pip install 'branchmerge[tensorboard]'"
         ) from error
+
+
+def _mlflow(config: TrainConfig, folder: Path) -> Logger:
+    """MLflow: to a server where one is named, else into `<folder>/mlflow.db`, which `mlflow ui` reads."""
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    folder.mkdir(parents=True, exist_ok=True)
+    server = config.logger.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        return MLFlowLogger(
+            config.study.name,
+            run_name=config.domain.name,
+            tracking_uri=server or f"sqlite:///{folder}/mlflow.db",
+            artifact_location=None if server else str(folder / "mlflow"),
+        )
+    except ModuleNotFoundError as error:
+        raise UserError("logger=mlflow: mlflow is not installed; pip install 'branchmerge[mlflow]'") from error

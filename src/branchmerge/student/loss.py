@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -61,31 +61,50 @@ def chunked_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     return summed_cross_entropy(hidden, model.get_output_embeddings().weight, tokens)
 
 
-def loss_for(model: PreTrainedModel) -> Loss:
-    """`chunked_loss` where it gives this model's loss; else `summed_loss`, with a warning.
+class PackedLoss(nn.Module):
+    """A causal LM as training calls it: a packed row in, its summed loss out; the root of a sharded student."""
 
-    Some models scale, cap or shift their logits. Tried on a short row, so that none of them needs to be known here.
-    """
-    ids = torch.arange(16) * 31 % int(model.config.get_text_config().vocab_size)
-    row = make_batch([Document("check", tuple(ids.tolist()), 1)], 15)
-    for name in ("input_ids", "labels", "position_ids", "cu_seq_lens"):
-        setattr(row, name, getattr(row, name).to(model.device))
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = summed_loss(model, row)
-            found = chunked_loss(model, row)
-        why = f"{found.item():.6g} for {expected.item():.6g}"
-        same = bool(torch.isclose(found, expected, rtol=1e-3 if model.dtype == torch.float32 else 2e-2, equal_nan=True))
-    except (AttributeError, TypeError, RuntimeError) as error:
-        same, why = False, f"{type(error).__name__}: {error}"
-    finally:
-        model.train(training)
-    if not same:
-        warnings.warn(
-            f"{type(model).__name__}: its output head is not a plain matrix ({why}); the loss takes the logits of all"
-            " learned tokens at once, which needs more memory",
-            stacklevel=2,
-        )
-    return chunked_loss if same else summed_loss
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.loss: Loss = chunked_loss
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss(self.model, batch)
+
+    def choose_loss(self, compute: torch.dtype = torch.float32) -> None:
+        """Take `chunked_loss` where it gives this model's loss, else `summed_loss`, with a warning.
+
+        Some models scale, cap or shift their logits. Tried on a short row, so that none of them needs to be known here.
+
+        Args:
+            compute: dtype of the matrix products, which says how near the two can be.
+        """
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                why = self._difference(1e-3 if compute == torch.float32 else 2e-2)
+        finally:
+            self.train(training)
+        self.loss = summed_loss if why else chunked_loss
+        if why:
+            warnings.warn(
+                f"{type(self.model).__name__}: its output head is not a plain matrix ({why}); the loss takes the logits"
+                " of all learned tokens at once, which needs more memory",
+                stacklevel=2,
+            )
+
+    def _difference(self, tolerance: float) -> str:
+        """In what the two losses differ; empty where they do not."""
+        ids = torch.arange(16) * 31 % int(self.model.config.get_text_config().vocab_size)
+        row = make_batch([Document("check", tuple(ids.tolist()), 1)], 15).to(self.model.device)
+        try:
+            self.loss = summed_loss
+            expected = self(row)
+            self.loss = chunked_loss
+            found = self(row)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        same = torch.isclose(found, expected, rtol=tolerance, equal_nan=True)
+        return "" if same else f"{found.item():.6g} for {expected.item():.6g}"

@@ -2,18 +2,21 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from branchmerge.config import OptimConfig
 from branchmerge.data.batch import Batch
 from branchmerge.errors import UserError
-from branchmerge.student.loss import loss_for
+from branchmerge.student import ranks
+from branchmerge.student.loss import PackedLoss
 from branchmerge.student.optim import make_optimizer
 
 
@@ -24,17 +27,44 @@ class Student(LightningModule):
     and ranks; so how a step is cut into micro-batches does not change the update.
     """
 
-    def __init__(self, model: PreTrainedModel, optim: OptimConfig, total_steps: int, max_skipped: int = 0) -> None:
-        """`max_skipped`: steps in a row without a finite gradient that are left out before training stops."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optim: OptimConfig,
+        total_steps: int,
+        max_skipped: int = 0,
+        spread: Callable[[PackedLoss, torch.device], None] | None = None,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
+        """
+        Args:
+            max_skipped: steps in a row without a finite gradient that are left out before training stops.
+            spread: shards the model over all processes and loads its weights; None: it is on one device, loaded.
+            compute: dtype of a sharded model's matrix products
+        """
         super().__init__()
-        self.model = model
-        self._summed_loss = loss_for(model)
+        self.packed = PackedLoss(model)
         self.optim = optim
         self.total_steps = total_steps
         self.max_skipped = max_skipped
+        self._spread = spread
+        self._compute = compute
         self._skipped_in_a_row = 0
         self._since = 0.0
         self._begin_step()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.packed.model
+
+    def configure_model(self) -> None:
+        """Called by the Trainer once the processes have met."""
+        if self._spread is not None:
+            self._spread(self.packed, self.trainer.strategy.root_device)
+            self._spread = None
+
+    def on_fit_start(self) -> None:
+        self.packed.choose_loss(self._compute)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """This row's summed loss over the learned tokens of the whole step.
@@ -44,13 +74,14 @@ class Student(LightningModule):
         """
         if not self._tokens:
             self._since = time.perf_counter()
-        share = self._summed_loss(self.model, batch) / batch.supervised_in_step
+        share = self.packed(batch) / batch.supervised_in_step
         if not torch.isfinite(share.detach()):
             self._broken_rows += batch.ids
-        self._rows += batch.ids
         self._loss += float(share.detach())
-        self._tokens += batch.input_ids.numel()
-        self._supervised += batch.supervised
+        if supervised := batch.supervised:  # an idle row has none
+            self._rows += batch.ids
+            self._tokens += batch.input_ids.numel()
+            self._supervised += supervised
         return share * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def configure_optimizers(self) -> Any:
@@ -65,7 +96,8 @@ class Student(LightningModule):
     ) -> None:
         """Clip by the global norm, and keep the norm for the log; without a finite gradient the step is left out."""
         limit = gradient_clip_val or float("inf")
-        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters(), limit))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self._grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if math.isfinite(self._grad_norm):
             self._skipped_in_a_row = 0
             return
@@ -76,12 +108,14 @@ class Student(LightningModule):
 
     def _tell_of_skipping(self) -> None:
         """Raises UserError when there were too many in a row."""
-        rows = self._broken_rows or self._rows
+        told = ranks.from_all((self._broken_rows, self._rows))
+        rows = [row for broken, _ in told for row in broken] or [row for _, own in told for row in own]
         named = ", ".join(rows[:5]) + (", ..." if len(rows) > 5 else "")
-        said = f"step {self.trainer.global_step}: loss {self._loss}, gradient {self._grad_norm} on the rows {named}"
+        (loss,) = ranks.summed(self._loss)
+        said = f"step {self.trainer.global_step}: loss {loss}, gradient {self._grad_norm} on the rows {named}"
         if self._skipped_in_a_row > self.max_skipped:
             raise UserError(f"{said}; lower optim.lr={self.optim.lr}, or look at these rows")
-        print(f"warning: {said}; left out ({self._skipped_in_a_row} of {self.max_skipped} in a row)", flush=True)
+        ranks.say(f"warning: {said}; left out ({self._skipped_in_a_row} of {self.max_skipped} in a row)")
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
         self._step_before = self.trainer.global_step
@@ -91,13 +125,14 @@ class Student(LightningModule):
         """Log once per optimizer step."""
         if self.trainer.global_step == self._step_before:
             return
+        loss, tokens, supervised = ranks.summed(self._loss, self._tokens, self._supervised)
         seconds = time.perf_counter() - self._since
-        self.log("loss", self._loss, prog_bar=True)
-        self.log("tokens_per_second", self._tokens / seconds, prog_bar=True)
+        self.log("loss", loss, prog_bar=True)
+        self.log("tokens_per_second", tokens / seconds, prog_bar=True)
         self.log("lr", self._lr)
         self.log("grad_norm", self._grad_norm)
-        self.log("tokens", float(self._tokens))
-        self.log("supervised_tokens", float(self._supervised))
+        self.log("tokens", tokens)
+        self.log("supervised_tokens", supervised)
         self.log("skipped", float(self._skipped_in_a_row > 0))
         self._begin_step()
 

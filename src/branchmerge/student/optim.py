@@ -1,12 +1,14 @@
 """AdamW and the learning rate over the steps."""
 
 import math
+from typing import Any
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from branchmerge.config import OptimConfig
+from branchmerge.errors import UserError
 
 
 def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
@@ -24,18 +26,31 @@ def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, total_steps: int) -> tuple[AdamW, LambdaLR]:
-    """AdamW (weight decay on matrices only) and its schedule, one scheduler step per optimizer step.
-
-    Fused: one pass over the weights instead of one a term; several times as fast on CPUs too
-    (benchmarks/fused_adamw.py).
-    """
+def make_optimizer(model: nn.Module, config: OptimConfig, total_steps: int) -> tuple[Optimizer, LambdaLR]:
+    """AdamW (weight decay on matrices only) and its schedule, one scheduler step per optimizer step."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizer = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+    optimizer = _adamw(groups, config)
     scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, total_steps, config.warmup_ratio, config.schedule))
     return optimizer, scheduler
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
+    """Fused: one pass over the weights instead of one a term; several times as fast on CPUs too
+    (benchmarks/fused_adamw.py). With moments in 8 bits: torchao's.
+    """
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (config.betas[0], config.betas[1]), "eps": config.eps}
+    if config.optimizer == "adamw":
+        return AdamW(groups, **settings, fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "optim.optimizer=adamw_8bit: torchao is not installed; pip install 'branchmerge[adamw-8bit]'"
+        ) from error
+    optimizer: Optimizer = AdamW8bit(groups, **settings)
+    return optimizer

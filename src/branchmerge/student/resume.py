@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from branchmerge.config import CheckpointConfig
+from branchmerge.student import ranks
 from branchmerge.student.checkpoints import Checkpoint, CheckpointFolder, load_state, save_state
 
 PREEMPTED = 128 + signal.SIGTERM
@@ -51,10 +52,9 @@ class Resume(Callback):
         if ending or trainer.strategy.reduce_boolean_decision(self._is_due(trainer.global_step), all=False):
             self._save(trainer, module)
         if ending:
-            print(
+            ranks.say(
                 f"told to end after step {trainer.global_step} of {self.folder.folder.name}; run the same command again"
-                " to go on",
-                flush=True,
+                " to go on"
             )
             raise SystemExit(PREEMPTED)
 

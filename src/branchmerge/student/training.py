@@ -1,23 +1,28 @@
 """Train one branch: what train.py calls."""
 
 import logging
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Trainer, seed_everything
-from lightning.pytorch.callbacks import TQDMProgressBar
 
 from branchmerge import machine
 from branchmerge.config import TrainConfig
+from branchmerge.data import held_out
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account, prepare, read_corpus
-from branchmerge.student import attention, backbone
+from branchmerge.errors import UserError
+from branchmerge.student import attention, backbone, ranks
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.export import export
 from branchmerge.student.loggers import make_loggers
+from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
 from branchmerge.student.resume import Resume
+from branchmerge.student.sharding import Sharding, Spread, empty_model, layers, load_weights, shard
+from branchmerge.student.watch import watchers
 from branchmerge.study import Manifest, Study, is_done, locked, parent_of, publish
 
 
@@ -29,37 +34,68 @@ def check(config: TrainConfig) -> None:
 def train(config: TrainConfig) -> Path:
     """Train the branch that `config` describes and publish its checkpoint; finished work is not done again.
 
+    Where this process is one of several (torchrun, Slurm), all of them call this together; the first one prints, holds
+    the lock and publishes. They stay joined (`ranks.leave`).
+
     Returns:
         The folder of the expert (or of the backbone, for domain=warmup).
     """
+    device = _device(config)
+    ranks.join(device)
+    _check_processes(config)
     rows = read_corpus(config)
-    start = backbone.locate(config, config.domain.name)
-    device = machine.device_of(config.trainer.accelerator)
+    start = ranks.by_first(lambda: backbone.locate(config, config.domain.name))
     precision = _precision(config.trainer.precision, device)
     folder = _folder(config)
     planned = _plan_manifest(config, start, precision)
-    with locked(folder):
-        if is_done(folder, planned, config.overwrite):
-            print(f"{folder}: done already", flush=True)
+    with ExitStack() as stack:
+        if ranks.is_first():
+            stack.enter_context(locked(folder))
+        if ranks.by_first(lambda: is_done(folder, planned, config.overwrite)) and not config.redo:
+            ranks.say(f"{folder}: done already")
             return folder
-        print(f"{folder}: training domain {config.domain.name} from {start}", flush=True)
+        ranks.say(f"{folder}: training domain {config.domain.name} from {start}")
         tokenizer = backbone.load_tokenizer(start)
         backbone.check_tokenizer(tokenizer, start)
         corpus = prepare(config, rows, tokenizer, backbone.context_length(start))
-        _tell(corpus)
+        if ranks.is_first():
+            _tell(corpus)
         saved = CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
-        with publish(folder, planned) as partial:
+        with publish(folder, planned) if ranks.is_first() else nullcontext(folder) as partial:
             student, facts = _fit(config, start, device, precision, corpus, saved)
             planned.data = corpus.account
             planned.training = facts
             export(student.model, start, partial, getattr(torch, config.export_dtype))
         saved.remove()
-    print(
+    ranks.by_first(lambda: None)  # the others wait until it is published
+    ranks.say(
         f"{folder}: {facts['steps']} steps, {facts['tokens']} tokens, {facts['seconds']:.0f} s,"
-        f" {facts['tokens_per_second']:.0f} tokens/s, last loss {facts['last_loss']:.3f}",
-        flush=True,
+        f" {facts['tokens_per_second']:.0f} tokens/s, last loss {facts['last_loss']:.3f}"
     )
     return folder
+
+
+def _device(config: TrainConfig) -> torch.device:
+    """The one that this process trains on."""
+    device = machine.device_of(config.trainer.accelerator)
+    found = ranks.environment() if config.trainer.strategy == "fsdp" else None
+    return torch.device("cuda", found.local_rank()) if device.type == "cuda" and found is not None else device
+
+
+def _check_processes(config: TrainConfig) -> None:
+    """Refuse what the number of processes does not allow."""
+    world, batch, nodes = ranks.world(), config.optim.global_batch, config.trainer.num_nodes
+    if config.trainer.strategy == "single" and world > 1:
+        raise UserError(f"{world} processes were started for trainer.strategy=single; use trainer=fsdp")
+    if batch % world:
+        raise UserError(
+            f"optim.global_batch={batch}: its rows cannot be shared equally by {world} processes; choose a multiple"
+        )
+    if world % nodes or (config.trainer.devices is not None and config.trainer.devices * nodes != world):
+        raise UserError(
+            f"{world} processes were started, trainer.num_nodes={nodes} and trainer.devices={config.trainer.devices}"
+            " ask for others; set them to what torchrun or Slurm starts"
+        )
 
 
 def _fit(
@@ -75,34 +111,28 @@ def _fit(
     begin = saved.newest()
     first_step = begin.step if begin else 0
     if begin is not None:
-        print(f"{begin.folder}: going on after step {begin.step} of {steps}", flush=True)
+        ranks.say(f"{begin.folder}: going on after step {begin.step} of {steps}")
     attn = attention.implementation(config.backbone.attn, device)
-    model = backbone.load_model(start, torch.float32, attn)
-    if config.trainer.activation_checkpointing:
-        model.gradient_checkpointing_enable()
-    model.train()
-    student = Student(model, config.optim, steps, config.trainer.max_skipped_steps)
+    student = _student(config, start, precision, attn, steps)
     logs = _logs(config)
     resume = Resume(saved, config.trainer.checkpoint, begin)
-    bars = [TQDMProgressBar(refresh_rate=1)] if config.trainer.progress else []
     trainer = Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        precision=precision,  # type: ignore[arg-type]
+        **_devices(config, device, precision),
         max_epochs=1,  # the plan holds all epochs, one after the other
-        accumulate_grad_batches=config.optim.global_batch,
+        accumulate_grad_batches=config.optim.global_batch // ranks.world(),
         gradient_clip_val=config.optim.grad_clip or None,
-        logger=make_loggers(config, logs, first_step),
+        logger=make_loggers(config, logs, first_step) if ranks.is_first() else False,
         default_root_dir=logs,
-        callbacks=[resume, *bars],
-        enable_progress_bar=config.trainer.progress,
+        callbacks=[resume, *watchers(config, corpus, start, logs)],
+        enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         deterministic=device.type == "cpu",
         log_every_n_steps=1,
     )
-    trainer.fit(student, datamodule=TrajectoryData(corpus, first_step))
+    data = TrajectoryData(corpus, first_step, ranks.rank(), ranks.world(), config.data.workers)
+    trainer.fit(student, datamodule=data)
     seconds = resume.seconds
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -110,9 +140,45 @@ def _fit(
     facts = {
         "steps": trainer.global_step, "tokens": corpus.tokens, "supervised_tokens": corpus.supervised,
         "seconds": round(seconds, 2), "tokens_per_second": round(corpus.tokens / seconds, 1), "last_loss": last_loss,
-        "precision": precision, "attention": attn, "devices": [machine.describe(device)], "logs": str(logs),
+        "precision": precision, "attention": attn, "devices": ranks.from_all(machine.describe(device)),
+        "logs": str(logs),
     }  # fmt: skip
     return student, facts
+
+
+def _student(config: TrainConfig, start: Path, precision: str, attn: str, steps: int) -> Student:
+    """The student, with its weights where one device holds it, else still without."""
+    trainer, spread, compute = config.trainer, None, torch.float32
+    if trainer.strategy == "fsdp":
+        compute = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+        sharding = Sharding(compute, trainer.replicate, trainer.cpu_offload)
+        model = empty_model(start, attn)
+
+        def spread(packed: PackedLoss, device: torch.device) -> None:
+            shard(packed, model, sharding, sharding.mesh(device.type, ranks.world()))
+            load_weights(model, start, torch.device("cpu") if sharding.cpu_offload else device)
+    else:
+        model = backbone.load_model(start, torch.float32, attn)
+    if trainer.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    if trainer.compile:
+        for layer in layers(model):
+            layer.compile()
+    model.train()
+    return Student(model, config.optim, steps, trainer.max_skipped_steps, spread, compute)
+
+
+def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[str, Any]:
+    """What the Trainer is told of the machine."""
+    accelerator = "gpu" if device.type == "cuda" else "cpu"
+    if config.trainer.strategy == "single":
+        return {"accelerator": accelerator, "devices": 1, "precision": precision}
+    nodes = config.trainer.num_nodes
+    # The precision of products is FSDP's affair: autocast on top of it would do it twice.
+    return {
+        "accelerator": accelerator, "devices": ranks.world() // nodes, "num_nodes": nodes, "precision": "32-true",
+        "strategy": Spread(ranks.world()), "plugins": [ranks.environment()],
+    }  # fmt: skip
 
 
 def _tell(corpus: Corpus) -> None:
@@ -158,13 +224,22 @@ def _precision(asked: str, device: torch.device) -> str:
     return "bf16-mixed" if machine.computes_bf16(device) else "32-true"
 
 
+def _optim(config: TrainConfig) -> dict[str, Any]:
+    """What of it decides the result; AdamW, the only one at first, goes without saying."""
+    return {key: value for key, value in asdict(config.optim).items() if (key, value) != ("optimizer", "adamw")}
+
+
 def _plan_manifest(config: TrainConfig, start: Path, precision: str) -> Manifest:
     """The manifest as far as it is known before the work; `work` leaves out paths and what cannot change the result."""
     account = data_account(config)
-    data = {key: value for key, value in asdict(config.data).items() if key not in ("path", "format")}
+    apart = ("path", "format", "workers", "limit", "validation_rows", "packed_rows")
+    data = {key: value for key, value in asdict(config.data).items() if key not in apart}
+    data |= held_out.identity(config)
+    if config.data.packed_rows is not None:
+        data["packed_rows"] = config.data.packed_rows
     sources = [{k: v for k, v in entry.items() if k != "path"} for entry in account["sources"].values()]
     work = {
-        "domain": config.domain.name, "data": {**data, "sources": sources}, "optim": asdict(config.optim),
+        "domain": config.domain.name, "data": {**data, "sources": sources}, "optim": _optim(config),
         "seed": config.seed, "precision": precision, "export_dtype": config.export_dtype,
     }  # fmt: skip
     kind = "backbone" if config.domain.name == "warmup" and config.out is None else "expert"

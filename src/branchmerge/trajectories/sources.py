@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ def read(source: SourceConfig) -> list[Trajectory]:
     if not rows:
         raise UserError(f"{source.path}: no rows; a corpus needs at least one")
     return rows
+
+
+def at_most(source: SourceConfig, limit: int | None) -> SourceConfig:
+    """The source with no more rows than `limit`; None changes nothing."""
+    return source if limit is None else replace(source, limit=min(limit, source.limit or limit))
 
 
 def is_held_out(question: str) -> bool:

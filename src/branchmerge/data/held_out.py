@@ -1,0 +1,90 @@
+"""Trajectories that no branch of a study trains on: the same ones in every branch, some of each domain."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from branchmerge.config import SourceConfig, TrainConfig
+from branchmerge.data.template import Document, tokenise
+from branchmerge.errors import UserError
+from branchmerge.trajectories import sources
+from branchmerge.trajectories.schema import Message, Trajectory
+from branchmerge.trajectories.selection import select
+
+
+@dataclass
+class HeldOut:
+    """What is validated on, by part of the corpus."""
+
+    documents: dict[str, list[Document]] = field(default_factory=dict)
+    prompts: set[tuple[Message, ...]] = field(default_factory=set)
+    """Of all of them; other answers to the same prompts are not trained on either."""
+
+    def removed_from(self, rows: Sequence[Trajectory]) -> list[Trajectory]:
+        """The rows that may be trained on."""
+        return [row for row in rows if row.prompt not in self.prompts]
+
+
+def other_sources(config: TrainConfig) -> dict[str, SourceConfig]:
+    """Sources of the study's experts that the branch itself does not train on."""
+    experts = [part for part in config.study.experts if part in config.study.corpus]
+    return {
+        part: sources.at_most(config.study.corpus[part], config.data.limit)
+        for part in experts
+        if part not in config.domain.parts
+    }
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What holding out adds to the description of a branch's data; nothing where nothing is held out."""
+    if not config.data.validation_rows:
+        return {}
+    others = {part: sources.identity(source) for part, source in other_sources(config).items()}
+    return {"validation_rows": config.data.validation_rows, "held_out_of_others": others}
+
+
+def hold_out(
+    config: TrainConfig, own: Mapping[str, list[Trajectory]], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> HeldOut:
+    """Choose `data.validation_rows` trajectories of every part.
+
+    Args:
+        own: the rows that the branch reads anyway.
+        longest: tokens of the longest document that is taken.
+    """
+    held_out = HeldOut()
+    if not config.data.validation_rows:
+        return held_out
+    others = {part: sources.read(source) for part, source in other_sources(config).items()}
+    for part, rows in {**own, **others}.items():
+        chosen = _choose(config, part, rows, tokenizer, longest)
+        held_out.documents[part] = [document for _, document in chosen]
+        held_out.prompts |= {row.prompt for row, _ in chosen}
+    return held_out
+
+
+def _choose(
+    config: TrainConfig, part: str, rows: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> list[tuple[Trajectory, Document]]:
+    """The first in the order of their hashes that are right, short enough and of different prompts."""
+    wanted = config.data.validation_rows
+    ordered = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
+    by_prompt: dict[tuple[Message, ...], Trajectory] = {}
+    for row in ordered:
+        by_prompt.setdefault(row.prompt, row)
+    candidates = list(by_prompt.values())
+    chosen: list[tuple[Trajectory, Document]] = []
+    for start in range(0, len(candidates), wanted):
+        # Graded a few at a time: the rest of another domain's rows is of no use here.
+        right = select(candidates[start : start + wanted], config.data.verify, progress=False).rows
+        documents = [(row, tokenise(tokenizer, row)) for row in right]
+        chosen += [(row, document) for row, document in documents if len(document) <= longest]
+        if len(chosen) >= wanted:
+            return chosen[:wanted]
+    raise UserError(
+        f"data.validation_rows={wanted}: of {len(rows)} rows of {part} only {len(chosen)} can be held out;"
+        " lower it, or check that data"
+    )

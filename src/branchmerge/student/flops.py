@@ -1,0 +1,73 @@
+"""What a training step computes, and what the card could: their ratio over time is the model FLOPs utilisation (MFU).
+
+A matrix of n weights takes 2n FLOPs a token forwards and 4n backwards. Attention takes, for a pair of tokens that see
+each other, 4 FLOPs for each of the heads' numbers forwards and 8 backwards. What activation checkpointing computes
+anew does not count.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from branchmerge.data.batch import Batch
+
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bfloat16 FLOP/s by the card's name, from the makers' data sheets; the first name that fits counts."""
+
+
+def peak_of(card: str) -> float | None:
+    """FLOP/s of a card as torch names it; None where it is not known."""
+    words = card.replace("-", " ").split()
+    return next((peak for name, peak in PEAKS.items() if set(name.split()) <= set(words)), None)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What of a model decides its FLOPs."""
+
+    matrices: int
+    """Weights that every token is multiplied with"""
+    head: int
+    """Weights of the output head, which only learned tokens meet"""
+    attended: int
+    """Layers x heads x head size"""
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> "Shapes | None":
+        """None for a model that is more than matrices and attention: experts, convolutions, states."""
+        if any(parameter.ndim > 2 for parameter in model.parameters()):
+            return None
+        config = model.config.get_text_config()
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        assert isinstance(head, Tensor) and isinstance(embedding, Tensor)
+        apart = {id(head): head.numel(), id(embedding): embedding.numel()}  # one where they are tied
+        matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
+        return Shapes(
+            matrices=matrices - sum(apart.values()),
+            head=head.numel(),
+            attended=config.num_hidden_layers * config.num_attention_heads * size,
+        )
+
+    def flops(self, batch: Batch) -> float:
+        """Of a packed row, forwards and backwards; attention stays inside its documents."""
+        lengths = [end - start for start, end in pairwise(batch.cu_seq_lens.tolist())]
+        pairs = sum(length * (length + 1) / 2 for length in lengths)
+        matrices = self.matrices * sum(lengths) + self.head * batch.supervised
+        return 6.0 * matrices + 12.0 * self.attended * pairs

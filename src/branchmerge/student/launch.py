@@ -1,0 +1,161 @@
+"""Start the processes of branches that train on several devices of this machine: torchrun, once for every branch."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+
+from branchmerge import machine
+from branchmerge.config import TrainConfig
+from branchmerge.errors import UserError
+from branchmerge.student import ranks
+from branchmerge.student.resume import PREEMPTED
+
+SECONDS_TO_END = 50
+"""For processes that are told to end, as to save a checkpoint, before they are killed."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A training that is to be started."""
+
+    config: TrainConfig
+    arguments: list[str]
+    """train.py's, as they stand for this member of a multirun"""
+
+
+def is_needed(config: TrainConfig) -> bool:
+    """Whether this process should start those of the training, and is none of them."""
+    return config.trainer.strategy == "fsdp" and ranks.environment() is None
+
+
+def this_branch(config: TrainConfig) -> Branch:
+    """The one that Hydra runs now."""
+    said = HydraConfig.get().overrides
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
+        options.add_argument(short, long)
+    given = vars(options.parse_known_args(sys.argv[1:])[0])
+    flags = [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", value)]
+    hydra = [override for override in said.hydra if not override.startswith("hydra.mode=")]
+    return Branch(config, [*flags, *hydra, *said.task])
+
+
+def launch(branches: Sequence[Branch]) -> None:
+    """Train them, side by side as far as `trainer.gpus_per_job` says; returns when all have ended.
+
+    Raises:
+        UserError: more than one node is asked for, or fewer devices are here than a branch takes
+        SystemExit: a branch failed, after the others have run; or this process was told to end
+    """
+    trainer = branches[0].config.trainer
+    if trainer.num_nodes > 1:
+        raise UserError(
+            f"trainer.num_nodes={trainer.num_nodes}: start train.py on every node by torchrun or Slurm, see"
+            " docs/training.md"
+        )
+    places = _places(branches[0].config)
+    free: SimpleQueue[Sequence[int] | None] = SimpleQueue()
+    for place in places:
+        free.put(place)
+    with _running() as running, ThreadPoolExecutor(len(places)) as pool:
+
+        def run(branch: Branch) -> int:
+            place = free.get()
+            try:
+                return running.run(branch, _processes(branch.config), place)
+            finally:
+                free.put(place)
+
+        statuses = list(pool.map(run, branches))
+    if running.told_to_end:
+        raise SystemExit(PREEMPTED)
+    failed = [b.config.domain.name for b, status in zip(branches, statuses, strict=True) if status]
+    if failed:
+        sys.exit(f"error: domain={','.join(failed)}: a process of it ended with an error; it is told above")
+
+
+def _processes(config: TrainConfig) -> int:
+    """How many a branch takes on this machine."""
+    trainer = config.trainer
+    if machine.device_of(trainer.accelerator).type == "cpu":
+        return trainer.gpus_per_job or trainer.devices or 1
+    here = torch.cuda.device_count()
+    wanted = trainer.gpus_per_job or trainer.devices or here
+    if wanted > here:
+        raise UserError(f"trainer.devices={wanted}: torch finds {here} CUDA devices here; use fewer")
+    return wanted
+
+
+def _places(config: TrainConfig) -> list[Sequence[int] | None]:
+    """Sets of GPUs on which branches may train side by side; None: whatever is there."""
+    size = config.trainer.gpus_per_job
+    if size is None:
+        return [None]
+    if machine.device_of(config.trainer.accelerator).type == "cpu":
+        return [None] * max(1, machine.cores() // size)
+    here = torch.cuda.device_count()
+    if size > here:
+        raise UserError(f"trainer.gpus_per_job={size}: torch finds {here} CUDA devices here; use fewer")
+    return [range(start, start + size) for start in range(0, here - size + 1, size)]
+
+
+class _Running:
+    """The torchruns of this process."""
+
+    def __init__(self) -> None:
+        self.told_to_end = False
+        self._children: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+
+    def run(self, branch: Branch, processes: int, place: Sequence[int] | None) -> int:
+        """Start one and wait for its end; returns its exit status."""
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+            sys.argv[0], *branch.arguments,
+        ]  # fmt: skip
+        threads = max(1, machine.cores() // processes)
+        environment = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_END)}
+        environment |= os.environ
+        if place is not None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(
+                visible[number] if len(visible) > number and visible[number] else str(number) for number in place
+            )
+        with self._lock:
+            if self.told_to_end:
+                return PREEMPTED
+            child = subprocess.Popen(command, env=environment, preexec_fn=ranks.end_with_parent)
+            self._children.add(child)
+        status = child.wait()
+        with self._lock:
+            self._children.discard(child)
+        return status
+
+    def end(self, *_: Any) -> None:
+        """Tell them to save and end."""
+        self.told_to_end = True
+        for child in tuple(self._children):
+            child.send_signal(signal.SIGTERM)
+
+
+@contextmanager
+def _running() -> Iterator[_Running]:
+    """While it lasts, SIGTERM goes on to the children."""
+    running = _Running()
+    former = signal.signal(signal.SIGTERM, running.end)
+    try:
+        yield running
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,115 @@
+"""The processes of one training: which one this is, and what they tell each other.
+
+A training on several devices is one process a device, started by torchrun or Slurm; alone, everything here is trivial.
+"""
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)
+"""How long the others wait for the first process, which writes and reads what they do not."""
+
+
+def environment() -> ClusterEnvironment | None:
+    """What started this process as one of several; None where nothing did."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    # Only srun sets the step: a script that sbatch runs is alone, whatever the job has room for.
+    if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
+        return SLURMEnvironment(auto_requeue=False)
+    return None
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the process that started this one dies, however it does (Linux): no training goes on unseen."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes of this training; returns when all are there."""
+    found = environment()
+    if found is None or dist.is_initialized():
+        return
+    end_with_parent()
+    os.environ.setdefault("MASTER_ADDR", found.main_address)
+    os.environ.setdefault("MASTER_PORT", str(found.main_port))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(found.local_rank())
+    dist.init_process_group(backend, rank=found.global_rank(), world_size=found.world_size(), timeout=PATIENCE)
+
+
+def leave() -> None:
+    """The end of what `join` began; without it a process may end while another still waits for it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints, logs and publishes."""
+    return rank() == 0
+
+
+def say(text: str) -> None:
+    """Print once."""
+    if is_first():
+        print(text, flush=True)
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """Have the first process do something; all get what it returned, or raise what it raised."""
+    if world() == 1:
+        return work()
+    told: list[Any] = [None, None]
+    if is_first():
+        try:
+            told[0] = work()
+        except Exception as error:
+            told[1] = error
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    result: T = told[0]
+    return result
+
+
+def from_all(value: T) -> list[T]:
+    """Everyone's value, by rank."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def summed(*values: float) -> list[float]:
+    """Sums over all processes, in float64."""
+    if world() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return [float(value) for value in tensor]

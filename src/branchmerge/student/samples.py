@@ -1,0 +1,78 @@
+"""What the student answers while it trains: one prompt, greedily, every so many steps, into samples.jsonl."""
+
+import json
+from pathlib import Path
+
+import torch
+from lightning import LightningModule, Trainer
+from transformers import PreTrainedTokenizerBase
+
+from branchmerge.data.batch import make_batch
+from branchmerge.data.template import Document
+from branchmerge.student import ranks
+from branchmerge.student.between_steps import BetweenSteps, is_due, untouched
+from branchmerge.student.loss import packed_logits
+from branchmerge.student.module import Student
+from branchmerge.study import write_text
+
+SAMPLES = "samples.jsonl"
+
+
+class Samples(BetweenSteps):
+    """Writes {"step", "id", "text"} lines: before the first step, every `every` steps, and after the last one.
+
+    A run that goes on from a checkpoint keeps the lines of the steps before. A model that is spread over several
+    processes is not sampled.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, document: Document, every: int, tokens: int, folder: Path
+    ) -> None:
+        """
+        Args:
+            document: the one whose prompt is answered.
+            tokens: of the longest answer.
+        """
+        self.tokenizer = tokenizer
+        self.document = document
+        self.every = every
+        self.tokens = tokens
+        self.path = folder / SAMPLES
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if ranks.world() > 1:
+            ranks.say(f"warning: trainer.sample_every_n_steps={self.every}: no samples of a model on several devices")
+        elif ranks.is_first():
+            write_text(self.path, "".join(self._lines_before(trainer.global_step)))
+
+    def between_steps(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        assert isinstance(module, Student)
+        if ranks.world() > 1 or not is_due(step, self.every, module.total_steps):
+            return
+        with untouched(trainer, module):
+            answer = greedy(module, self.document, self.tokens, self.tokenizer.eos_token_id)
+        row = {"step": step, "id": self.document.id, "text": self.tokenizer.decode(answer)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _lines_before(self, step: int) -> list[str]:
+        """Of an earlier run; a line that was cut off is left out."""
+        if not step or not self.path.is_file():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+
+
+def greedy(student: Student, document: Document, longest: int, end: int) -> list[int]:
+    """The likeliest token after a document's prompt, and so on; computed as in training, without a cache."""
+    prompt = document.tokens[: document.prompt_len]
+    answer: list[int] = []
+    while len(answer) < longest:
+        tokens = (*prompt, *answer)
+        batch = make_batch([Document(document.id, tokens, len(tokens))], 1).to(student.device)
+        last = torch.tensor([len(tokens) - 1], device=student.device)
+        token = int(packed_logits(student.model, batch, last)[0].argmax())
+        if token == end:
+            break
+        answer.append(token)
+    return answer

@@ -1,0 +1,101 @@
+"""A student spread over the devices of a training: FSDP2, a group for each decoder layer and one for the rest.
+
+Every device holds its share of the float32 weights, gradients and moments; a layer is put together in the compute dtype
+where it is needed and let go after it. Gradients are summed in float32.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from branchmerge.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a student is spread."""
+
+    compute: torch.dtype
+    """Of the matrix products: float32 or bfloat16"""
+    replicate: int = 1
+    """Copies of the whole set of shards; 1: every device holds another share (FSDP), more: HSDP"""
+    cpu_offload: bool = False
+    """Shares of weights and moments lie in the CPU's memory"""
+
+    def mesh(self, device: str, world: int) -> DeviceMesh:
+        """The devices, [world], or [replicate, world / replicate]."""
+        if world % self.replicate:
+            raise UserError(
+                f"trainer.replicate={self.replicate}: {world} devices cannot be cut into so many equal sets"
+            )
+        if self.replicate == 1:
+            return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+        shape = (self.replicate, world // self.replicate)
+        return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+
+
+class Spread(ModelParallelStrategy):
+    """Lightning's strategy for models that shard themselves, for one that also knows where its weights belong."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__(data_parallel_size=world, tensor_parallel_size=1)
+
+    def model_to_device(self) -> None:
+        """`load_weights` has done that."""
+
+
+def empty_model(folder: Path, attn: str) -> PreTrainedModel:
+    """The model of a checkpoint in float32, its weights without memory and without values."""
+    config = AutoConfig.from_pretrained(folder)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn)
+    model.tie_weights()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal LM."""
+    base = getattr(model, "base_model", model)
+    for part in (base, *base.modules()):
+        found = getattr(part, "layers", None)
+        if isinstance(found, nn.ModuleList):
+            return found
+    raise UserError(f"{type(model).__name__} has no list of decoder layers, so it cannot be sharded by layer")
+
+
+def shard(root: nn.Module, model: PreTrainedModel, sharding: Sharding, mesh: DeviceMesh) -> None:
+    """Cut the weights of `root`, which holds `model` and computes its loss, into shares; they may have no memory yet.
+
+    `root` must be what is called in training: the weights that belong to no layer are whole only inside its forward.
+    """
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=sharding.compute, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+        if sharding.cpu_offload
+        else OffloadPolicy(),
+    }
+    for layer in layers(model):
+        fully_shard(layer, **options)
+    fully_shard(root, **options)
+
+
+def load_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
+    """Give a sharded, empty model its memory and the checkpoint's weights; each process reads its shares only."""
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+    model.tie_weights()
+    state = model.state_dict()
+    if model.config.get_text_config().tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    load(state, storage_reader=HuggingFaceStorageReader(str(folder)))

@@ -1,0 +1,49 @@
+"""Which rows a step has: their number and padding in the curve, their names where a step fails."""
+
+import sys
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from branchmerge.data.batch import Batch
+from branchmerge.student import ranks
+
+
+class StepRows(Callback):
+    """Logs `rows` and `padding_share` of every step, over all processes; names the rows that an error came with."""
+
+    def __init__(self, capacity: int) -> None:
+        """`capacity`: tokens that a packed row could hold."""
+        self.capacity = capacity
+        self._in_work: list[str] = []
+        self._begin_step()
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, index: int) -> None:
+        self._in_work = batch.ids
+        self._step_before = trainer.global_step
+        if batch.supervised:  # an idle row has none
+            self._rows += 1
+            self._tokens += batch.input_ids.numel()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, index: int
+    ) -> None:
+        self._in_work = []
+        if trainer.global_step == self._step_before:
+            return
+        rows, tokens = ranks.summed(self._rows, self._tokens)
+        module.log("rows", rows)
+        module.log("padding_share", 1 - tokens / (rows * self.capacity))
+        self._begin_step()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if self._in_work and isinstance(exception, Exception):
+            print(
+                f"rank {ranks.rank()} failed at step {trainer.global_step} on the rows {', '.join(self._in_work)}"
+                f" ({type(exception).__name__})",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _begin_step(self) -> None:
+        self._rows, self._tokens = 0, 0

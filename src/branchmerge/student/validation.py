@@ -1,0 +1,61 @@
+"""The loss on held-out trajectories of every domain, so that what a branch forgets is seen while it trains."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+import torch
+from lightning import LightningModule, Trainer
+
+from branchmerge.data.batch import Batch, make_batch, make_idle_batch, supervised_tokens
+from branchmerge.data.packing import pack
+from branchmerge.data.template import Document
+from branchmerge.student import ranks
+from branchmerge.student.between_steps import BetweenSteps, is_due, untouched
+from branchmerge.student.module import Student
+
+Rows = list[list[Document]]
+"""Documents of each packed row"""
+
+
+class Validation(BetweenSteps):
+    """Logs `val_loss/<part>`: the mean over the learned tokens of a part's held-out trajectories.
+
+    Before the first step, every so many steps, and after the last one. A value at step n is of the weights after n
+    steps.
+    """
+
+    def __init__(self, held_out: Mapping[str, Sequence[Document]], capacity: int, every: int | None) -> None:
+        self.rows = {part: packed(documents, capacity) for part, documents in held_out.items()}
+        self.every = every
+
+    def between_steps(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        assert isinstance(module, Student)
+        if not is_due(step, self.every, module.total_steps):
+            return
+        with untouched(trainer, module):
+            losses = {part: mean_loss(module, rows) for part, rows in self.rows.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics({f"val_loss/{part}": loss for part, loss in losses.items()}, step)
+        told = ", ".join(f"{part} {loss:.4f}" for part, loss in losses.items())
+        ranks.say(f"step {step}: validation loss {told}")
+
+
+def packed(documents: Sequence[Document], capacity: int) -> Rows:
+    """Always the same rows for the same documents."""
+    rows = pack([len(document) for document in documents], capacity, random.Random(0))
+    return [[documents[number] for number in row] for row in rows]
+
+
+def mean_loss(student: Student, rows: Rows) -> float:
+    """Over all learned tokens of the rows, which are dealt out to all processes."""
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    for batch in share(rows, ranks.rank(), ranks.world()):
+        total += student.packed(batch.to(student.device)).double()
+    (summed,) = ranks.summed(float(total))
+    return summed / sum(supervised_tokens(document) for row in rows for document in row)
+
+
+def share(rows: Rows, rank: int, world: int) -> list[Batch]:
+    """One process's rows; all get as many, the last ones idle rows: a sharded forward pass takes all of them."""
+    places = range(rank, -(-len(rows) // world) * world, world)
+    return [make_batch(rows[place], 1) if place < len(rows) else make_idle_batch(rows[0], 1) for place in places]

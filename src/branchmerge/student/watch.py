@@ -1,0 +1,38 @@
+"""Everything that is seen of a branch while it trains, as callbacks of its Trainer."""
+
+from pathlib import Path
+
+from lightning import Callback
+
+from branchmerge.config import TrainConfig
+from branchmerge.data.datamodule import Corpus
+from branchmerge.data.template import Document
+from branchmerge.student.backbone import load_tokenizer
+from branchmerge.student.progress import StepProgress
+from branchmerge.student.samples import Samples
+from branchmerge.student.step_rows import StepRows
+from branchmerge.student.validation import Validation
+
+
+def watchers(config: TrainConfig, corpus: Corpus, start: Path, logs: Path) -> list[Callback]:
+    """The callbacks that `config` asks for.
+
+    Args:
+        start: the checkpoint that the branch starts from, for its tokenizer.
+    """
+    trainer = config.trainer
+    found: list[Callback] = [StepRows(config.data.seq_len)]
+    if corpus.held_out:
+        found.append(Validation(corpus.held_out, config.data.seq_len, trainer.validate_every_n_steps))
+    if trainer.sample_every_n_steps is not None:
+        tokenizer = load_tokenizer(start)
+        found.append(Samples(tokenizer, _sampled(corpus), trainer.sample_every_n_steps, trainer.sample_tokens, logs))
+    if trainer.progress:
+        found.append(StepProgress(config.domain.name))
+    return found
+
+
+def _sampled(corpus: Corpus) -> Document:
+    """A held-out document of the branch's own data, or the first that it trains on."""
+    own = [document for part in corpus.account["sources"] for document in corpus.held_out.get(part, [])]
+    return (own or corpus.documents)[0]

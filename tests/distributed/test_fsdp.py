@@ -1,0 +1,315 @@
+"""A branch in several processes (FSDP2 over gloo) is the branch that one process trains, also across deaths."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from branches import PROJECT, branch, metrics
+from conftest import make_student
+from spreading import COMPARED, FSDP, alone, assert_equal_to, run_together, weights, wish
+from transformers import AutoModelForCausalLM
+
+from branchmerge.data.datamodule import PackedRows, prepare, read_corpus
+from branchmerge.errors import UserError
+from branchmerge.student.backbone import load_tokenizer
+from branchmerge.student.launch import Branch, launch
+from branchmerge.study import read_manifest, weights_sha256
+
+SETTINGS = ("domain=math", "data.seq_len=256", "optim.epochs=2", "optim.warmup_ratio=0.0")
+BATCH = "optim.global_batch=4"
+LONG = (*SETTINGS, "optim.epochs=30", "optim.max_steps=30", BATCH, "data.workers=1",
+        "trainer.checkpoint.every_n_steps=2")  # fmt: skip
+KINDS = ("qwen2", "qwen3", "mistral", "gemma")
+WAYS = {
+    "kept": ("trainer.activation_checkpointing=false",), "recomputed": (), "copies": ("trainer.replicate=2",),
+    "offloaded": ("trainer.cpu_offload=true",), "workers": ("data.workers=2",),
+}  # fmt: skip
+WATCHED = (*SETTINGS, "optim.global_batch=2", "optim.max_steps=4", "data.validation_rows=7",
+           "trainer.validate_every_n_steps=2", "trainer.sample_every_n_steps=2")  # fmt: skip
+UNWATCHED = WATCHED[:-2]
+PRECISE = (*SETTINGS, BATCH, "optim.lr=1e-5", "export_dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Trajectories whose answers are very short and very long by turns: steps of skewed shares."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(36):
+            answer = "yes" if i % 3 else " ".join(f"word{j}" for j in range(10 + i))
+            turns = [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"id": f"row-{i}", "messages": turns}) + "\n")
+    return f"data.path={path}"
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_student(tmp_path_factory.mktemp("untied") / "qwen2", model_type="qwen2", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("kinds")
+    return {kind: make_student(folder / kind, model_type=kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def two(
+    tiny_student: Path, untied: Path, kinds: dict[str, Path], rows: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Everything that two processes train, in one start of them; a folder of outputs for each branch."""
+    folder = tmp_path_factory.mktemp("two")
+    wanted = {
+        **{f"accumulation-{n}": (*SETTINGS, rows, f"optim.global_batch={2 * n}") for n in (1, 4)},
+        **{name: (*SETTINGS, rows, BATCH, f"backbone.path={untied}", *way) for name, way in WAYS.items()},
+        **{kind: (*SETTINGS, rows, BATCH, f"backbone.path={kinds[kind]}") for kind in KINDS},
+        "bf16": (*PRECISE, rows, "trainer.precision=bf16-mixed"), "long": (*LONG, rows),
+        "watched": WATCHED, "unwatched": UNWATCHED,
+    }  # fmt: skip
+    said = run_together(2, tiny_student, {folder / name: overrides for name, overrides in wanted.items()})
+    assert said.count("no samples of a model on several devices") == 1
+    return folder
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_neither_two_processes_nor_accumulation_change_a_branch(
+    accumulation: int, tiny_student: Path, rows: str, two: Path, tmp_path: Path
+) -> None:
+    alone(tiny_student, tmp_path, *SETTINGS, rows, f"optim.global_batch={2 * accumulation}")
+    assert_equal_to(tmp_path, two / f"accumulation-{accumulation}")
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_nor_do_one_or_four(processes: int, tiny_student: Path, rows: str, tmp_path: Path) -> None:
+    wanted = {}
+    for accumulation in (1, 4):
+        settings = (*SETTINGS, rows, f"optim.global_batch={processes * accumulation}")
+        alone(tiny_student, tmp_path / f"alone-{accumulation}", *settings)
+        wanted[tmp_path / f"spread-{accumulation}"] = settings
+    run_together(processes, tiny_student, wanted)
+    for accumulation in (1, 4):
+        assert_equal_to(tmp_path / f"alone-{accumulation}", tmp_path / f"spread-{accumulation}")
+
+
+def test_no_way_of_spreading_changes_a_branch(untied: Path, rows: str, two: Path, tmp_path: Path) -> None:
+    """Untied weights, recomputed activations, copies of the shards, weights on the CPU, workers."""
+    alone(untied, tmp_path, *SETTINGS, rows, BATCH)
+    for name in WAYS:
+        assert_equal_to(tmp_path, two / name)
+    manifest = read_manifest(two / "copies" / "tiny" / "experts" / "math")
+    assert manifest is not None and len(manifest.training["devices"]) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_other_kinds(kind: str, kinds: dict[str, Path], rows: str, two: Path, tmp_path: Path) -> None:
+    alone(kinds[kind], tmp_path, *SETTINGS, rows, BATCH)
+    assert_equal_to(tmp_path, two / kind)
+
+
+def test_weights_are_float32_where_products_are_bfloat16(
+    tiny_student: Path, rows: str, two: Path, tmp_path: Path
+) -> None:
+    before = AutoModelForCausalLM.from_pretrained(tiny_student, dtype=torch.float32).state_dict()
+    moved = [(tensor != before[name]).flatten() for name, tensor in weights(two / "bf16").items()]
+    assert torch.cat(moved).float().mean() > 0.99
+    alone(tiny_student, tmp_path, *PRECISE, rows)
+    found, expected = ([float(row["loss"]) for row in metrics(o, "math")] for o in (two / "bf16", tmp_path))
+    assert found == pytest.approx(expected, rel=2e-2) and found != pytest.approx(expected, rel=1e-6)
+
+
+def test_two_processes_validate_as_one_does_and_train_as_unwatched(
+    tiny_student: Path, two: Path, tmp_path: Path
+) -> None:
+    alone(tiny_student, tmp_path, *WATCHED)
+    names = [f"val_loss/{part}" for part in ("math", "code", "science")]
+    ours, theirs = ([row for row in metrics(o, "math") if row[names[0]]] for o in (two / "watched", tmp_path))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == ["0", "2", "4"]
+    for one, other in zip(ours, theirs, strict=True):
+        assert [float(one[name]) for name in names] == pytest.approx([float(other[name]) for name in names], rel=1e-5)
+    watched, unwatched = ([r for r in metrics(two / name, "math") if r["loss"]] for name in ("watched", "unwatched"))
+    for one, other in zip(watched, unwatched, strict=True):
+        assert [one[name] for name in ("loss", "grad_norm")] == [other[name] for name in ("loss", "grad_norm")]
+        assert float(one["rows"]) == 2 and float(one["padding_share"]) == 1 - float(one["tokens"]) / 512
+    assert all(
+        torch.equal(tensor, weights(two / "watched")[name]) for name, tensor in weights(two / "unwatched").items()
+    )
+
+
+def test_every_row_is_trained_on_once_whatever_the_number_of_processes(tiny_student: Path, tmp_path: Path) -> None:
+    settings = branch(tiny_student, tmp_path, *SETTINGS, "optim.global_batch=5")
+    corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+    for world in (1, 2, 4):
+        parts = [PackedRows(corpus.documents, corpus.plan.steps, rank, world) for rank in range(world)]
+        assert len({len(part) for part in parts}) == 1
+        batches = [part[i] for part in parts for i in range(len(part))]
+        taught = sorted(name for batch in batches if batch.supervised for name in batch.ids)
+        assert taught == sorted(corpus.documents[number].id for row in corpus.plan.rows for number in row)
+        assert sum(batch.supervised for batch in batches) == corpus.supervised
+
+
+def started(student: Path, outputs: Path, *overrides: str, multirun: bool = False) -> subprocess.Popen[str]:
+    """`python train.py trainer=fsdp`, which starts the processes itself."""
+    here = ("--config-dir", "tests/conf", "study=tiny", f"backbone.path={student}", f"outputs={outputs}")
+    command = [sys.executable, "train.py", *["-m"] * multirun, *here, *FSDP, *overrides]
+    return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def saved(outputs: Path) -> list[int]:
+    return sorted(int(folder.name.split("-")[1]) for folder in outputs.glob("tiny/checkpoints/*/step-*"))
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that train, in no order."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in below if "RANK" in child.environ() and "train.py" in " ".join(child.cmdline()[1:3])]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_branch_outlives_sigterm_the_death_of_a_process_and_of_all(
+    tiny_student: Path, rows: str, two: Path, tmp_path: Path
+) -> None:
+    """Each time the same command goes on: at the end are the curve and the bits of a run that nothing happened to."""
+    settings = (*LONG, rows, "trainer.devices=2")
+    outputs = tmp_path / "outputs"
+
+    process = started(tiny_student, outputs, *settings)
+    wait_for(lambda: saved(outputs), process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM and "told to end after step" in said, said
+    first = max(saved(outputs))
+
+    process = started(tiny_student, outputs, *settings)
+    wait_for(lambda: max(saved(outputs)) > first, process)
+    processes = workers_of(process)
+    victim = next(worker for worker in processes if worker.environ()["RANK"] == "1")
+    victim.kill()
+    began = time.monotonic()
+    said = process.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 60 and process.returncode not in (0, None), said
+    assert f"going on after step {first} of 30" in said
+    assert "error: domain=math: a process of it ended with an error" in said
+    assert not [worker for worker in processes if is_alive(worker)]
+    second = max(saved(outputs))
+
+    process = started(tiny_student, outputs, *settings)
+    wait_for(lambda: max(saved(outputs)) > second, process)
+    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        each.kill()
+    process.communicate()
+    assert not (outputs / "tiny" / "experts" / "math").exists()
+
+    shutil.copytree(outputs, tmp_path / "one", ignore=shutil.ignore_patterns("*.lock"))
+    alone(tiny_student, tmp_path / "one", *LONG, rows)
+    assert_equal_to(two / "long", tmp_path / "one")
+
+    process = started(tiny_student, outputs, *settings)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "going on after step" in said, said
+    experts = [each / "tiny" / "experts" / "math" for each in (outputs, two / "long")]
+    assert weights_sha256(experts[0]) == weights_sha256(experts[1])
+    ours, theirs = metrics(outputs, "math"), metrics(two / "long", "math")
+    assert [[row[name] for name in COMPARED] for row in ours] == [[row[name] for name in COMPARED] for row in theirs]
+
+
+def test_processes_that_slurm_started_find_each_other(tiny_student: Path, rows: str, tmp_path: Path) -> None:
+    settings = (*SETTINGS, rows, BATCH)
+    # What srun sets for two tasks on one node.
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "branch", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_STEP_ID": "0",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, *wish(tiny_student, {tmp_path / "slurm": settings})], cwd=PROJECT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert_equal_to(alone(tiny_student, tmp_path / "alone", *settings), tmp_path / "slurm")
+
+
+def test_members_of_a_multirun_train_side_by_side_in_processes_of_their_own(tiny_student: Path, tmp_path: Path) -> None:
+    more = ("optim.epochs=2", "optim.max_steps=2", "optim.global_batch=2", "trainer.gpus_per_job=1")
+    process = started(tiny_student, tmp_path, "domain=math,code", *more, multirun=True)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    for domain in ("math", "code"):
+        manifest = read_manifest(tmp_path / "tiny" / "experts" / domain)
+        assert manifest is not None and manifest.training["steps"] == 2
+
+
+def test_mistakes_are_told_before_any_process_starts(tiny_student: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="its rows cannot be shared equally by 1 x 2 devices"):
+        branch(tiny_student, tmp_path, *FSDP, "trainer.devices=2", "optim.global_batch=3")
+    with pytest.raises(UserError, match="weights kept in bfloat16 stand still"):
+        branch(tiny_student, tmp_path, *FSDP, "trainer.precision=bf16-true")
+    with pytest.raises(UserError, match="takes several devices; use trainer=fsdp"):
+        branch(tiny_student, tmp_path, "trainer.devices=2", "optim.global_batch=2")
+    nodes = branch(tiny_student, tmp_path, *FSDP, "trainer.num_nodes=2", "optim.global_batch=2")
+    with pytest.raises(UserError, match=r"start train\.py on every node by torchrun or Slurm"):
+        launch([Branch(nodes, [])])
+
+
+def has_namespaces() -> str:
+    """Why there can be no second host here; empty where there can."""
+    if os.geteuid() or shutil.which("ip") is None:
+        return "needs root and ip"
+    made = subprocess.run(["ip", "netns", "add", "branchmerge-probe"], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "del", "branchmerge-probe"], capture_output=True)
+    return made.stderr.strip()
+
+
+@pytest.mark.skipif(bool(has_namespaces()), reason=f"no second host: {has_namespaces()}")
+def test_two_hosts_train_one_branch(tiny_student: Path, rows: str, tmp_path: Path) -> None:
+    settings = (*SETTINGS, rows, BATCH)
+    name = f"bm{os.getpid()}"
+    hosts = [f"{name}a", f"{name}b"]
+    commands = [f"netns add {hosts[0]}", f"netns add {hosts[1]}", f"link add {name}0 type veth peer name {name}1"]
+    for i, host in enumerate(hosts):
+        commands += [f"link set {name}{i} netns {host}", f"-n {host} addr add 10.231.7.{i + 1}/24 dev {name}{i}",
+                     f"-n {host} link set {name}{i} up", f"-n {host} link set lo up"]  # fmt: skip
+    try:
+        for command in commands:
+            subprocess.run(["ip", *command.split()], check=True)
+        arguments = wish(tiny_student, {tmp_path / "hosts": (*settings, "trainer.num_nodes=2")})
+        running = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
+                 f"--node-rank={i}", "--nproc-per-node=1", "--master-addr=10.231.7.1", "--master-port=29511",
+                 *arguments],
+                cwd=PROJECT, env={**os.environ, "GLOO_SOCKET_IFNAME": f"{name}{i}", "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for i, host in enumerate(hosts)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=300)[0] for process in running]
+        assert [process.returncode for process in running] == [0, 0], said
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host], capture_output=True)
+    assert_equal_to(alone(tiny_student, tmp_path / "alone", *settings), tmp_path / "hosts")

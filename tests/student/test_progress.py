@@ -1,0 +1,149 @@
+"""What is told while a branch trains: progress, padding, samples, and the rows of a step that fails."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from branches import branch, metrics
+from lightning import Callback, Trainer
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from branchmerge.config import OptimConfig
+from branchmerge.data.batch import make_batch
+from branchmerge.data.datamodule import Corpus, TrajectoryData, prepare, read_corpus
+from branchmerge.data.packing import Plan
+from branchmerge.data.template import Document
+from branchmerge.student import attention
+from branchmerge.student.backbone import load_model, load_tokenizer
+from branchmerge.student.flops import Shapes, peak_of
+from branchmerge.student.loss import summed_loss
+from branchmerge.student.module import Student
+from branchmerge.student.progress import StepProgress, utilisation
+from branchmerge.student.step_rows import StepRows
+from branchmerge.student.training import train
+
+LINE = r"math: step 1/3  loss \d\.\d{4}  [\d,]+ tokens/s  ETA \d:\d\d:\d\d"
+
+
+def fitted(student: Path, corpus: Corpus, folder: Path, *callbacks: Callback) -> None:
+    """Train on a corpus with some callbacks alone, two rows a step."""
+    model = load_model(student, torch.float32, attention.PACKED_SDPA)
+    optim = OptimConfig(epochs=1, global_batch=2, lr=1e-3, schedule="constant")
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=2, gradient_clip_val=1.0, logger=False,
+        default_root_dir=folder, callbacks=list(callbacks), enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Student(model, optim, len(corpus.plan.steps)), datamodule=TrajectoryData(corpus))
+
+
+@pytest.fixture
+def corpus(tiny_student: Path, tmp_path: Path) -> Corpus:
+    settings = branch(tiny_student, tmp_path, "domain=math")
+    return prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+
+
+def test_a_log_gets_the_first_step_the_last_one_and_few_between(
+    tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(branch(tiny_student, tmp_path, "domain=math", "trainer.progress=true"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("math: step")]
+    assert len(lines) == 2
+    assert re.fullmatch(LINE, lines[0]) and "step 3/3" in lines[1] and "ETA 0:00:00" in lines[1]
+    last = metrics(tmp_path, "math")[-1]
+    assert f"loss {float(last['loss']):.4f}" in lines[1]
+
+
+def test_between_them_lines_come_by_the_clock(tiny_student: Path, corpus: Corpus, tmp_path: Path) -> None:
+    said = io.StringIO()
+    fitted(tiny_student, corpus, tmp_path, StepProgress("math", Console(file=said, soft_wrap=True), interval=0))
+    assert [line.split("  ")[0] for line in said.getvalue().splitlines()] == [
+        "math: step 1/3", "math: step 2/3", "math: step 3/3",
+    ]  # fmt: skip
+
+
+def test_a_terminal_gets_a_bar_that_ends_at_the_last_step(tiny_student: Path, corpus: Corpus, tmp_path: Path) -> None:
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=True, width=120)
+    fitted(tiny_student, corpus, tmp_path, StepProgress("math", console))
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.getvalue())
+    bars = [line for line in re.split(r"[\r\n]+", text) if line.startswith("math")]
+    assert "step 3/3" in bars[-1] and "━" * 24 in bars[-1] and "tokens/s" in bars[-1]
+
+
+def test_the_curve_has_rows_and_padding(tiny_student: Path, tmp_path: Path) -> None:
+    train(branch(tiny_student, tmp_path, "domain=math"))
+    for row in metrics(tmp_path, "math"):
+        assert float(row["rows"]) == 2
+        assert float(row["padding_share"]) == pytest.approx(1 - float(row["tokens"]) / 512)
+
+
+def test_a_step_that_fails_names_its_rows(
+    tiny_student: Path, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token that the model does not have, in the second row of the second step."""
+    broken = Document("broken-1", (5, 99_999, 7), 1)
+    number = len(corpus.documents)
+    first, second, *_ = corpus.plan.steps
+    plan = Plan((first, (second[0], (0, number))))
+    with pytest.raises(IndexError):
+        fitted(tiny_student, Corpus([*corpus.documents, broken], plan, {}), tmp_path, StepRows(256))
+    rows = f"{corpus.documents[0].id}, broken-1"
+    assert f"rank 0 failed at step 1 on the rows {rows} (IndexError)\n" in capsys.readouterr().err
+
+
+def test_samples_are_what_the_model_itself_generates(tiny_student: Path, tmp_path: Path) -> None:
+    settings = branch(
+        tiny_student, tmp_path, "domain=math", "trainer.sample_every_n_steps=2", "trainer.sample_tokens=12"
+    )
+    folder = train(settings)
+    lines = (tmp_path / "tiny" / "logs" / "train" / "math" / "samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+    document, tokenizer = corpus.documents[0], load_tokenizer(tiny_student)
+    assert [row["step"] for row in rows] == [0, 2, 3] and {row["id"] for row in rows} == {document.id}
+    prompt = torch.tensor([document.tokens[: document.prompt_len]])
+    for checkpoint, row in ((tiny_student, rows[0]), (folder, rows[-1])):
+        model = load_model(checkpoint, torch.float32)
+        out = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+        answer = [token for token in out[0, prompt.shape[1] :].tolist() if token != tokenizer.eos_token_id]
+        assert row["text"] == tokenizer.decode(answer)
+
+
+def test_flops_are_those_that_torch_counts(tiny_student: Path) -> None:
+    """One document, so that attention is one square of which torch counts all and `Shapes` the causal half."""
+    model = load_model(tiny_student, torch.float32, attention.PACKED_SDPA)
+    shapes = Shapes.of(model)
+    assert shapes is not None
+    length = 40
+    batch = make_batch([Document("a", tuple(range(100, 100 + length)), 1)], 1)
+    with FlopCounterMode(display=False) as counted:
+        summed_loss(model, batch).backward()
+    pairs = length * (length + 1) / 2
+    products = counted.get_total_flops() - sum(
+        flops for operator, flops in counted.get_flop_counts()["Global"].items() if "attention" in str(operator)
+    )
+    assert shapes.flops(batch) - 12 * shapes.attended * pairs == pytest.approx(products, rel=1e-6)
+    assert shapes.attended == 2 * 32
+
+
+def test_two_documents_cost_less_than_one_of_their_length(tiny_student: Path) -> None:
+    shapes = Shapes(matrices=1000, head=10, attended=64)
+    one = make_batch([Document("a", tuple(range(20)), 1)], 1)
+    two = make_batch([Document("a", tuple(range(10)), 1), Document("b", tuple(range(10)), 1)], 1)
+    assert shapes.flops(one) == 6 * (1000 * 20 + 10 * 19) + 12 * 64 * 210
+    assert shapes.flops(two) == 6 * (1000 * 20 + 10 * 18) + 12 * 64 * 110
+
+
+def test_cards_are_known_by_torchs_names() -> None:
+    known = {
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12,
+        "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A10G": None, "NVIDIA GeForce RTX 4090": 165e12, "Tesla T4": None,
+    }  # fmt: skip
+    assert {card: peak_of(card) for card in known} == known
+    assert utilisation(494.5e12, "NVIDIA H200") == "50%"
+    assert utilisation(1e12, "Tesla T4") == utilisation(0, "NVIDIA H200") == "n/a"
