@@ -3,16 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-vllm check setup clean
+.PHONY: demo test test-slow test-vllm check style setup clean
 
 demo: setup ## the three phases on the embedded demo study; goes on where it was stopped
 	$(BIN)/python train.py -m domain=math,code,science
 	$(BIN)/python merge.py
 	$(BIN)/python evaluate.py
 
-# Two processes: many tests wait (for limits of the sandbox, for servers) and leave a core to the others.
+# Three processes also where there are two cores: many tests wait (for limits of the sandbox, for servers).
 test: setup ## all tests but those marked slow
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## the demo study itself, as a test
 	$(BIN)/python -m pytest -m slow
@@ -26,11 +26,13 @@ test-vllm: ## backend=vllm for real on a CPU, in an environment of its own; abou
 	$(VENV)-vllm/bin/python -m pip uninstall -qy torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/python -m pytest -m "slow or not slow" tests/evaluation/test_vllm.py
 
-check: setup ## style, types, and that every configuration composes
+check: style ## style, types, and that every configuration composes
+	$(BIN)/python -m pytest -q tests/config
+
+style: setup ## style and types alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/config
 
 setup: $(VENV)/.setup-done ## virtual environment with the pinned versions
 

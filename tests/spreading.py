@@ -24,25 +24,26 @@ def alone(student: Path, outputs: Path, *overrides: str) -> Path:
     return outputs
 
 
-def torchrun(processes: int, *arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-            *map(str, arguments)]  # fmt: skip
-
-
 def wish(student: Path, wanted: dict[Path, tuple[str, ...]]) -> list[str | Path]:
-    """What train_branches.py is told: the branches by their outputs."""
-    text = json.dumps({str(outputs): [*FSDP, *overrides] for outputs, overrides in wanted.items()})
-    return [WORKER, student, text]
+    """What train_branches.py is told under torchrun: the branches by their outputs."""
+    return [WORKER, student, json.dumps(_named(wanted))]
 
 
-def run_together(processes: int, student: Path, wanted: dict[Path, tuple[str, ...]]) -> str:
-    """Train branches one after the other in so many processes; returns what was printed."""
-    done = subprocess.run(
-        torchrun(processes, *wish(student, wanted)), cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+def run_groups(student: Path, groups: dict[tuple[str, int], dict[Path, tuple[str, ...]]]) -> str:
+    """Train groups of branches, each in so many processes that were started so; returns what was printed."""
+    wanted = [
+        {"starter": starter, "processes": processes, "branches": _named(branches)}
+        for (starter, processes), branches in groups.items()
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(WORKER), str(student), json.dumps(wanted)]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def _named(wanted: dict[Path, tuple[str, ...]]) -> dict[str, list[str]]:
+    return {str(outputs): [*FSDP, *overrides] for outputs, overrides in wanted.items()}
 
 
 def weights(outputs: Path) -> dict[str, torch.Tensor]:

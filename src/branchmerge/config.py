@@ -192,9 +192,9 @@ class TrainerConfig:
     accelerator: str = field(default="auto", metadata=_choice("auto", "cpu", "gpu"))
     precision: str = field(default="auto", metadata=_choice("auto", "32-true", "bf16-mixed"))
     """Weights and optimizer are float32 always. auto: bf16 compute on CUDA and on CPUs with bf16 instructions."""
-    strategy: str = field(default="single", metadata=_choice("single", "fsdp"))
+    strategy: str = field(default="auto", metadata=_choice("auto", "single", "fsdp"))
     """single: one device. fsdp: a process for each device, and every device holds its share of weights, gradients and
-    moments (FSDP2)."""
+    moments (FSDP2). auto: fsdp where one of the next keys asks for several devices."""
     devices: int | None = field(default=None, metadata=_at_least(1))
     """fsdp: devices of each node, or processes on a CPU; null: all GPUs, one process on a CPU."""
     num_nodes: int = field(default=1, metadata=_at_least(1))
@@ -222,6 +222,14 @@ class TrainerConfig:
     """Of such an answer, at most."""
     progress: bool = True
     """Tell step, loss, tokens/s and time left; a bar in a terminal, a line every half minute elsewhere."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the student is spread over the devices."""
+        if self.strategy != "auto":
+            return self.strategy == "fsdp"
+        several = (self.devices or 1) * self.num_nodes * self.replicate > 1
+        return several or self.gpus_per_job is not None or self.cpu_offload
 
 
 @dataclass
@@ -432,12 +440,12 @@ def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
 
 def check_trainer(trainer: TrainerConfig, global_batch: int) -> None:
     """Refuse a machine that cannot train so."""
-    if trainer.strategy == "single":
+    if not trainer.sharded:
         defaults = TrainerConfig()
         for name in ("devices", "num_nodes", "gpus_per_job", "replicate", "cpu_offload"):
             if getattr(trainer, name) != getattr(defaults, name):
                 raise UserError(
-                    f"trainer.{name}={getattr(trainer, name)}: takes several devices; use trainer=fsdp, or leave it out"
+                    f"trainer.{name}={getattr(trainer, name)}: takes several devices; leave trainer.strategy=single out"
                 )
     if trainer.devices is not None and global_batch % (trainer.devices * trainer.num_nodes):
         raise UserError(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from branches import PROJECT, branch, metrics
 from conftest import make_student
-from spreading import COMPARED, FSDP, alone, assert_equal_to, run_together, weights, wish
+from spreading import COMPARED, FSDP, alone, assert_equal_to, run_groups, weights, wish
 from transformers import AutoModelForCausalLM
 
 from branchmerge.data.datamodule import PackedRows, prepare, read_corpus
@@ -28,6 +28,7 @@ SETTINGS = ("domain=math", "data.seq_len=256", "optim.epochs=2", "optim.warmup_r
 BATCH = "optim.global_batch=4"
 LONG = (*SETTINGS, "optim.epochs=30", "optim.max_steps=30", BATCH, "data.workers=1",
         "trainer.checkpoint.every_n_steps=2")  # fmt: skip
+WORLDS = (1, 2, 4)
 KINDS = ("qwen2", "qwen3", "mistral", "gemma")
 WAYS = {
     "kept": ("trainer.activation_checkpointing=false",), "recomputed": (), "copies": ("trainer.replicate=2",),
@@ -63,84 +64,86 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def two(
+def spread(
     tiny_student: Path, untied: Path, kinds: dict[str, Path], rows: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Everything that two processes train, in one start of them; a folder of outputs for each branch."""
-    folder = tmp_path_factory.mktemp("two")
-    wanted = {
-        **{f"accumulation-{n}": (*SETTINGS, rows, f"optim.global_batch={2 * n}") for n in (1, 4)},
-        **{name: (*SETTINGS, rows, BATCH, f"backbone.path={untied}", *way) for name, way in WAYS.items()},
-        **{kind: (*SETTINGS, rows, BATCH, f"backbone.path={kinds[kind]}") for kind in KINDS},
-        "bf16": (*PRECISE, rows, "trainer.precision=bf16-mixed"), "long": (*LONG, rows),
-        "watched": WATCHED, "unwatched": UNWATCHED,
+    """Everything that several processes train; a folder of outputs for each branch."""
+    folder = tmp_path_factory.mktemp("spread")
+    groups: dict[tuple[str, int], dict[Path, tuple[str, ...]]] = {
+        ("torchrun", world): {
+            folder / f"{world}x{n}": (*SETTINGS, rows, f"optim.global_batch={world * n}") for n in (1, 4)
+        }
+        for world in WORLDS
+    }
+    groups["torchrun", 2] |= {
+        **{folder / name: (*SETTINGS, rows, BATCH, f"backbone.path={untied}", *way) for name, way in WAYS.items()},
+        **{folder / kind: (*SETTINGS, rows, BATCH, f"backbone.path={kinds[kind]}") for kind in KINDS},
+        folder / "bf16": (*PRECISE, rows, "trainer.precision=bf16-mixed"), folder / "long": (*LONG, rows),
+        folder / "watched": WATCHED, folder / "unwatched": UNWATCHED,
     }  # fmt: skip
-    said = run_together(2, tiny_student, {folder / name: overrides for name, overrides in wanted.items()})
+    groups["srun", 2] = {folder / "slurm": (*SETTINGS, rows, BATCH)}
+    said = run_groups(tiny_student, groups)
     assert said.count("no samples of a model on several devices") == 1
     return folder
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_neither_two_processes_nor_accumulation_change_a_branch(
-    accumulation: int, tiny_student: Path, rows: str, two: Path, tmp_path: Path
+@pytest.mark.parametrize("processes", WORLDS)
+def test_neither_processes_nor_accumulation_change_a_branch(
+    processes: int, accumulation: int, tiny_student: Path, rows: str, spread: Path, tmp_path: Path
 ) -> None:
-    alone(tiny_student, tmp_path, *SETTINGS, rows, f"optim.global_batch={2 * accumulation}")
-    assert_equal_to(tmp_path, two / f"accumulation-{accumulation}")
+    alone(tiny_student, tmp_path, *SETTINGS, rows, f"optim.global_batch={processes * accumulation}")
+    assert_equal_to(tmp_path, spread / f"{processes}x{accumulation}")
 
 
-@pytest.mark.parametrize("processes", [1, 4])
-def test_nor_do_one_or_four(processes: int, tiny_student: Path, rows: str, tmp_path: Path) -> None:
-    wanted = {}
-    for accumulation in (1, 4):
-        settings = (*SETTINGS, rows, f"optim.global_batch={processes * accumulation}")
-        alone(tiny_student, tmp_path / f"alone-{accumulation}", *settings)
-        wanted[tmp_path / f"spread-{accumulation}"] = settings
-    run_together(processes, tiny_student, wanted)
-    for accumulation in (1, 4):
-        assert_equal_to(tmp_path / f"alone-{accumulation}", tmp_path / f"spread-{accumulation}")
+def test_processes_that_slurm_started_find_each_other(
+    tiny_student: Path, rows: str, spread: Path, tmp_path: Path
+) -> None:
+    alone(tiny_student, tmp_path, *SETTINGS, rows, BATCH)
+    assert_equal_to(tmp_path, spread / "slurm")
 
 
-def test_no_way_of_spreading_changes_a_branch(untied: Path, rows: str, two: Path, tmp_path: Path) -> None:
+def test_no_way_of_spreading_changes_a_branch(untied: Path, rows: str, spread: Path, tmp_path: Path) -> None:
     """Untied weights, recomputed activations, copies of the shards, weights on the CPU, workers."""
     alone(untied, tmp_path, *SETTINGS, rows, BATCH)
     for name in WAYS:
-        assert_equal_to(tmp_path, two / name)
-    manifest = read_manifest(two / "copies" / "tiny" / "experts" / "math")
+        assert_equal_to(tmp_path, spread / name)
+    manifest = read_manifest(spread / "copies" / "tiny" / "experts" / "math")
     assert manifest is not None and len(manifest.training["devices"]) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_of_other_kinds(kind: str, kinds: dict[str, Path], rows: str, two: Path, tmp_path: Path) -> None:
+def test_models_of_other_kinds(kind: str, kinds: dict[str, Path], rows: str, spread: Path, tmp_path: Path) -> None:
     alone(kinds[kind], tmp_path, *SETTINGS, rows, BATCH)
-    assert_equal_to(tmp_path, two / kind)
+    assert_equal_to(tmp_path, spread / kind)
 
 
 def test_weights_are_float32_where_products_are_bfloat16(
-    tiny_student: Path, rows: str, two: Path, tmp_path: Path
+    tiny_student: Path, rows: str, spread: Path, tmp_path: Path
 ) -> None:
     before = AutoModelForCausalLM.from_pretrained(tiny_student, dtype=torch.float32).state_dict()
-    moved = [(tensor != before[name]).flatten() for name, tensor in weights(two / "bf16").items()]
+    moved = [(tensor != before[name]).flatten() for name, tensor in weights(spread / "bf16").items()]
     assert torch.cat(moved).float().mean() > 0.99
     alone(tiny_student, tmp_path, *PRECISE, rows)
-    found, expected = ([float(row["loss"]) for row in metrics(o, "math")] for o in (two / "bf16", tmp_path))
+    found, expected = ([float(row["loss"]) for row in metrics(o, "math")] for o in (spread / "bf16", tmp_path))
     assert found == pytest.approx(expected, rel=2e-2) and found != pytest.approx(expected, rel=1e-6)
 
 
 def test_two_processes_validate_as_one_does_and_train_as_unwatched(
-    tiny_student: Path, two: Path, tmp_path: Path
+    tiny_student: Path, spread: Path, tmp_path: Path
 ) -> None:
     alone(tiny_student, tmp_path, *WATCHED)
     names = [f"val_loss/{part}" for part in ("math", "code", "science")]
-    ours, theirs = ([row for row in metrics(o, "math") if row[names[0]]] for o in (two / "watched", tmp_path))
+    ours, theirs = ([row for row in metrics(o, "math") if row[names[0]]] for o in (spread / "watched", tmp_path))
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == ["0", "2", "4"]
     for one, other in zip(ours, theirs, strict=True):
         assert [float(one[name]) for name in names] == pytest.approx([float(other[name]) for name in names], rel=1e-5)
-    watched, unwatched = ([r for r in metrics(two / name, "math") if r["loss"]] for name in ("watched", "unwatched"))
+    watched, unwatched = ([r for r in metrics(spread / name, "math") if r["loss"]] for name in ("watched", "unwatched"))
     for one, other in zip(watched, unwatched, strict=True):
         assert [one[name] for name in ("loss", "grad_norm")] == [other[name] for name in ("loss", "grad_norm")]
         assert float(one["rows"]) == 2 and float(one["padding_share"]) == 1 - float(one["tokens"]) / 512
     assert all(
-        torch.equal(tensor, weights(two / "watched")[name]) for name, tensor in weights(two / "unwatched").items()
+        torch.equal(tensor, weights(spread / "watched")[name]) for name, tensor in weights(spread / "unwatched").items()
     )
 
 
@@ -186,7 +189,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def test_a_branch_outlives_sigterm_the_death_of_a_process_and_of_all(
-    tiny_student: Path, rows: str, two: Path, tmp_path: Path
+    tiny_student: Path, rows: str, spread: Path, tmp_path: Path
 ) -> None:
     """Each time the same command goes on: at the end are the curve and the bits of a run that nothing happened to."""
     settings = (*LONG, rows, "trainer.devices=2")
@@ -221,36 +224,15 @@ def test_a_branch_outlives_sigterm_the_death_of_a_process_and_of_all(
 
     shutil.copytree(outputs, tmp_path / "one", ignore=shutil.ignore_patterns("*.lock"))
     alone(tiny_student, tmp_path / "one", *LONG, rows)
-    assert_equal_to(two / "long", tmp_path / "one")
+    assert_equal_to(spread / "long", tmp_path / "one")
 
     process = started(tiny_student, outputs, *settings)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "going on after step" in said, said
-    experts = [each / "tiny" / "experts" / "math" for each in (outputs, two / "long")]
+    experts = [each / "tiny" / "experts" / "math" for each in (outputs, spread / "long")]
     assert weights_sha256(experts[0]) == weights_sha256(experts[1])
-    ours, theirs = metrics(outputs, "math"), metrics(two / "long", "math")
+    ours, theirs = metrics(outputs, "math"), metrics(spread / "long", "math")
     assert [[row[name] for name in COMPARED] for row in ours] == [[row[name] for name in COMPARED] for row in theirs]
-
-
-def test_processes_that_slurm_started_find_each_other(tiny_student: Path, rows: str, tmp_path: Path) -> None:
-    settings = (*SETTINGS, rows, BATCH)
-    # What srun sets for two tasks on one node.
-    job = {
-        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NAME": "branch", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_STEP_ID": "0",
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    running = [
-        subprocess.Popen(
-            [sys.executable, *wish(tiny_student, {tmp_path / "slurm": settings})], cwd=PROJECT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, **job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
-    assert_equal_to(alone(tiny_student, tmp_path / "alone", *settings), tmp_path / "slurm")
 
 
 def test_members_of_a_multirun_train_side_by_side_in_processes_of_their_own(tiny_student: Path, tmp_path: Path) -> None:
@@ -268,8 +250,8 @@ def test_mistakes_are_told_before_any_process_starts(tiny_student: Path, tmp_pat
         branch(tiny_student, tmp_path, *FSDP, "trainer.devices=2", "optim.global_batch=3")
     with pytest.raises(UserError, match="weights kept in bfloat16 stand still"):
         branch(tiny_student, tmp_path, *FSDP, "trainer.precision=bf16-true")
-    with pytest.raises(UserError, match="takes several devices; use trainer=fsdp"):
-        branch(tiny_student, tmp_path, "trainer.devices=2", "optim.global_batch=2")
+    with pytest.raises(UserError, match="takes several devices"):
+        branch(tiny_student, tmp_path, "trainer.strategy=single", "trainer.devices=2", "optim.global_batch=2")
     nodes = branch(tiny_student, tmp_path, *FSDP, "trainer.num_nodes=2", "optim.global_batch=2")
     with pytest.raises(UserError, match=r"start train\.py on every node by torchrun or Slurm"):
         launch([Branch(nodes, [])])

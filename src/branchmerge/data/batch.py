@@ -43,7 +43,6 @@ class Batch:
         """Learned tokens of this row."""
         return int((self.labels != IGNORE).sum())
 
-
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
         moved = {name: getattr(self, name).to(device) for name in TENSORS}

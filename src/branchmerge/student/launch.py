@@ -37,7 +37,7 @@ class Branch:
 
 def is_needed(config: TrainConfig) -> bool:
     """Whether this process should start those of the training, and is none of them."""
-    return config.trainer.strategy == "fsdp" and ranks.environment() is None
+    return config.trainer.sharded and ranks.environment() is None
 
 
 def this_branch(config: TrainConfig) -> Branch:

@@ -78,15 +78,15 @@ def train(config: TrainConfig) -> Path:
 def _device(config: TrainConfig) -> torch.device:
     """The one that this process trains on."""
     device = machine.device_of(config.trainer.accelerator)
-    found = ranks.environment() if config.trainer.strategy == "fsdp" else None
+    found = ranks.environment() if config.trainer.sharded else None
     return torch.device("cuda", found.local_rank()) if device.type == "cuda" and found is not None else device
 
 
 def _check_processes(config: TrainConfig) -> None:
     """Refuse what the number of processes does not allow."""
     world, batch, nodes = ranks.world(), config.optim.global_batch, config.trainer.num_nodes
-    if config.trainer.strategy == "single" and world > 1:
-        raise UserError(f"{world} processes were started for trainer.strategy=single; use trainer=fsdp")
+    if not config.trainer.sharded and world > 1:
+        raise UserError(f"{world} processes were started for a training on one device; use trainer=fsdp")
     if batch % world:
         raise UserError(
             f"optim.global_batch={batch}: its rows cannot be shared equally by {world} processes; choose a multiple"
@@ -149,7 +149,7 @@ def _fit(
 def _student(config: TrainConfig, start: Path, precision: str, attn: str, steps: int) -> Student:
     """The student, with its weights where one device holds it, else still without."""
     trainer, spread, compute = config.trainer, None, torch.float32
-    if trainer.strategy == "fsdp":
+    if trainer.sharded:
         compute = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
         sharding = Sharding(compute, trainer.replicate, trainer.cpu_offload)
         model = empty_model(start, attn)
@@ -171,7 +171,7 @@ def _student(config: TrainConfig, start: Path, precision: str, attn: str, steps:
 def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[str, Any]:
     """What the Trainer is told of the machine."""
     accelerator = "gpu" if device.type == "cuda" else "cpu"
-    if config.trainer.strategy == "single":
+    if not config.trainer.sharded:
         return {"accelerator": accelerator, "devices": 1, "precision": precision}
     nodes = config.trainer.num_nodes
     # The precision of products is FSDP's affair: autocast on top of it would do it twice.

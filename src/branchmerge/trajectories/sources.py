@@ -56,6 +56,41 @@ def _mmlu(row: Any, row_id: str) -> Trajectory:
     )  # fmt: skip
 
 
+THOUGHTS = (
+    ("<|begin_of_thought|>", "<think>"),
+    ("<|end_of_thought|>", "</think>"),
+    ("<|begin_of_solution|>", ""),
+    ("<|end_of_solution|>", ""),
+)
+
+
+def _openthoughts(row: Any, row_id: str) -> Trajectory:
+    """OpenThoughts-114k: one turn each, reasoning and answer between marks; no reference."""
+    said = {turn["from"]: turn["value"] for turn in row["conversations"]}
+    response = said["assistant"]
+    for mark, plain in THOUGHTS:
+        response = response.replace(mark, plain)
+    thought, marked, answer = response.partition("</think>")
+    if not marked:
+        raise ValueError("its answer has no <|end_of_thought|>")
+    thought = thought.replace("<think>", "").strip()
+    messages = [
+        {"role": "user", "content": said["user"]},
+        {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{answer.strip()}"},
+    ]
+    return Trajectory.parse({"messages": messages}, row_id)
+
+
+def _s1(row: Any, row_id: str) -> Trajectory:
+    """s1K-1.1: DeepSeek-R1's reasoning and answer; no reference, as its solutions are of many kinds."""
+    thought, answer = row["deepseek_thinking_trajectory"].strip(), row["deepseek_attempt"].strip()
+    messages = [
+        {"role": "user", "content": row["question"]},
+        {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{answer}"},
+    ]
+    return Trajectory.parse({"messages": messages}, row_id)
+
+
 def _trajectory(row_id: str, domain: str, question: str, response: str, reference: dict[str, Any]) -> Trajectory:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
     return Trajectory.parse({"domain": domain, "messages": messages, "reference": reference}, row_id)
@@ -66,6 +101,8 @@ FORMATS: dict[str, Callable[[Any, str], Trajectory]] = {
     "gsm8k": _gsm8k,
     "mbpp": _mbpp,
     "mmlu": _mmlu,
+    "openthoughts": _openthoughts,
+    "s1": _s1,
 }
 
 

@@ -1,0 +1,229 @@
+"""What a branch will take, told before it is paid for: `python train.py plan=true ...`.
+
+No weights, no downloads, no GPU: memory by simulation (`forecast.py`), work by counting (`workload.py`).
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from branchmerge.config import PlanningConfig, TrainConfig, check_trainer
+from branchmerge.errors import UserError
+from branchmerge.student import backbone
+from branchmerge.student.forecast import Memory, Setting, forecast
+from branchmerge.student.workload import Workload, workload
+
+GIB = 2**30
+GPUS_OF_A_NODE = 8
+"""Where neither trainer.devices nor this machine tells"""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train, and what it takes."""
+
+    setting: Setting
+    memory: Memory
+    fits: bool
+    hours: float | None
+    """None where the work is not known"""
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return None if self.hours is None else self.hours * self.setting.world
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What makes a branch fit, in words for the command line."""
+
+    change: str
+    option: Option
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: TrainConfig
+    asked: Option
+    by_devices: list[Option]
+    by_length: list[Option]
+    advice: list[Advice]
+    work: Workload | None
+    notes: list[str]
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Answer for the configuration as it is, for other numbers of devices and for other lengths."""
+    folder = Path(config.outputs).expanduser() / "plans"
+    checkpoint = backbone.find(config)
+    shape, notes = _shape(config, checkpoint)
+    world, said = _world(config)
+    work = workload(config, checkpoint, folder)
+    asked = _setting(config, shape, world)
+    worlds = sorted({*config.planning.devices, world})
+    lengths = sorted({*config.planning.seq_lens, asked.seq_len})
+    settings = [asked]
+    settings += [_on(asked, other, config) for other in worlds]
+    settings += [replace(asked, seq_len=length) for length in lengths]
+    options = _options(settings, config, work, folder)
+    asked_option, by_devices, by_length = options[0], options[1 : 1 + len(worlds)], options[1 + len(worlds) :]
+    advice = [] if asked_option.fits else _advice(config, asked, worlds, lengths, work, folder)
+    notes += [*said, *_notes(config, asked, worlds, work)]
+    return Plan(config, asked_option, by_devices, by_length, advice, work, notes)
+
+
+def _shape(config: TrainConfig, checkpoint: Path | None) -> tuple[dict[str, Any], list[str]]:
+    """The model's config: the checkpoint's where one is here, else the one in conf/backbone."""
+    if checkpoint is not None:
+        return backbone.read_config(checkpoint), [f"the model's shape is that of {checkpoint}"]
+    if config.backbone.path is None and config.backbone.shape:
+        return dict(config.backbone.shape), [f"the model's shape is backbone.shape of {config.backbone.name}"]
+    raise UserError(
+        f"plan=true: {config.backbone.path or config.backbone.pretrained} is not on this machine, and"
+        f" backbone={config.backbone.name} has no shape; set backbone.path=/folder/of/a/model or backbone.shape"
+    )
+
+
+def _world(config: TrainConfig) -> tuple[int, list[str]]:
+    """Number of devices, and what was assumed for it."""
+    trainer = config.trainer
+    if trainer.devices is not None:
+        return trainer.devices * trainer.num_nodes, []
+    if not trainer.sharded:
+        return 1, []
+    said = f"trainer.devices=null: {GPUS_OF_A_NODE} GPUs a node are assumed"
+    return GPUS_OF_A_NODE * trainer.num_nodes, [said]
+
+
+def _setting(config: TrainConfig, shape: dict[str, Any], world: int) -> Setting:
+    trainer = config.trainer
+    gpu = trainer.accelerator != "cpu"
+    return Setting(
+        shape=shape,
+        world=world,
+        seq_len=config.data.seq_len,
+        rows=_rows(config, world),
+        sharded=trainer.sharded,
+        replicate=trainer.replicate,
+        cpu_offload=trainer.cpu_offload,
+        checkpointing=trainer.activation_checkpointing,
+        bf16=trainer.precision == "bf16-mixed" or (trainer.precision == "auto" and gpu),
+        gpu=gpu,
+    )
+
+
+def _rows(config: TrainConfig, world: int) -> int:
+    """Packed rows of a device in a step; the last devices may have fewer."""
+    return math.ceil(config.optim.global_batch / world)
+
+
+def _on(setting: Setting, world: int, config: TrainConfig) -> Setting:
+    """The same on other devices."""
+    replicate = setting.replicate if world % setting.replicate == 0 else 1
+    sharded = world > 1 or setting.sharded
+    return replace(setting, world=world, rows=_rows(config, world), replicate=replicate, sharded=sharded)
+
+
+def _options(settings: Iterable[Setting], config: TrainConfig, work: Workload | None, folder: Path) -> list[Option]:
+    # Memory does not depend on how many rows there are once there are two.
+    settings = list(settings)
+    memories = forecast([replace(setting, rows=min(setting.rows, 2)) for setting in settings], folder)
+    return [
+        Option(setting, memory, fits(memory, config.planning), hours(setting, memory, config, work))
+        for setting, memory in zip(settings, memories, strict=True)
+    ]
+
+
+def fits(memory: Memory, card: PlanningConfig) -> bool:
+    return memory.total / GIB + card.reserve_gib <= card.card_gib
+
+
+def hours(setting: Setting, memory: Memory, config: TrainConfig, work: Workload | None) -> float | None:
+    """All devices wait for the one with the most rows of a step."""
+    if work is None or not memory.work:
+        return None
+    row = work.flops(memory.work) / work.rows
+    in_turn = work.rows / config.optim.global_batch * setting.rows
+    return in_turn * row / (config.planning.mfu * config.planning.tflops * 1e12) / 3600
+
+
+def _advice(
+    config: TrainConfig,
+    asked: Setting,
+    worlds: list[int],
+    lengths: list[int],
+    work: Workload | None,
+    folder: Path,
+) -> list[Advice]:
+    """Single changes that make it fit; where none does, the same together with recomputed activations."""
+
+    def tried(base: Setting, prefix: str) -> list[Advice]:
+        return [
+            advice
+            for change, settings in _changes(config, base, worlds, lengths)
+            if (advice := _first_that_fits(prefix, change, settings)) is not None
+        ]
+
+    def _first_that_fits(prefix: str, change: Callable[[Setting], str], settings: list[Setting]) -> Advice | None:
+        options = _options(settings, config, work, folder)
+        found = next((option for option in options if option.fits), None)
+        return None if found is None else Advice(prefix + change(found.setting), found)
+
+    found = tried(asked, "")
+    if not found and not asked.checkpointing:
+        found = tried(replace(asked, checkpointing=True), "trainer.activation_checkpointing=true and ")
+    return found
+
+
+def _changes(
+    config: TrainConfig, base: Setting, worlds: list[int], lengths: list[int]
+) -> list[tuple[Callable[[Setting], str], list[Setting]]]:
+    """Every knob: how it is said, and its settings, the mildest first."""
+    more = [_on(base, world, config) for world in worlds if world > base.world]
+    shorter = [replace(base, seq_len=length) for length in reversed(lengths) if length < base.seq_len]
+    knobs: list[tuple[Callable[[Setting], str], list[Setting]]] = []
+    if not base.checkpointing:
+        on = [replace(base, checkpointing=True)]
+        knobs.append((lambda _: "trainer.activation_checkpointing=true", on))
+    if base.sharded and not base.cpu_offload:
+        knobs.append((lambda _: "trainer.cpu_offload=true", [replace(base, cpu_offload=True)]))
+    knobs.append((lambda setting: f"{setting.world} GPUs ({_launch(config, setting.world)})", more))
+    knobs.append((lambda setting: f"data.seq_len={setting.seq_len}", shorter))
+    return [(said, settings) for said, settings in knobs if settings]
+
+
+def _launch(config: TrainConfig, world: int) -> str:
+    a_node = config.trainer.devices or GPUS_OF_A_NODE
+    if world % a_node:
+        a_node = GPUS_OF_A_NODE if world % GPUS_OF_A_NODE == 0 else world
+    return f"trainer=fsdp trainer.devices={a_node} trainer.num_nodes={world // a_node}"
+
+
+def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workload | None) -> list[str]:
+    """What the numbers rest on."""
+    notes = []
+    try:
+        check_trainer(config.trainer, config.optim.global_batch)
+    except UserError as error:
+        notes.append(f"training would be refused: {error}")
+    if work is None:
+        parts = ", ".join(config.domain.parts)
+        notes.append(
+            f"steps and time are not known: the rows or the backbone's tokenizer are not here, and study.expected says"
+            f" nothing of {parts}"
+        )
+    else:
+        notes.append(work.said)
+    uneven = [world for world in worlds if config.optim.global_batch % world]
+    if uneven:
+        notes.append(
+            f"training refuses {', '.join(map(str, uneven))} GPUs for steps of {config.optim.global_batch} rows, which"
+            " they cannot share equally; the table lets some wait"
+        )
+    if asked.gpu:
+        notes.append("activations are FlashAttention's: its result and a number for each head and token")
+    if config.trainer.compile:
+        notes.append("trainer.compile is not simulated: it needs less memory than is told here")
+    return notes

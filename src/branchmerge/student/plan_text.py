@@ -1,0 +1,110 @@
+"""A plan in words and tables."""
+
+import io
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from branchmerge.student.forecast import KINDS
+from branchmerge.student.plan import GIB, Option, Plan
+
+WIDTH = 200
+
+
+def told(plan: Plan) -> str:
+    """All of it; the tables are Markdown."""
+    config, asked = plan.config, plan.asked
+    card = config.planning
+    verdict = "fits" if asked.fits else "DOES NOT FIT"
+    need = asked.memory.total / GIB
+    lines = [
+        f"Plan of study {config.study.name}, domain {config.domain.name}: {verdict}.",
+        f"  model     {config.backbone.name}, {asked.memory.parameters:,} parameters",
+        f"  machine   {_machine(plan)}",
+        f"  step      {config.optim.global_batch} rows of {asked.setting.seq_len:,} tokens; each GPU has"
+        f" {asked.setting.rows}, one after the other",
+        f"  memory    {need:.1f} GiB a GPU and {card.reserve_gib:g} in reserve, of {card.card_gib:g}"
+        + _host(asked, config.trainer.num_nodes),
+        *_work(plan),
+        "",
+        f"By number of GPUs, at {asked.setting.seq_len:,} tokens (GiB a GPU at the peak of a step):",
+        _table(plan, plan.by_devices, "GPUs"),
+        f"By length of a row, on {_gpus(asked)}:",
+        _table(plan, plan.by_length, "tokens"),
+        *_advice(plan),
+        *(f"Note: {note}." for note in plan.notes),
+    ]
+    return "\n".join(lines)
+
+
+def _gpus(option: Option) -> str:
+    return f"{option.setting.world} GPU{'s' if option.setting.world > 1 else ''}"
+
+
+def _machine(plan: Plan) -> str:
+    setting, card = plan.asked.setting, plan.config.planning
+    how = [
+        "sharded (FSDP2)" if setting.sharded else "one device",
+        f"{setting.replicate} whole sets" if setting.replicate > 1 else "",
+        "weights and moments in the CPU's memory" if setting.cpu_offload else "",
+        "products in bfloat16" if setting.bf16 else "products in float32",
+        "activations computed again" if setting.checkpointing else "activations kept",
+    ]
+    where = f"{_gpus(plan.asked)} of {card.card_gib:g} GiB ({card.card})"
+    return ", ".join([where, *(word for word in how if word)])
+
+
+def _host(option: Option, nodes: int) -> str:
+    if not option.setting.cpu_offload:
+        return ""
+    held = sum(option.memory.shares.values()) / GIB
+    return f"; {held:.1f} GiB of the CPU's memory a GPU, {held * option.setting.world / nodes:.0f} a node"
+
+
+def _work(plan: Plan) -> list[str]:
+    work, asked, card = plan.work, plan.asked, plan.config.planning
+    if work is None or asked.hours is None or asked.gpu_hours is None:
+        return ["  work      not known, see below"]
+    return [
+        f"  work      {work.steps:,} steps, {work.rows:,} rows, {work.tokens:,} tokens,"
+        f" {work.flops(asked.memory.work):.3g} FLOPs",
+        f"  time      {asked.hours:,.1f} hours, {asked.gpu_hours:,.0f} GPU hours at {card.mfu:.0%} of"
+        f" {card.tflops:g} TFLOP/s; cost {asked.gpu_hours * card.price:,.0f} at {card.price:g} an hour",
+    ]
+
+
+def _table(plan: Plan, options: Sequence[Option], by: str) -> str:
+    table = Table(box=box.MARKDOWN)
+    with_time = by == "GPUs" and any(option.hours is not None for option in options)
+    heads = [by, *(("rows",) if by == "GPUs" else ()), *KINDS, "peak", "fits"]
+    for head in [*heads, *(("hours", "GPU hours", "cost") if with_time else ())]:
+        table.add_column(head, justify="right", no_wrap=True)
+    for option in options:
+        setting, memory = option.setting, option.memory
+        first = [f"{setting.world}", f"{setting.rows}"] if by == "GPUs" else [f"{setting.seq_len:,}"]
+        sizes = [f"{getattr(memory, kind) / GIB:.1f}" for kind in KINDS]
+        row = [*first, *sizes, f"{memory.total / GIB:.1f}", "yes" if option.fits else "no"]
+        if with_time:
+            hours, gpu_hours = option.hours or 0.0, option.gpu_hours or 0.0
+            row += [f"{hours:,.1f}", f"{gpu_hours:,.0f}", f"{gpu_hours * plan.config.planning.price:,.0f}"]
+        table.add_row(*row)
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    console.print(table)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.strip().splitlines()) + "\n"
+
+
+def _advice(plan: Plan) -> list[str]:
+    if plan.asked.fits:
+        return []
+    if not plan.advice:
+        return [
+            "Nothing tried makes it fit: neither recomputed activations, the CPU's memory, more GPUs nor shorter rows."
+        ]
+    return (
+        ["What makes it fit:"]
+        + [f"  {advice.change}: {advice.option.memory.total / GIB:.1f} GiB" for advice in plan.advice]
+        + [""]
+    )

@@ -1,0 +1,229 @@
+"""One training step with tensors that have sizes and no contents: the memory that it takes, before it is paid for.
+
+The step is the one that trains: `sharding.shard`, `PackedLoss`, the clipping, AdamW. Its processes are one that
+believes in all the others (torch's "fake" process group), so this runs in a process of its own:
+
+    echo '[{"shape": {...}, "world": 32, "seq_len": 16384}]' | python -m branchmerge.student.simulation
+
+prints a line of JSON for each setting. The tensors say that they are on a CPU, since a torch without CUDA has no
+others, but attention and the chunks of the loss are those of `Setting.gpu`. What is not simulated: torch.compile (it
+needs less), streams, the allocator's gaps, and with `cpu_offload` a layer's share on its way to the GPU.
+
+Shapes: H heads, G key/value heads, T tokens, E head size.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.optim import AdamW
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
+
+from branchmerge.data.batch import Batch
+from branchmerge.student import attention, chunked_loss
+from branchmerge.student.flops import Shapes
+from branchmerge.student.forecast import KINDS, SHARES, Memory, Setting
+from branchmerge.student.loss import PackedLoss
+from branchmerge.student.memory_log import MemoryLog, Piece, peak
+from branchmerge.student.sharding import Sharding, empty_model, layers, shard
+
+FEW, MORE = 4, 6
+"""Layers of the two models that a deeper one is reckoned from."""
+Span = dict[str, int]
+"""Bytes of each kind at the peak of a part of the step"""
+
+
+def simulate(setting: Setting, whole: bool = False) -> Memory:
+    """The memory of a step.
+
+    Layers of one size take memory alike, so every moment of a step takes an amount that is linear in their number: a
+    deep model is reckoned from the peaks of two shallow ones, part of the step by part (`whole`: it is not).
+    """
+    model = _model(setting)
+    depth = len(layers(model))
+    alike = len({tuple(p.shape for p in layer.parameters()) for layer in layers(model)}) == 1
+    if whole or depth <= MORE or not alike:
+        spans, shares = _spans(setting, model)
+    else:
+        few, more = (_spans(setting, _model(setting, count)) for count in (FEW, MORE))
+        spans = [_reckon(a, b, depth) for a, b in zip(few[0], more[0], strict=True)]
+        shares = _reckon(few[1], more[1], depth)
+    elsewhere = SHARES if setting.cpu_offload else ()
+    here = [{kind: span.get(kind, 0) for kind in KINDS if kind not in elsewhere} for span in spans]
+    most = max(here, key=lambda span: sum(span.values()))
+    work = Shapes.of(model)
+    return Memory(
+        **{**dict.fromkeys(KINDS, 0), **most},
+        shares=shares,
+        parameters=sum(p.numel() for p in model.parameters()),
+        work=asdict(work) if work else {},
+    )
+
+
+def _reckon(few: Span, more: Span, depth: int) -> Span:
+    """The line through FEW and MORE layers."""
+    kinds = sorted({*few, *more})
+    steps = (depth - FEW) / (MORE - FEW)
+    return {kind: round(few.get(kind, 0) + steps * (more.get(kind, 0) - few.get(kind, 0))) for kind in kinds}
+
+
+def _model(setting: Setting, depth: int | None = None) -> PreTrainedModel:
+    """Without memory, with some of its layers where `depth` says how many."""
+    AttentionInterface.register("planned", _as_on_a_gpu if setting.gpu else _as_on_a_cpu)
+    AttentionMaskInterface.register("planned", attention._no_mask)
+    shape = dict(setting.shape)
+    if depth is not None:
+        shape["num_hidden_layers"] = depth
+        if shape.get("layer_types"):
+            shape["layer_types"] = shape["layer_types"][:depth]
+    with tempfile.TemporaryDirectory() as folder:
+        AutoConfig.for_model(**shape).save_pretrained(folder)
+        model = empty_model(Path(folder), "planned")
+    if setting.checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    return model
+
+
+def _spans(setting: Setting, model: PreTrainedModel) -> tuple[list[Span], Span]:
+    """The peaks of the parts of a step, and what a device holds of weights, gradients and moments."""
+    chunked_loss.CHUNK = chunked_loss.DEVICE_CHUNK if setting.gpu else CPU_CHUNK
+    packed = PackedLoss(model)
+    products: Any = nullcontext()
+    if setting.sharded:
+        dist.init_process_group("fake", rank=0, world_size=setting.world, store=FakeStore())
+        compute = torch.bfloat16 if setting.bf16 else torch.float32
+        sharding = Sharding(compute, setting.replicate, setting.cpu_offload)
+        shard(packed, model, sharding, sharding.mesh("cpu", setting.world))
+    elif setting.bf16:
+        products = torch.autocast("cpu", torch.bfloat16)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), MemoryLog() as log:
+            return _step(setting, packed, products, log)
+    finally:
+        if setting.sharded:
+            dist.destroy_process_group()
+
+
+CPU_CHUNK = chunked_loss.CHUNK
+
+
+def _step(setting: Setting, packed: PackedLoss, products: Any, log: MemoryLog) -> tuple[list[Span], Span]:
+    """A later step of a training, when AdamW has its moments, and its last row, when there are gradients of others."""
+    packed._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor.to("cpu"))
+    packed.model.tie_weights()
+    parameters = list(packed.parameters())
+    optimizer = AdamW(parameters, lr=1e-5, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    _update(parameters, optimizer)  # after which DTensor knows the shapes, which it finds out with whole tensors
+    of = {
+        "weights": log.pieces([*parameters, *packed.buffers()]),
+        "optimizer": log.pieces(t for state in optimizer.state.values() for t in state.values()),
+    }
+    if setting.rows == 1:
+        optimizer.zero_grad()
+    of["gradients"] = log.pieces(p.grad for p in parameters if p.grad is not None)
+    batch = _row(setting.seq_len)
+    marks: list[int] = []
+    _watch(packed.model, log, marks)
+    log.begin(set().union(*of.values()))
+
+    log.phase = "activations"
+    with products:
+        loss = packed(batch)
+    (loss / setting.seq_len).backward()
+    begins, ends = marks[-1], len(log.events)
+    marks += [(begins + ends) // 2, ends]  # nothing is highest amid the backward pass but at one of its ends
+    of["gradients"] |= log.pieces(p.grad for p in parameters if p.grad is not None)
+    _update(parameters, optimizer)
+    marks.append(len(log.events))
+
+    kinds = {piece: kind for kind, pieces in of.items() for piece in pieces}
+    spans = peak(log.events, marks, _kind_of(kinds), SHARES if setting.cpu_offload else ())
+    return spans, {kind: sum(piece.size for piece in of[kind]) for kind in SHARES}
+
+
+def _update(parameters: list[nn.Parameter], optimizer: AdamW) -> None:
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def _kind_of(known: dict[Piece, str]) -> Callable[[Piece], str]:
+    def kind(piece: Piece) -> str:
+        if piece in known:
+            return known[piece]
+        return "gathered" if piece.gathered and piece.phase != "logits" else piece.phase
+
+    return kind
+
+
+def _watch(model: PreTrainedModel, log: MemoryLog, marks: list[int]) -> None:
+    """From the last layer to the loss, and back again to the last layer, memory is the logits'."""
+
+    def loss_begins(_: nn.Module, __: Any, output: Any) -> None:
+        marks.append(len(log.events))
+        log.phase = "logits"
+        output.last_hidden_state.register_hook(loss_ends)
+
+    def loss_ends(_: Tensor) -> None:
+        marks.append(len(log.events))
+        log.phase = "activations"
+
+    model.base_model.register_forward_hook(loss_begins)
+
+
+def _row(tokens: int) -> Batch:
+    """A row whose every token is learned, one document; the memory does not depend on how many they are."""
+    ids = torch.zeros((1, tokens), dtype=torch.int64)
+    bounds = torch.zeros(2, dtype=torch.int32)
+    return Batch(ids, ids.clone(), ids.clone(), bounds, tokens, tokens, [])
+
+
+def _as_on_a_gpu(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    cu_seq_lens_q: Any = None,
+    max_length_q: int = 0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """FlashAttention as `attention.packed_sdpa` calls it there; it keeps its result, and a number a head and token.
+
+    [1, H, T, E] and [1, G, T, E] -> [1, T, H, E].
+    """
+    return attention._varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, (-1, 0)), None
+
+
+def _as_on_a_cpu(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `attention.packed_sdpa` does it there, for one document."""
+    grouped = key.shape[1] != query.shape[1]
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return torch.cat([out], dim=2).transpose(1, 2).contiguous(), None
+
+
+if __name__ == "__main__":
+    for asked in json.load(sys.stdin):
+        print(json.dumps(asdict(simulate(Setting(**asked)))), flush=True)

@@ -1,0 +1,102 @@
+"""How much a branch trains on: steps, tokens, and the pairs of tokens that attend to each other.
+
+Read from the rows where they, and the tokenizer, are on this machine; else reckoned from what the study expects.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from branchmerge.config import SourceConfig, TrainConfig
+from branchmerge.study import write_json
+from branchmerge.trajectories import sources
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Of a whole branch."""
+
+    steps: int
+    rows: int
+    """Packed rows, over all steps and devices"""
+    tokens: int
+    learned: int
+    pairs: float
+    """Of tokens in one document of which one sees the other"""
+    said: str
+    """Where these numbers are from"""
+
+    def flops(self, work: dict[str, int]) -> float:
+        """Forwards and backwards, as `flops.Shapes` counts them."""
+        products = work["matrices"] * self.tokens + work["head"] * self.learned
+        return 6.0 * products + 12.0 * work["attended"] * self.pairs
+
+
+def workload(config: TrainConfig, checkpoint: Path | None, folder: Path) -> Workload | None:
+    """None where nothing is known.
+
+    Args:
+        checkpoint: the backbone, where it is on this machine
+        folder: what was counted once is kept here
+    """
+    if checkpoint is not None and all(sources.is_local(source) for source in _sources(config)):
+        return _counted(config, checkpoint, folder)
+    return _expected(config)
+
+
+def _sources(config: TrainConfig) -> list[SourceConfig]:
+    """As `data.datamodule` has them, whose import takes seconds."""
+    if config.data.path is not None:
+        return [SourceConfig(path=config.data.path, format=config.data.format)]
+    return [config.study.corpus[part] for part in config.domain.parts]
+
+
+def _counted(config: TrainConfig, checkpoint: Path, folder: Path) -> Workload:
+    """What training itself would do, by its own functions."""
+    tokenizer = [(path.name, path.read_text()) for path in sorted(checkpoint.glob("*token*.json"))]
+    rows = [(asdict(source), sources.identity(source)) for source in _sources(config)]
+    facts = [rows, asdict(config.data), asdict(config.optim), config.seed, tokenizer]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    place = folder / f"rows-{key}.json"
+    if place.is_file():
+        return Workload(**json.loads(place.read_text()))
+    from branchmerge.data.datamodule import prepare, read_corpus
+    from branchmerge.student import backbone
+
+    corpus = prepare(
+        config, read_corpus(config), backbone.load_tokenizer(checkpoint), backbone.context_length(checkpoint)
+    )
+    packed = corpus.plan.rows
+    lengths = (len(corpus.documents[number]) for row in packed for number in row)
+    found = Workload(
+        steps=len(corpus.plan.steps), rows=len(packed), tokens=corpus.tokens, learned=corpus.supervised,
+        pairs=sum(length * (length + 1) / 2 for length in lengths), said="rows and tokens are those of the data here",
+    )  # fmt: skip
+    write_json(place, asdict(found))
+    return found
+
+
+def _expected(config: TrainConfig) -> Workload | None:
+    """Rows are taken as full, documents as of one length, all their tokens as learned."""
+    expected, capacity, optim = config.study.expected, config.data.seq_len, config.optim
+    parts = config.domain.parts if config.data.path is None else []
+    if not parts or any(part not in expected for part in parts):
+        return None
+    lengths = {part: min(expected[part].tokens or capacity // 2, capacity) for part in parts}
+    counts = {part: expected[part].trajectories for part in parts}
+    tokens = sum(counts[part] * lengths[part] for part in parts)
+    rows = math.ceil(tokens / capacity) * optim.epochs
+    steps = math.ceil(rows / optim.global_batch)
+    if optim.max_steps is not None and optim.max_steps < steps:
+        steps = optim.max_steps
+        rows = min(rows, steps * optim.global_batch)
+    trained = rows * capacity
+    pairs = sum(counts[part] * lengths[part] * (lengths[part] + 1) / 2 for part in parts) * trained / tokens
+    assumed = ", ".join(
+        f"{counts[part]:,} of {part} with {lengths[part]:,} tokens each"
+        + ("" if expected[part].tokens else " (half a packed row; study.expected." + part + ".tokens= says better)")
+        for part in parts
+    )
+    return Workload(steps, rows, trained, trained, pairs, f"the rows are not here; assumed are trajectories: {assumed}")

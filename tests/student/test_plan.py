@@ -1,0 +1,247 @@
+"""The plan against arithmetic, against torch's own counts, and against a training that really ran."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Script
+from hydra import compose, initialize_config_dir
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from branchmerge import config
+from branchmerge.data.batch import make_batch
+from branchmerge.data.template import Document
+from branchmerge.student.flops import Shapes
+from branchmerge.student.forecast import Memory, Setting, forecast
+from branchmerge.student.plan import GIB, Plan, make_plan
+from branchmerge.student.plan_text import told
+from branchmerge.student.workload import Workload
+
+PROJECT = Path(__file__).resolve().parents[2]
+TINY: dict[str, Any] = {
+    "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 512,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+MID: dict[str, Any] = {
+    **TINY, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "tie_word_embeddings": False,
+    "vocab_size": 4096,
+}  # fmt: skip
+SMALL: dict[str, Any] = {
+    **TINY, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "num_key_value_heads": 4, "vocab_size": 16000, "max_position_embeddings": 8192,
+}  # fmt: skip
+"""50 million parameters"""
+ONE = Setting(MID, world=1, seq_len=512, sharded=False)
+SPREAD = [
+    Setting(TINY, world=2, seq_len=64), Setting(TINY, world=4, seq_len=64, replicate=2),
+    Setting(MID, world=8, seq_len=512, rows=2),
+]  # fmt: skip
+SHORT, LONG = (Setting(TINY, world=8, seq_len=length) for length in (512, 2048))
+LEAN = Setting(TINY, world=8, seq_len=2048, checkpointing=True)
+OFFLOADED = Setting(TINY, world=8, seq_len=2048, cpu_offload=True)
+ON_CPU = Setting(SMALL, world=1, seq_len=512, sharded=False, bf16=False, gpu=False)
+config.register()
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of what this file has simulated."""
+    folder = tmp_path_factory.mktemp("plans")
+    forecast([ONE, *SPREAD, SHORT, LONG, LEAN, OFFLOADED, ON_CPU], folder)
+    return folder
+
+
+def memory(setting: Setting, plans: Path) -> Memory:
+    (found,) = forecast([setting], plans)
+    return found
+
+
+@pytest.mark.parametrize("setting", [ONE, *SPREAD])
+def test_shares_are_those_of_arithmetic(setting: Setting, plans: Path) -> None:
+    found = memory(setting, plans)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**setting.shape))
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    share = found.parameters * setting.replicate / setting.world
+    tensors = len(list(model.parameters()))
+    # Memory comes in blocks of 512 bytes; AdamW counts its steps once a tensor.
+    assert found.shares["weights"] == pytest.approx(4 * share, rel=0.01, abs=512 * tensors)
+    assert found.shares["gradients"] == pytest.approx(4 * share, rel=0.01, abs=512 * tensors)
+    assert found.shares["optimizer"] == pytest.approx(8 * share, rel=0.01, abs=3 * 512 * tensors)
+
+
+def test_gradients_of_earlier_rows_lie_there_while_the_last_is_computed(plans: Path) -> None:
+    found = memory(SPREAD[2], plans)
+    assert (found.weights, found.gradients) == (found.shares["weights"], found.shares["gradients"])
+
+
+def test_activations_grow_with_the_row_and_shrink_when_computed_again(plans: Path) -> None:
+    short, long, lean = (memory(setting, plans) for setting in (SHORT, LONG, LEAN))
+    assert long.activations == pytest.approx(4 * short.activations, rel=0.05)
+    assert lean.total < 0.8 * long.total
+    assert lean.shares == long.shares
+
+
+def test_what_lies_in_the_cpus_memory_is_not_on_the_gpu(plans: Path) -> None:
+    found = memory(OFFLOADED, plans)
+    assert (found.weights, found.gradients, found.optimizer) == (0, 0, 0)
+    assert found.shares == memory(LONG, plans).shares
+    assert found.total < memory(LONG, plans).total
+
+
+@pytest.mark.slow
+def test_deep_models_are_reckoned_from_shallow_ones(plans: Path) -> None:
+    """All twelve layers simulated, against the line through two shallower models."""
+    settings = [
+        ONE, SPREAD[2], Setting(MID, world=8, seq_len=512, checkpointing=True),
+        Setting(MID, world=32, seq_len=2048, replicate=4, cpu_offload=True),
+    ]  # fmt: skip
+    program = (
+        "import json, sys\n"
+        "from dataclasses import asdict\n"
+        "from branchmerge.student.simulation import Setting, simulate\n"
+        "for asked in json.load(sys.stdin): print(json.dumps(asdict(simulate(Setting(**asked), whole=True))))\n"
+    )
+    asked = json.dumps([vars(setting) for setting in settings])
+    run = subprocess.run([sys.executable, "-c", program], input=asked, capture_output=True, text=True, check=True)
+    for setting, line in zip(settings, run.stdout.splitlines(), strict=True):
+        whole, reckoned = Memory(**json.loads(line)), memory(setting, plans)
+        assert reckoned.total == pytest.approx(whole.total, rel=0.001)
+        assert reckoned.shares == whole.shares
+
+
+def test_a_training_that_ran_took_as_much(plans: Path) -> None:
+    """Growth of the process: 50 million parameters, a row of 512 tokens, float32 on the CPU."""
+    script = Path(__file__).with_name("training_memory.py")
+    command = [sys.executable, str(script), json.dumps(ON_CPU.shape), str(ON_CPU.seq_len), "False"]
+    at_once = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=at_once)
+    measured, simulated = int(run.stdout), memory(ON_CPU, plans).total
+    print(f"measured {measured / GIB:.3f} GiB, simulated {simulated / GIB:.3f}")
+    assert simulated == pytest.approx(measured, rel=0.05)
+
+
+def test_what_was_simulated_is_kept_and_told_apart(plans: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [ONE, *SPREAD, SHORT, LONG, LEAN, OFFLOADED, ON_CPU]
+    before = {path: path.stat().st_mtime_ns for path in plans.iterdir()}
+    forecast(settings, plans)
+    assert capsys.readouterr().out == ""
+    assert {path: path.stat().st_mtime_ns for path in plans.iterdir()} == before
+    assert len(before) == len(settings)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_those_that_torch_counts(tied: bool) -> None:
+    """Eager attention computes masked pairs too, which are not counted as work: twice the pairs, less the diagonal."""
+    shape = {**TINY, "tie_word_embeddings": tied}
+    tokens = 48
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, attn_implementation="eager"))
+    ids = torch.arange(tokens)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False).logits.sum().backward()
+    found = Shapes.of(model)
+    assert found is not None
+    work = {"matrices": found.matrices, "head": found.head, "attended": found.attended}
+    counted = Workload(1, 1, tokens, tokens, tokens**2, "").flops(work)
+    assert counter.get_total_flops() == counted
+    row = make_batch([Document("a", tuple(range(tokens)), 1)], tokens - 1)
+    pairs = tokens * (tokens + 1) / 2
+    assert Workload(1, 1, tokens, tokens - 1, pairs, "").flops(work) == found.flops(row)
+
+
+def planned(outputs: Path, *overrides: str) -> Plan:
+    few = ["planning.devices=[2]", "planning.seq_lens=[128]", "planning.reserve_gib=0", "study.seq_len=512"]
+    shape = [f"backbone.shape.{key}={json.dumps(value)}" for key, value in TINY.items()]
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        given = ["plan=true", "study=tinyr1_1_5b", f"outputs={outputs}", *few, *shape, *overrides]
+        return make_plan(config.typed(compose("train", overrides=given), config.TrainConfig))
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
+    """A plan of a tiny model on one GPU, and its folder of outputs."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    return outputs, planned(outputs, "planning.card_gib=1")
+
+
+def test_a_plan_tells_steps_tokens_time_and_cost(roomy: tuple[Path, Plan]) -> None:
+    plan = roomy[1]
+    assert plan.asked.fits and not plan.advice and plan.work is not None
+    # 58,000 trajectories of half a row each, five times; 96 rows a step
+    assert (plan.work.rows, plan.work.steps) == (145_000, math.ceil(145_000 / 96))
+    assert plan.work.tokens == 145_000 * 512
+    assert plan.asked.hours == pytest.approx(plan.work.flops(plan.asked.memory.work) / (0.4 * 989e12) / 3600)
+    by_devices = {option.setting.world: option for option in plan.by_devices}
+    assert by_devices[2].hours == pytest.approx((plan.asked.hours or 0) / 2)
+    assert by_devices[2].gpu_hours == pytest.approx(plan.asked.gpu_hours)
+    assert [option.setting.seq_len for option in plan.by_length] == [128, 512]
+    text = told(plan)
+    assert "fits." in text and "1,511 steps" in text and "half a packed row" in text
+
+
+@pytest.mark.slow
+def test_a_plan_that_does_not_fit_names_what_makes_it_fit(roomy: tuple[Path, Plan]) -> None:
+    """A card that holds the step only with activations computed again, or with a shorter row."""
+    outputs, plan = roomy
+    needs = {option.setting.seq_len: option.memory.total for option in plan.by_length}
+    lean = planned(outputs, "planning.card_gib=1", "trainer.activation_checkpointing=true").asked.memory.total
+    assert lean < needs[512]
+    size = (max(lean, needs[128]) + needs[512]) / 2 / GIB
+    tight = planned(outputs, f"planning.card_gib={size}")
+    assert not tight.asked.fits
+    changes = [advice.change for advice in tight.advice]
+    assert "trainer.activation_checkpointing=true" in changes and "data.seq_len=128" in changes
+    assert all(advice.option.fits for advice in tight.advice)
+    assert "DOES NOT FIT" in told(tight) and "What makes it fit:" in told(tight)
+
+
+@pytest.mark.slow
+def test_rows_that_are_here_are_counted(tiny_student: Path, tmp_path: Path) -> None:
+    search = f"hydra.searchpath=[file://{PROJECT}/tests/conf]"
+    few = [
+        "planning.devices=[1]",
+        "planning.seq_lens=[256]",
+        "trainer=cpu",
+        "trainer.progress=false",
+        "data.verify=false",
+    ]
+    given = ["plan=true", "study=tiny", f"outputs={tmp_path}", f"backbone.path={tiny_student}", *few]
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        asked = config.typed(compose("train", overrides=[search, *given]), config.TrainConfig)
+    plan = make_plan(asked)
+    assert plan.work is not None and plan.work.steps == 3 and plan.work.rows == 6
+    assert plan.work.learned < plan.work.tokens <= 6 * 256
+    assert make_plan(asked).work == plan.work
+
+
+@pytest.mark.slow
+def test_the_command_line(script: Script, tmp_path: Path) -> None:
+    shape = [f"backbone.shape.{key}={value}" for key, value in (("num_hidden_layers", 2), ("intermediate_size", 512))]
+    command = [
+        "plan=true", "study=tinyr1_32b", "trainer.devices=8", "trainer.num_nodes=4", f"outputs={tmp_path}", *shape,
+        "planning.devices=[64]", "planning.seq_lens=[16384]", "planning.card_gib=800",
+    ]  # fmt: skip
+    run = script("train", *command)
+    assert run.returncode == 0, run.stderr
+    assert "32 GPUs of 800 GiB" in run.stdout and "hours" in run.stdout and "|   64 |" in run.stdout
+    assert not (tmp_path / "tinyr1_32b" / "experts").exists()
+
+
+@pytest.mark.slow
+def test_the_32b_student_takes_what_torchs_own_tracker_found(tmp_path: Path) -> None:
+    """FSDPMemTracker's peaks for Qwen2.5-32B, 16,384 tokens, recomputed activations, one row a step."""
+    shape = {
+        "model_type": "qwen2", "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
+        "num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False,
+    }  # fmt: skip
+    settings = [Setting(shape, world=world, seq_len=16384, checkpointing=True) for world in (8, 32, 64)]
+    found = forecast(settings, tmp_path)
+    assert [memory.parameters for memory in found] == [32_763_876_352] * 3
+    assert [memory.total / GIB for memory in found] == pytest.approx([75.3, 36.4, 30.7], rel=0.01)
