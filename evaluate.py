@@ -4,6 +4,7 @@ import hydra
 from omegaconf import DictConfig
 
 from branchmerge import cli, config
+from branchmerge.config_checks import typed
 
 config.register()
 
@@ -11,7 +12,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 @cli.job
 def main(cfg: DictConfig) -> None:
-    settings = config.typed(cfg, config.EvaluateConfig)
+    settings = typed(cfg, config.EvaluateConfig)
     # Imported here, so that a mistake on the command line is told at once and not after loading torch.
     from branchmerge.evaluation.run import evaluate
     from branchmerge.report import write_report

@@ -7,6 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from branchmerge import cli, config, fingerprints
+from branchmerge.config_checks import typed
 from branchmerge.errors import UserError
 
 config.register()
@@ -15,7 +16,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="merge")
 @cli.job
 def main(cfg: DictConfig) -> None:
-    settings = config.typed(cfg, config.MergeConfig)
+    settings = typed(cfg, config.MergeConfig)
     fingerprints.begin_leaves(settings.tree)  # meanwhile torch is imported
     # Imported here, so that a mistake on the command line is told at once and not after loading torch.
     with cli.importing():

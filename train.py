@@ -4,6 +4,7 @@ import hydra
 from omegaconf import DictConfig
 
 from branchmerge import cli, config
+from branchmerge.config_checks import typed
 
 config.register()
 
@@ -11,7 +12,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 @cli.job
 def main(cfg: DictConfig) -> None:
-    branch = config.typed(cfg, config.TrainConfig)
+    branch = typed(cfg, config.TrainConfig)
     if branch.plan:
         from branchmerge.student.plan import make_plan
         from branchmerge.student.plan_text import told
@@ -21,15 +22,16 @@ def main(cfg: DictConfig) -> None:
     # Imported here, so that a mistake on the command line is told at once and not after loading torch.
     with cli.importing():
         from branchmerge.student import launch, ranks
-        from branchmerge.student.training import check, train
-
+        from branchmerge.trajectories.sources import read_branch
     if launch.is_needed(branch):
-        check(branch)
+        read_branch(branch)  # a mistake in it is told before any process starts
         cli.together(launch.launch, launch.this_branch(branch))
         return
+    with cli.importing():
+        from branchmerge.student.training import train
     if branch.study.warmup and branch.backbone.path is None and branch.domain.name != "warmup":
-        check(branch)  # the branch's own data, before minutes go into the backbone
-        train(config.typed(cli.compose_domain("warmup"), config.TrainConfig))
+        read_branch(branch)  # the branch's own data, before minutes go into the backbone
+        train(typed(cli.compose_domain("warmup"), config.TrainConfig))
     train(branch)
     ranks.leave()
 

@@ -178,6 +178,7 @@ def by_branchmerge(options: argparse.Namespace, clock: others.Clock) -> tuple[li
     from hydra import compose, initialize_config_dir
 
     from branchmerge import config
+    from branchmerge.config_checks import typed
     from branchmerge.student.module import Student
     from branchmerge.student.training import train
 
@@ -208,7 +209,7 @@ def by_branchmerge(options: argparse.Namespace, clock: others.Clock) -> tuple[li
             f"optim.weight_decay={others.WEIGHT_DECAY}", f"optim.grad_clip={others.GRAD_CLIP}", "trainer=cpu",
             f"trainer.precision={PRECISIONS[options.precision]}", "trainer.progress=false", f"out={out}",
         ])  # fmt: skip
-        train(config.typed(cfg, config.TrainConfig))
+        train(typed(cfg, config.TrainConfig))
     with (out.parent / f"{out.name}-logs" / "metrics.csv").open(newline="") as lines:
         losses = [float(line["loss"]) for line in csv.DictReader(lines)]
     return [recorded(batch) for batch in rows], losses

@@ -6,6 +6,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from branchmerge import config
+from branchmerge.config_checks import typed
 
 PROJECT = Path(__file__).resolve().parents[1]
 config.register()
@@ -17,7 +18,7 @@ def branch(student: Path, outputs: Path, *overrides: str) -> config.TrainConfig:
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         search = f"hydra.searchpath=[file://{PROJECT}/tests/conf]"
         cfg = compose("train", [search, "study=tiny", f"backbone.path={student}", *quiet, *overrides])
-        return config.typed(cfg, config.TrainConfig)
+        return typed(cfg, config.TrainConfig)
 
 
 def metrics(outputs: Path, domain: str) -> list[dict[str, str]]:

@@ -1,17 +1,15 @@
 """Schemas of the three commands: every key there is, its type, its unit.
 
-Registered with Hydra, so an unknown key or a value of the wrong type is refused while the command line is read;
-`typed` then checks what types cannot say. The values stand in conf/.
+Registered with Hydra, so an unknown key or a value of the wrong type is refused while the command line is read; what
+types cannot say is checked by config_checks.py. The values stand in conf/.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-
-from branchmerge.errors import UserError
+from omegaconf import MISSING
 
 PROJECT = Path(__file__).resolve().parents[2]
 """The checkout: where assets/ and conf/ lie."""
@@ -416,111 +414,6 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, schema in (("train", TrainConfig), ("merge", MergeConfig), ("evaluate", EvaluateConfig)):
         store.store(name=f"{name}_schema", node=schema)
-
-
-Schema = TypeVar("Schema", bound=CommonConfig)
-
-
-def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
-    """Resolve and check a composed configuration; raises UserError on a value that cannot work."""
-    missing = _first_missing(cfg, "")
-    if missing:
-        raise UserError(f"{missing} has no value; give it on the command line or in the study's file")
-    domain = OmegaConf.select(cfg, "domain.name")
-    if domain is not None and domain not in cfg.study.budget:
-        known = ", ".join(cfg.study.budget)
-        raise UserError(f"domain={domain}: the study {cfg.study.name} has no budget for it; it has {known}")
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, schema)
-    _check(config, "")
-    if isinstance(config, TrainConfig):
-        _check_train(config)
-    return config
-
-
-def check_trainer(trainer: TrainerConfig, global_batch: int) -> None:
-    """Refuse a machine that cannot train so."""
-    if not trainer.sharded:
-        defaults = TrainerConfig()
-        for name in ("devices", "num_nodes", "gpus_per_job", "replicate", "cpu_offload"):
-            if getattr(trainer, name) != getattr(defaults, name):
-                raise UserError(
-                    f"trainer.{name}={getattr(trainer, name)}: takes several devices; leave trainer.strategy=single out"
-                )
-    if trainer.devices is not None and global_batch % (trainer.devices * trainer.num_nodes):
-        raise UserError(
-            f"optim.global_batch={global_batch}: its rows cannot be shared equally by {trainer.num_nodes} x"
-            f" {trainer.devices} devices; choose a multiple of their number"
-        )
-
-
-def _first_missing(node: DictConfig, prefix: str) -> str:
-    """Name the first key that has no value, interpolations aside; empty where there is none."""
-    for key in map(str, node):
-        if OmegaConf.is_interpolation(node, key):
-            continue
-        if OmegaConf.is_missing(node, key):
-            return f"{prefix}{key}"
-        if isinstance(node[key], DictConfig):
-            found = _first_missing(node[key], f"{prefix}{key}.")
-            if found:
-                return found
-    return ""
-
-
-def _check(node: Any, prefix: str) -> None:
-    """Check choices and ranges of every field, nested dataclasses included."""
-    for item in fields(node):
-        value, name = getattr(node, item.name), f"{prefix}{item.name}"
-        if is_dataclass(value):
-            _check(value, f"{name}.")
-            continue
-        if isinstance(value, dict):
-            for key, entry in value.items():
-                if is_dataclass(entry):
-                    _check(entry, f"{name}.{key}.")
-        choices, low = item.metadata.get("choices"), item.metadata.get("low")
-        if value is None:
-            continue
-        if choices is not None and value not in choices and (why := WRONG_PRECISIONS.get(str(value))):
-            raise UserError(f"{name}={value}: {why}; use bf16-mixed or 32-true")
-        if choices is not None and value not in choices:
-            raise UserError(f"{name}={value}: choose one of {', '.join(choices)}")
-        if low is not None and not value >= low:
-            raise UserError(f"{name}={value}: must be at least {low}")
-
-
-WRONG_PRECISIONS = {
-    "bf16-true": "weights kept in bfloat16 stand still under small updates, and rotary positions are rounded",
-    "bf16": "weights kept in bfloat16 stand still under small updates, and rotary positions are rounded",
-    "16-true": "weights kept in float16 stand still under small updates",
-    "16-mixed": "gradients overflow float16 without a loss scale, which no step here has",
-    "transformer-engine": "its float8 weights are not tested here",
-}
-"""Precisions that Lightning knows and that train without an error, and wrongly."""
-
-
-def _check_train(config: TrainConfig) -> None:
-    """What cannot be seen from one field alone."""
-    every = config.trainer.validate_every_n_steps
-    if every is not None and not config.data.validation_rows:
-        raise UserError(
-            f"trainer.validate_every_n_steps={every}: no rows are held out to validate on; give data.validation_rows="
-        )
-    if not config.plan:  # a plan tells of it and goes on
-        check_trainer(config.trainer, config.optim.global_batch)
-    unknown = [part for part in config.domain.parts if part not in config.study.corpus]
-    if unknown and config.data.path is None:
-        known = ", ".join(config.study.corpus)
-        raise UserError(
-            f"domain={config.domain.name}: the study {config.study.name} has no corpus {unknown[0]!r} (it has {known});"
-            " add it to the study's file or give data.path="
-        )
-    if config.domain.name == "warmup" and not config.study.warmup and config.out is None:
-        raise UserError(
-            f"domain=warmup: the study {config.study.name} starts from a ready backbone and has no warm-up;"
-            " give out= to train on it all the same"
-        )
 
 
 def project_path(path: str) -> Path:

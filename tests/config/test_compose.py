@@ -8,6 +8,7 @@ from hydra.errors import ConfigCompositionException
 
 from branchmerge import config
 from branchmerge.cli import one_line
+from branchmerge.config_checks import typed
 from branchmerge.errors import UserError
 from branchmerge.merge.operators import OPERATORS, make_operator, parameters_of
 
@@ -31,7 +32,7 @@ config.register()
 def composed(primary: str, *overrides: str) -> config.CommonConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(primary, overrides=list(overrides))
-        return config.typed(cfg, SCHEMAS[primary])
+        return typed(cfg, SCHEMAS[primary])
 
 
 @pytest.mark.parametrize(("primary", "override"), EVERY_FILE)

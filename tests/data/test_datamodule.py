@@ -22,13 +22,12 @@ from branchmerge.data.datamodule import (
     PackedRows,
     TrajectoryData,
     data_account,
-    data_sources,
     prepare,
-    read_corpus,
 )
 from branchmerge.data.packing import Plan
 from branchmerge.data.template import Document, tokenise
 from branchmerge.errors import UserError
+from branchmerge.trajectories.sources import of_branch, read_branch
 
 SEQ_LEN = 64
 
@@ -69,19 +68,19 @@ def train_config(folder: Path, rows: list[dict[str, Any]], too_long: str = "drop
 
 
 def prepared(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    return prepare(config, read_corpus(config), tokenizer)
+    return prepare(config, read_branch(config), tokenizer)
 
 
 def test_sources_are_the_parts_of_the_domain(tmp_path: Path) -> None:
     config = train_config(tmp_path, [right(1)])
     config.study.corpus["code"] = SourceConfig(path="elsewhere.jsonl")
-    assert data_sources(config) == {"math": config.study.corpus["math"]}
+    assert of_branch(config) == {"math": config.study.corpus["math"]}
 
 
 def test_data_path_replaces_the_corpus(tmp_path: Path) -> None:
     config = train_config(tmp_path, [right(1)])
     config.data.path, config.data.format = "mine.jsonl", "gsm8k"
-    assert data_sources(config) == {"data.path": SourceConfig(path="mine.jsonl", format="gsm8k")}
+    assert of_branch(config) == {"data.path": SourceConfig(path="mine.jsonl", format="gsm8k")}
 
 
 def test_account_changes_with_the_file(tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_verify_off_keeps_wrong_answers(tmp_path: Path, tokenizer: PreTrainedTok
 
 def test_too_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     config = train_config(tmp_path, [right(1), LONG], too_long="truncate")
-    rows = read_corpus(config)
+    rows = read_branch(config)
     corpus = prepare(config, rows, tokenizer)
     entry = corpus.account["sources"]["math"]
     assert (entry["kept"], entry["truncated"], entry["dropped"]) == (2, 1, {})
@@ -130,7 +129,7 @@ def test_prompt_that_fills_the_row_is_dropped_even_when_cutting(
 
 def test_row_of_exactly_seq_len_tokens_is_kept_whole(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     config = train_config(tmp_path, [right(1)])
-    rows = read_corpus(config)
+    rows = read_branch(config)
     config.data.seq_len = len(tokenise(tokenizer, rows["math"][0]))
     assert prepare(config, rows, tokenizer).account["sources"]["math"]["kept"] == 1
     config.data.seq_len -= 1

@@ -18,11 +18,12 @@ from conftest import make_student
 from spreading import COMPARED, FSDP, alone, assert_equal_to, run_groups, weights, wish
 from transformers import AutoModelForCausalLM
 
-from branchmerge.data.datamodule import PackedRows, prepare, read_corpus
+from branchmerge.data.datamodule import PackedRows, prepare
 from branchmerge.errors import UserError
 from branchmerge.student.backbone import load_tokenizer
 from branchmerge.student.launch import Branch, launch
 from branchmerge.study import read_manifest, weights_sha256
+from branchmerge.trajectories.sources import read_branch
 
 SETTINGS = ("domain=math", "data.seq_len=256", "optim.epochs=2", "optim.warmup_ratio=0.0")
 BATCH = "optim.global_batch=4"
@@ -149,7 +150,7 @@ def test_two_processes_validate_as_one_does_and_train_as_unwatched(
 
 def test_every_row_is_trained_on_once_whatever_the_number_of_processes(tiny_student: Path, tmp_path: Path) -> None:
     settings = branch(tiny_student, tmp_path, *SETTINGS, "optim.global_batch=5")
-    corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+    corpus = prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
     for world in (1, 2, 4):
         parts = [PackedRows(corpus.documents, corpus.plan.steps, rank, world) for rank in range(world)]
         assert len({len(part) for part in parts}) == 1

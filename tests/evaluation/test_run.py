@@ -27,6 +27,7 @@ from serving import Server, completion, serving
 
 from branchmerge import config
 from branchmerge.config import EvaluateConfig
+from branchmerge.config_checks import typed
 from branchmerge.errors import UserError
 from branchmerge.evaluation import sandbox
 from branchmerge.evaluation.backends import openai
@@ -56,7 +57,7 @@ def settings(server: Server, outputs: Path, *overrides: str) -> list[str]:
 
 def composed(*overrides: str) -> EvaluateConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return config.typed(compose("evaluate", overrides=list(overrides)), EvaluateConfig)
+        return typed(compose("evaluate", overrides=list(overrides)), EvaluateConfig)
 
 
 Rule = Callable[[int, int, Any], str | None]

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from branchmerge import config
 from branchmerge.config import EvaluateConfig
+from branchmerge.config_checks import typed
 from branchmerge.data.template import PREFILL
 from branchmerge.errors import UserError
 from branchmerge.evaluation.benchmark import TASKS, load_benchmark
@@ -38,7 +39,7 @@ config.register()
 
 def composed(*overrides: str) -> EvaluateConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.typed(compose("evaluate", overrides=list(overrides)), EvaluateConfig)
+        return typed(compose("evaluate", overrides=list(overrides)), EvaluateConfig)
 
 
 @pytest.fixture(scope="module")

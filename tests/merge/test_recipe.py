@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from branchmerge import config
+from branchmerge.config_checks import typed
 from branchmerge.errors import UserError
 from branchmerge.merge.operators import make_operator
 from branchmerge.merge.recipe import Recipe, from_config
@@ -37,7 +38,7 @@ def make_expert(outputs: Path, domain: str) -> Path:
 def made(outputs: Path, *overrides: str) -> Recipe:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("merge", overrides=[f"outputs={outputs}", *overrides])
-        return from_config(config.typed(cfg, config.MergeConfig), {"resolved": True})
+        return from_config(typed(cfg, config.MergeConfig), {"resolved": True})
 
 
 def test_the_default_is_arcee_fusion_over_the_studys_tree(outputs: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from branches import PROJECT, branch, metrics
 
-from branchmerge.data.datamodule import prepare, read_corpus
+from branchmerge.data.datamodule import prepare
 from branchmerge.errors import UserError
 from branchmerge.student.backbone import load_tokenizer
 from branchmerge.student.training import train
 from branchmerge.study import Study, read_manifest
+from branchmerge.trajectories.sources import read_branch
 
 HAS_MLFLOW = importlib.util.find_spec("mlflow") is not None
 
@@ -38,7 +39,7 @@ def test_fast_is_two_steps_away_from_the_experts_and_runs_each_time(
 
 def test_overfit_learns_one_row_by_heart(tiny_student: Path, tmp_path: Path) -> None:
     settings = branch(tiny_student, tmp_path, "domain=code", "debug=overfit", "optim.lr=0.01")
-    corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+    corpus = prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
     rows = corpus.plan.rows
     assert len(rows) == 30 and {tuple(sorted(row)) for row in rows} == {tuple(range(len(corpus.documents)))}
     curve = losses(train(settings))

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from branchmerge import config
+from branchmerge.config_checks import typed
 from branchmerge.data.batch import make_batch
 from branchmerge.data.template import Document
 from branchmerge.student.flops import Shapes
@@ -153,7 +154,7 @@ def test_flops_are_those_that_torch_counts(tied: bool) -> None:
     assert counter.get_total_flops() == counted
     row = make_batch([Document("a", tuple(range(tokens)), 1)], tokens - 1)
     pairs = tokens * (tokens + 1) / 2
-    assert Workload(1, 1, tokens, tokens - 1, pairs, "").flops(work) == found.flops(row)
+    assert Workload(1, 1, tokens, tokens - 1, pairs, "").flops(work) == found.flops_of(row)
 
 
 def planned(outputs: Path, *overrides: str) -> Plan:
@@ -161,7 +162,7 @@ def planned(outputs: Path, *overrides: str) -> Plan:
     shape = [f"backbone.shape.{key}={json.dumps(value)}" for key, value in TINY.items()]
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
         given = ["plan=true", "study=tinyr1_1_5b", f"outputs={outputs}", *few, *shape, *overrides]
-        return make_plan(config.typed(compose("train", overrides=given), config.TrainConfig))
+        return make_plan(typed(compose("train", overrides=given), config.TrainConfig))
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +215,7 @@ def test_rows_that_are_here_are_counted(tiny_student: Path, tmp_path: Path) -> N
     ]
     given = ["plan=true", "study=tiny", f"outputs={tmp_path}", f"backbone.path={tiny_student}", *few]
     with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        asked = config.typed(compose("train", overrides=[search, *given]), config.TrainConfig)
+        asked = typed(compose("train", overrides=[search, *given]), config.TrainConfig)
     plan = make_plan(asked)
     assert plan.work is not None and plan.work.steps == 3 and plan.work.rows == 6
     assert plan.work.learned < plan.work.tokens <= 6 * 256

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from branchmerge.config import OptimConfig
 from branchmerge.data.batch import make_batch
-from branchmerge.data.datamodule import Corpus, TrajectoryData, prepare, read_corpus
+from branchmerge.data.datamodule import Corpus, TrajectoryData, prepare
 from branchmerge.data.packing import Plan
 from branchmerge.data.template import Document
 from branchmerge.student import attention
@@ -25,6 +25,7 @@ from branchmerge.student.module import Student
 from branchmerge.student.progress import StepProgress, utilisation
 from branchmerge.student.step_rows import StepRows
 from branchmerge.student.training import train
+from branchmerge.trajectories.sources import read_branch
 
 LINE = r"math: step 1/3  loss \d\.\d{4}  [\d,]+ tokens/s  ETA \d:\d\d:\d\d"
 
@@ -44,7 +45,7 @@ def fitted(student: Path, corpus: Corpus, folder: Path, *callbacks: Callback) ->
 @pytest.fixture
 def corpus(tiny_student: Path, tmp_path: Path) -> Corpus:
     settings = branch(tiny_student, tmp_path, "domain=math")
-    return prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+    return prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
 
 
 def test_a_log_gets_the_first_step_the_last_one_and_few_between(
@@ -103,7 +104,7 @@ def test_samples_are_what_the_model_itself_generates(tiny_student: Path, tmp_pat
     folder = train(settings)
     lines = (tmp_path / "tiny" / "logs" / "train" / "math" / "samples.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+    corpus = prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
     document, tokenizer = corpus.documents[0], load_tokenizer(tiny_student)
     assert [row["step"] for row in rows] == [0, 2, 3] and {row["id"] for row in rows} == {document.id}
     prompt = torch.tensor([document.tokens[: document.prompt_len]])
@@ -127,7 +128,7 @@ def test_flops_are_those_that_torch_counts(tiny_student: Path) -> None:
     products = counted.get_total_flops() - sum(
         flops for operator, flops in counted.get_flop_counts()["Global"].items() if "attention" in str(operator)
     )
-    assert shapes.flops(batch) - 12 * shapes.attended * pairs == pytest.approx(products, rel=1e-6)
+    assert shapes.flops_of(batch) - 12 * shapes.attended * pairs == pytest.approx(products, rel=1e-6)
     assert shapes.attended == 2 * 32
 
 
@@ -135,8 +136,8 @@ def test_two_documents_cost_less_than_one_of_their_length(tiny_student: Path) ->
     shapes = Shapes(matrices=1000, head=10, attended=64)
     one = make_batch([Document("a", tuple(range(20)), 1)], 1)
     two = make_batch([Document("a", tuple(range(10)), 1), Document("b", tuple(range(10)), 1)], 1)
-    assert shapes.flops(one) == 6 * (1000 * 20 + 10 * 19) + 12 * 64 * 210
-    assert shapes.flops(two) == 6 * (1000 * 20 + 10 * 18) + 12 * 64 * 110
+    assert shapes.flops_of(one) == 6 * (1000 * 20 + 10 * 19) + 12 * 64 * 210
+    assert shapes.flops_of(two) == 6 * (1000 * 20 + 10 * 18) + 12 * 64 * 110
 
 
 def test_cards_are_known_by_torchs_names() -> None:

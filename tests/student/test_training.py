@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from branchmerge.data.batch import Batch, make_batch, supervised_tokens
-from branchmerge.data.datamodule import prepare, read_corpus
+from branchmerge.data.datamodule import prepare
 from branchmerge.errors import UserError
 from branchmerge.student import attention
 from branchmerge.student.backbone import load_model, load_tokenizer, locate
@@ -21,6 +21,7 @@ from branchmerge.student.module import Student
 from branchmerge.student.optim import lr_factor
 from branchmerge.student.training import train
 from branchmerge.study import Study, read_manifest
+from branchmerge.trajectories.sources import read_branch
 
 
 def test_a_branch_becomes_an_expert_with_manifest_and_curves(tiny_student: Path, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_training_is_what_a_plain_loop_computes(tiny_student: Path, tmp_path: Pa
     more = ("data.seq_len=256", "optim.epochs=20", "optim.max_steps=50", "optim.global_batch=2")
     settings = branch(tiny_student, tmp_path, "domain=math", *more)
     folder = train(settings)
-    corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+    corpus = prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
     model = load_model(tiny_student, torch.float32, attention.PACKED_SDPA)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -146,6 +147,15 @@ def test_training_is_what_a_plain_loop_computes(tiny_student: Path, tmp_path: Pa
             assert not torch.equal(trained[name], start[name])
 
 
+@pytest.mark.slow
+def test_compiled_layers_train_alike(tiny_student: Path, tmp_path: Path) -> None:
+    """A minute of compiling."""
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        train(branch(tiny_student, tmp_path / name, "domain=math", f"trainer.compile={compiled}"))
+    losses = [[float(row["loss"]) for row in metrics(tmp_path / name, "math")] for name in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_accumulation_does_not_change_the_update(tiny_student: Path, tmp_path: Path) -> None:
     """The same documents as one row of 512 tokens or as two shorter ones."""
     changes: list[dict[str, Any]] = []
@@ -162,7 +172,7 @@ def test_accumulation_does_not_change_the_update(tiny_student: Path, tmp_path: P
     ):
         overrides = ["domain=math", f"data.path={rows}", "optim.max_steps=1", "optim.warmup_ratio=0", *cut]
         settings = branch(tiny_student, tmp_path, *overrides, f"out={tmp_path / str(number)}")
-        corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+        corpus = prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
         assert [len(step) for step in corpus.plan.steps] == [number + 1]
         changes.append(load_file(train(settings) / "model.safetensors"))
     for name in changes[0]:
@@ -201,7 +211,7 @@ def test_bfloat16_export_rounds_the_weights(tiny_student: Path, tmp_path: Path) 
 
 def test_the_mixture_reads_all_parts(tiny_student: Path, tmp_path: Path) -> None:
     settings = branch(tiny_student, tmp_path, "domain=mixture")
-    corpus = prepare(settings, read_corpus(settings), load_tokenizer(tiny_student))
+    corpus = prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
     assert list(corpus.account["sources"]) == ["math", "code", "science"]
     assert {document.id.split("-")[0] for document in corpus.documents} == {"math", "code", "science"}
 

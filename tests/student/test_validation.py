@@ -12,7 +12,7 @@ from conftest import Script
 from test_resume import SETTINGS, expert, started, steps_saved, wait_for
 
 from branchmerge.data.batch import make_batch, supervised_tokens
-from branchmerge.data.datamodule import Corpus, prepare, read_corpus
+from branchmerge.data.datamodule import Corpus, prepare
 from branchmerge.errors import UserError
 from branchmerge.student import attention
 from branchmerge.student.backbone import load_model, load_tokenizer
@@ -20,6 +20,7 @@ from branchmerge.student.loss import summed_loss
 from branchmerge.student.training import train
 from branchmerge.student.validation import packed, share
 from branchmerge.study import read_manifest, weights_sha256
+from branchmerge.trajectories.sources import read_branch
 
 HELD_OUT = ("data.validation_rows=4", "trainer.validate_every_n_steps=2")
 PARTS = ("math", "code", "science")
@@ -27,7 +28,7 @@ PARTS = ("math", "code", "science")
 
 def corpus(student: Path, outputs: Path, *overrides: str) -> Corpus:
     settings = branch(student, outputs, *overrides)
-    return prepare(settings, read_corpus(settings), load_tokenizer(student))
+    return prepare(settings, read_branch(settings), load_tokenizer(student))
 
 
 def ids(found: Corpus) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from branchmerge.config import SourceConfig, TrainConfig
+from branchmerge.config import TrainConfig
 from branchmerge.data.batch import Batch, make_batch, make_idle_batch, supervised_tokens
 from branchmerge.data.held_out import hold_out
 from branchmerge.data.packing import Plan, Row, Step, first_documents, make_plan
@@ -90,22 +90,10 @@ def _ignore_sigterm(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def data_sources(config: TrainConfig) -> dict[str, SourceConfig]:
-    """The sources of a branch by name: `data.path` where it is given, else the domain's parts of the study's corpus."""
-    if config.data.path is not None:
-        return {"data.path": SourceConfig(path=config.data.path, format=config.data.format, limit=config.data.limit)}
-    return {part: sources.at_most(config.study.corpus[part], config.data.limit) for part in config.domain.parts}
-
-
 def data_account(config: TrainConfig) -> dict[str, Any]:
     """What identifies the data, before any row is read."""
-    named = data_sources(config)
+    named = sources.of_branch(config)
     return {"sources": {name: {**asdict(source), "sha256": sources.identity(source)} for name, source in named.items()}}
-
-
-def read_corpus(config: TrainConfig) -> dict[str, list[Trajectory]]:
-    """Read and check every row of every source; raises UserError at the first that cannot be used."""
-    return {name: sources.read(source) for name, source in data_sources(config).items()}
 
 
 def prepare(

@@ -28,7 +28,7 @@ def export(
     from branchmerge.merge.checkpoint import TensorInfo, Writer
     from branchmerge.student import ranks
 
-    weights = _weights(model)
+    weights = weights_of(model)
     if not ranks.is_first():
         for tensor in weights.values():
             _whole(tensor)
@@ -44,8 +44,8 @@ def export(
     copy_tokenizer(backbone, out)
 
 
-def _weights(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
-    """All weights by their names; one that two layers share only once, by the name of the first."""
+def weights_of(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
+    """All weights of a checkpoint by their names; one that two layers share only once, by the name of the first."""
     seen: set[int] = set()
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -5,13 +5,15 @@ each other, 4 FLOPs for each of the heads' numbers forwards and 8 backwards. Wha
 anew does not count.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
+if TYPE_CHECKING:  # a plan counts without torch
+    from transformers import PreTrainedModel
 
-from branchmerge.data.batch import Batch
+    from branchmerge.data.batch import Batch
 
 PEAKS = {
     "B200": 2250e12,
@@ -49,14 +51,14 @@ class Shapes:
     """Layers x heads x head size"""
 
     @staticmethod
-    def of(model: PreTrainedModel) -> "Shapes | None":
+    def of(model: "PreTrainedModel") -> "Shapes | None":
         """None for a model that is more than matrices and attention: experts, convolutions, states."""
         if any(parameter.ndim > 2 for parameter in model.parameters()):
             return None
         config = model.config.get_text_config()
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-        assert isinstance(head, Tensor) and isinstance(embedding, Tensor)
+        head: Any = model.get_output_embeddings().weight
+        embedding: Any = model.get_input_embeddings().weight
         apart = {id(head): head.numel(), id(embedding): embedding.numel()}  # one where they are tied
         matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
         return Shapes(
@@ -65,9 +67,20 @@ class Shapes:
             attended=config.num_hidden_layers * config.num_attention_heads * size,
         )
 
-    def flops(self, batch: Batch) -> float:
-        """Of a packed row, forwards and backwards; attention stays inside its documents."""
+    def flops(self, tokens: int, learned: int, pairs: float) -> float:
+        """Forwards and backwards.
+
+        Args:
+            pairs: of tokens of one document of which one sees the other
+        """
+        return 6.0 * (self.matrices * tokens + self.head * learned) + 12.0 * self.attended * pairs
+
+    def flops_of(self, batch: "Batch") -> float:
+        """Of a packed row; attention stays inside its documents."""
         lengths = [end - start for start, end in pairwise(batch.cu_seq_lens.tolist())]
-        pairs = sum(length * (length + 1) / 2 for length in lengths)
-        matrices = self.matrices * sum(lengths) + self.head * batch.supervised
-        return 6.0 * matrices + 12.0 * self.attended * pairs
+        return self.flops(sum(lengths), batch.supervised, pairs_of(lengths))
+
+
+def pairs_of(lengths: Iterable[int]) -> float:
+    """Pairs of tokens that see each other in documents of such lengths: each token and all before it, itself too."""
+    return sum(length * (length + 1) / 2 for length in lengths)

@@ -20,7 +20,6 @@ from branchmerge import machine
 from branchmerge.config import TrainConfig
 from branchmerge.errors import UserError
 from branchmerge.student import ranks
-from branchmerge.student.resume import PREEMPTED
 
 SECONDS_TO_END = 50
 """For processes that are told to end, as to save a checkpoint, before they are killed."""
@@ -37,7 +36,7 @@ class Branch:
 
 def is_needed(config: TrainConfig) -> bool:
     """Whether this process should start those of the training, and is none of them."""
-    return config.trainer.sharded and ranks.environment() is None
+    return config.trainer.sharded and not ranks.is_one_of_several()
 
 
 def this_branch(config: TrainConfig) -> Branch:
@@ -80,7 +79,7 @@ def launch(branches: Sequence[Branch]) -> None:
 
         statuses = list(pool.map(run, branches))
     if running.told_to_end:
-        raise SystemExit(PREEMPTED)
+        raise SystemExit(ranks.PREEMPTED)
     failed = [b.config.domain.name for b, status in zip(branches, statuses, strict=True) if status]
     if failed:
         sys.exit(f"error: domain={','.join(failed)}: a process of it ended with an error; it is told above")
@@ -135,7 +134,7 @@ class _Running:
             )
         with self._lock:
             if self.told_to_end:
-                return PREEMPTED
+                return ranks.PREEMPTED
             child = subprocess.Popen(command, env=environment, preexec_fn=ranks.end_with_parent)
             self._children.add(child)
         status = child.wait()

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from branchmerge.config import PlanningConfig, TrainConfig, check_trainer
+from branchmerge.config import PlanningConfig, TrainConfig
+from branchmerge.config_checks import check_trainer
 from branchmerge.errors import UserError
 from branchmerge.student import backbone
 from branchmerge.student.forecast import Memory, Setting, forecast

@@ -45,7 +45,7 @@ class StepProgress(BetweenSteps):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         super().on_train_batch_start(trainer, module, batch, index)
         if self._shapes is not None:
-            self._flops += self._shapes.flops(batch)
+            self._flops += self._shapes.flops_of(batch)
 
     def between_steps(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         assert isinstance(module, Student)

@@ -9,28 +9,40 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+if TYPE_CHECKING:  # takes ten seconds, which a process that only starts others need not wait
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 T = TypeVar("T")
 
+PREEMPTED = 128 + signal.SIGTERM
+"""Exit status of a training that was told to end and did so in good order."""
 PATIENCE = timedelta(minutes=30)
 """How long the others wait for the first process, which writes and reads what they do not."""
 
 
-def environment() -> ClusterEnvironment | None:
+def is_one_of_several() -> bool:
+    """Whether torchrun or srun started this process.
+
+    Only srun sets the step: a script that sbatch runs is alone, whatever the job has room for.
+    """
+    return dist.is_torchelastic_launched() or "SLURM_STEP_ID" in os.environ
+
+
+def environment() -> "ClusterEnvironment | None":
     """What started this process as one of several; None where nothing did."""
-    if TorchElasticEnvironment.detect():
+    if not is_one_of_several():
+        return None
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+    if dist.is_torchelastic_launched():
         return TorchElasticEnvironment()
-    # Only srun sets the step: a script that sbatch runs is alone, whatever the job has room for.
-    if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
-        return SLURMEnvironment(auto_requeue=False)
-    return None
+    return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
 
 
 def end_with_parent() -> None:
@@ -78,6 +90,12 @@ def say(text: str) -> None:
     """Print once."""
     if is_first():
         print(text, flush=True)
+
+
+def wait() -> None:
+    """Until all have come so far."""
+    if world() > 1:
+        dist.barrier()
 
 
 def by_first(work: Callable[[], T]) -> T:

@@ -13,9 +13,6 @@ from branchmerge.config import CheckpointConfig
 from branchmerge.student import ranks
 from branchmerge.student.checkpoints import Checkpoint, CheckpointFolder, load_state, save_state
 
-PREEMPTED = 128 + signal.SIGTERM
-"""Exit status of a run that was told to end and did so in good order."""
-
 
 class Resume(Callback):
     """Writes checkpoints between optimizer steps, and starts a run at the step of one.
@@ -56,7 +53,7 @@ class Resume(Callback):
                 f"told to end after step {trainer.global_step} of {self.folder.folder.name}; run the same command again"
                 " to go on"
             )
-            raise SystemExit(PREEMPTED)
+            raise SystemExit(ranks.PREEMPTED)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if hasattr(self, "_former"):

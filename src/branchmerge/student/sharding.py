@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from branchmerge.errors import UserError
+from branchmerge.student.export import weights_of
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,13 @@ def shard(root: nn.Module, model: PreTrainedModel, sharding: Sharding, mesh: Dev
     fully_shard(root, **options)
 
 
-def load_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
-    """Give a sharded, empty model its memory and the checkpoint's weights; each process reads its shares only."""
+def give_memory(model: PreTrainedModel, device: torch.device) -> None:
+    """To the weights of an empty model; what has values keeps them."""
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     model.tie_weights()
-    state = model.state_dict()
-    if model.config.get_text_config().tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    load(state, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def load_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
+    """Give a sharded, empty model its memory and the checkpoint's weights; each process reads its shares only."""
+    give_memory(model, device)
+    load(dict(weights_of(model)), storage_reader=HuggingFaceStorageReader(str(folder)))

@@ -36,7 +36,7 @@ from branchmerge.student.flops import Shapes
 from branchmerge.student.forecast import KINDS, SHARES, Memory, Setting
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.memory_log import MemoryLog, Piece, peak
-from branchmerge.student.sharding import Sharding, empty_model, layers, shard
+from branchmerge.student.sharding import Sharding, empty_model, give_memory, layers, shard
 
 FEW, MORE = 4, 6
 """Layers of the two models that a deeper one is reckoned from."""
@@ -121,8 +121,7 @@ CPU_CHUNK = chunked_loss.CHUNK
 
 def _step(setting: Setting, packed: PackedLoss, products: Any, log: MemoryLog) -> tuple[list[Span], Span]:
     """A later step of a training, when AdamW has its moments, and its last row, when there are gradients of others."""
-    packed._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor.to("cpu"))
-    packed.model.tie_weights()
+    give_memory(packed.model, torch.device("cpu"))
     parameters = list(packed.parameters())
     optimizer = AdamW(parameters, lr=1e-5, fused=True)
     for parameter in parameters:

@@ -12,7 +12,7 @@ from lightning import Trainer, seed_everything
 from branchmerge import machine
 from branchmerge.config import TrainConfig
 from branchmerge.data import held_out
-from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account, prepare, read_corpus
+from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account, prepare
 from branchmerge.errors import UserError
 from branchmerge.student import attention, backbone, ranks
 from branchmerge.student.checkpoints import CheckpointFolder
@@ -24,11 +24,7 @@ from branchmerge.student.resume import Resume
 from branchmerge.student.sharding import Sharding, Spread, empty_model, layers, load_weights, shard
 from branchmerge.student.watch import watchers
 from branchmerge.study import Manifest, Study, is_done, locked, parent_of, publish
-
-
-def check(config: TrainConfig) -> None:
-    """Read everything that the branch will read of its data; raises UserError at the first that cannot be used."""
-    read_corpus(config)
+from branchmerge.trajectories.sources import read_branch
 
 
 def train(config: TrainConfig) -> Path:
@@ -43,7 +39,7 @@ def train(config: TrainConfig) -> Path:
     device = _device(config)
     ranks.join(device)
     _check_processes(config)
-    rows = read_corpus(config)
+    rows = read_branch(config)
     start = ranks.by_first(lambda: backbone.locate(config, config.domain.name))
     precision = _precision(config.trainer.precision, device)
     folder = _folder(config)
@@ -67,7 +63,7 @@ def train(config: TrainConfig) -> Path:
             planned.training = facts
             export(student.model, start, partial, getattr(torch, config.export_dtype))
         saved.remove()
-    ranks.by_first(lambda: None)  # the others wait until it is published
+    ranks.wait()  # until it is published
     ranks.say(
         f"{folder}: {facts['steps']} steps, {facts['tokens']} tokens, {facts['seconds']:.0f} s,"
         f" {facts['tokens_per_second']:.0f} tokens/s, last loss {facts['last_loss']:.3f}"

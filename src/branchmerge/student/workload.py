@@ -9,7 +9,8 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from branchmerge.config import SourceConfig, TrainConfig
+from branchmerge.config import TrainConfig
+from branchmerge.student.flops import Shapes, pairs_of
 from branchmerge.study import write_json
 from branchmerge.trajectories import sources
 
@@ -29,9 +30,8 @@ class Workload:
     """Where these numbers are from"""
 
     def flops(self, work: dict[str, int]) -> float:
-        """Forwards and backwards, as `flops.Shapes` counts them."""
-        products = work["matrices"] * self.tokens + work["head"] * self.learned
-        return 6.0 * products + 12.0 * work["attended"] * self.pairs
+        """Of the whole branch by a model whose `Shapes` are these."""
+        return Shapes(**work).flops(self.tokens, self.learned, self.pairs)
 
 
 def workload(config: TrainConfig, checkpoint: Path | None, folder: Path) -> Workload | None:
@@ -41,38 +41,31 @@ def workload(config: TrainConfig, checkpoint: Path | None, folder: Path) -> Work
         checkpoint: the backbone, where it is on this machine
         folder: what was counted once is kept here
     """
-    if checkpoint is not None and all(sources.is_local(source) for source in _sources(config)):
+    if checkpoint is not None and all(sources.is_local(source) for source in sources.of_branch(config).values()):
         return _counted(config, checkpoint, folder)
     return _expected(config)
-
-
-def _sources(config: TrainConfig) -> list[SourceConfig]:
-    """As `data.datamodule` has them, whose import takes seconds."""
-    if config.data.path is not None:
-        return [SourceConfig(path=config.data.path, format=config.data.format)]
-    return [config.study.corpus[part] for part in config.domain.parts]
 
 
 def _counted(config: TrainConfig, checkpoint: Path, folder: Path) -> Workload:
     """What training itself would do, by its own functions."""
     tokenizer = [(path.name, path.read_text()) for path in sorted(checkpoint.glob("*token*.json"))]
-    rows = [(asdict(source), sources.identity(source)) for source in _sources(config)]
+    rows = [(asdict(source), sources.identity(source)) for source in sources.of_branch(config).values()]
     facts = [rows, asdict(config.data), asdict(config.optim), config.seed, tokenizer]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     place = folder / f"rows-{key}.json"
     if place.is_file():
         return Workload(**json.loads(place.read_text()))
-    from branchmerge.data.datamodule import prepare, read_corpus
+    from branchmerge.data.datamodule import prepare
     from branchmerge.student import backbone
 
     corpus = prepare(
-        config, read_corpus(config), backbone.load_tokenizer(checkpoint), backbone.context_length(checkpoint)
+        config, sources.read_branch(config), backbone.load_tokenizer(checkpoint), backbone.context_length(checkpoint)
     )
     packed = corpus.plan.rows
     lengths = (len(corpus.documents[number]) for row in packed for number in row)
     found = Workload(
         steps=len(corpus.plan.steps), rows=len(packed), tokens=corpus.tokens, learned=corpus.supervised,
-        pairs=sum(length * (length + 1) / 2 for length in lengths), said="rows and tokens are those of the data here",
+        pairs=pairs_of(lengths), said="rows and tokens are those of the data here",
     )  # fmt: skip
     write_json(place, asdict(found))
     return found
@@ -93,7 +86,7 @@ def _expected(config: TrainConfig) -> Workload | None:
         steps = optim.max_steps
         rows = min(rows, steps * optim.global_batch)
     trained = rows * capacity
-    pairs = sum(counts[part] * lengths[part] * (lengths[part] + 1) / 2 for part in parts) * trained / tokens
+    pairs = sum(counts[part] * pairs_of([lengths[part]]) for part in parts) * trained / tokens
     assumed = ", ".join(
         f"{counts[part]:,} of {part} with {lengths[part]:,} tokens each"
         + ("" if expected[part].tokens else " (half a packed row; study.expected." + part + ".tokens= says better)")

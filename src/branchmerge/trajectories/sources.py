@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from branchmerge.config import SourceConfig, project_path
+from branchmerge.config import SourceConfig, TrainConfig, project_path
 from branchmerge.errors import UserError
 from branchmerge.study import file_sha256
 from branchmerge.trajectories.schema import Trajectory
@@ -128,6 +128,18 @@ def read(source: SourceConfig) -> list[Trajectory]:
     if not rows:
         raise UserError(f"{source.path}: no rows; a corpus needs at least one")
     return rows
+
+
+def of_branch(config: TrainConfig) -> dict[str, SourceConfig]:
+    """The sources of a branch by name: `data.path` where it is given, else the domain's parts of the study's corpus."""
+    if config.data.path is not None:
+        return {"data.path": SourceConfig(path=config.data.path, format=config.data.format, limit=config.data.limit)}
+    return {part: at_most(config.study.corpus[part], config.data.limit) for part in config.domain.parts}
+
+
+def read_branch(config: TrainConfig) -> dict[str, list[Trajectory]]:
+    """Read and check every row of every source of a branch; raises UserError at the first that cannot be used."""
+    return {name: read(source) for name, source in of_branch(config).items()}
 
 
 def at_most(source: SourceConfig, limit: int | None) -> SourceConfig:
