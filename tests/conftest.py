@@ -26,7 +26,7 @@ def demo_texts() -> list[str]:
     return rows
 
 
-def make_student(folder: Path, seed: int = 0, model_type: str = "llama", **changes: int) -> Path:
+def make_student(folder: Path, seed: int = 0, model_type: str = "llama", **changes: float) -> Path:
     """Write a random causal LM of about 60 thousand parameters, with tokenizer and chat template, as a checkpoint."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

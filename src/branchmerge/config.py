@@ -120,8 +120,11 @@ class BackboneConfig:
     """Hub only: commit, tag or branch."""
     shape: dict[str, Any] = field(default_factory=dict)
     """The model's config.json as far as it decides sizes, for plan=true where no checkpoint is on this machine."""
-    attn: str = field(default="auto", metadata=_choice("auto", "flash_attention_2", "sdpa"))
-    """Attention in training. auto: flash-attn when it is importable on CUDA, else SDPA document by document."""
+    attn: str = field(default="auto", metadata=_choice("auto", *(f"flash_attention_{n}" for n in (2, 3, 4)), "sdpa"))
+    """Attention in training. auto: the newest flash-attn that is installed and fits the GPU, else sdpa, which is
+    torch's own: FlashAttention over the whole row on CUDA, SDPA document by document on a CPU."""
+    loss: str = field(default="chunked", metadata=_choice("chunked", "liger"))
+    """Cross-entropy in training. liger: by the fused kernel of liger-kernel (CUDA), where it gives the same."""
 
 
 @dataclass

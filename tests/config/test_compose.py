@@ -107,7 +107,8 @@ def test_the_mixture_control_has_the_budget_of_all_experts_together() -> None:
         ("data.too_long=ignore", "choose one of drop, truncate"),
         ("study.budget.math.epochs=0", "must be at least 1"),
         ("study.corpus.science.limit=0", "must be at least 1"),
-        ("backbone.attn=fast", "choose one of auto, flash_attention_2, sdpa"),
+        ("backbone.attn=fast", "choose one of auto, flash_attention_2, .*, sdpa"),
+        ("backbone.loss=fast", "choose one of chunked, liger"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused(override: str, said: str) -> None:

@@ -1,5 +1,6 @@
 """A packed row equals its documents alone: the claim that all of packing rests on."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,16 @@ def everywhere(batch: Batch) -> torch.Tensor:
     return torch.arange(batch.input_ids.shape[1])
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+MODELS: dict[str, dict[str, float]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {},
+    "mistral": {"sliding_window": 5},  # shorter than most of the documents
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 2.0, "head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", MODELS)
 def test_logits_of_a_packed_row_equal_those_of_the_documents_alone(model_type: str, tmp_path: Path) -> None:
-    folder = make_student(tmp_path / model_type, model_type=model_type)
+    folder = make_student(tmp_path / model_type, model_type=model_type, **MODELS[model_type])
     model = load_model(folder, torch.float32, attention.PACKED_SDPA).eval()
     plain = load_model(folder, torch.float32, "eager").eval()
     packed = make_batch(documents(), 1)
@@ -74,7 +82,60 @@ def test_gradients_do_not_cross_documents(tiny_student: Path) -> None:
     assert touched[start:end].all() and not touched[:start].any() and not touched[end:].any()
 
 
-def test_what_it_cannot_compute_is_refused() -> None:
+def heads(tokens: int, requires_grad: bool = False) -> list[torch.Tensor]:
+    """Query, key and value of four heads, two of keys, each of size eight."""
+    draw = torch.Generator().manual_seed(7)
+    made = [torch.randn(1, count, tokens, 8, generator=draw) for count in (4, 2, 2)]
+    return [tensor.requires_grad_(requires_grad) for tensor in made]
+
+
+LIMITS = pytest.mark.parametrize(
+    ("window", "softcap"), [(None, None), (5, None), (None, 2.0), (5, 2.0)], ids=["plain", "window", "capped", "both"]
+)
+
+
+@LIMITS
+def test_the_formula_is_that_of_a_mask_written_out(window: int | None, softcap: float | None) -> None:
+    q, k, v = heads(12)
+    k4, v4 = (tensor.repeat_interleave(2, dim=1) for tensor in (k, v))
+    scores = torch.einsum("bhte,bhse->bhts", q, k4) * 0.5
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    for t in range(12):
+        for s in range(12):
+            if s > t or (window and t - s >= window):
+                scores[:, :, t, s] = -torch.inf
+    expected = torch.einsum("bhts,bhse->bhte", scores.softmax(-1), v4)
+    torch.testing.assert_close(attention.by_formula(q, k, v, 0.5, window, softcap), expected)
+
+
+@LIMITS
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_the_formula_in_every_document(window: int | None, softcap: float | None) -> None:
+    q, k, v = heads(sum(LENGTHS))
+    bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    expected = [
+        attention.by_formula(*(tensor[:, :, start:end] for tensor in (q, k, v)), 0.5, window, softcap)
+        for start, end in pairwise(bounds.tolist())
+    ]
+    found = attention._flex(q, k, v, bounds, 0.5, window, softcap)
+    torch.testing.assert_close(found, torch.cat(expected, dim=2).transpose(1, 2))
+
+
+def test_gradients_reach_past_no_window() -> None:
+    q, k, v = heads(20, requires_grad=True)
+    bounds = torch.tensor([0, 8, 20], dtype=torch.int32)
+    module = torch.nn.Module()
+    out, _ = attention.packed_sdpa(
+        module, q, k, v, None, cu_seq_lens_q=bounds, max_length_q=12, sliding_window=3, softcap=4.0
+    )
+    out[0, 15].sum().backward()
+    assert v.grad is not None
+    touched = v.grad[0].abs().sum((0, 2)) > 0
+    assert touched.nonzero()[:, 0].tolist() == [13, 14, 15]
+
+
+def test_what_is_no_packed_row_is_refused() -> None:
     q = torch.zeros(1, 2, 4, 8)
     bounds = torch.tensor([0, 4], dtype=torch.int32)
     module = torch.nn.Module()
@@ -82,10 +143,8 @@ def test_what_it_cannot_compute_is_refused() -> None:
         attention.packed_sdpa(module, q, q, q, None)
     with pytest.raises(ValueError, match="without attention_mask"):
         attention.packed_sdpa(module, q, q, q, torch.ones(1, 1, 4, 4), cu_seq_lens_q=bounds)
-    with pytest.raises(ValueError, match="window"):
-        attention.packed_sdpa(module, q, q, q, None, cu_seq_lens_q=bounds, max_length_q=4, sliding_window=2)
-    with pytest.raises(ValueError, match="soft-capping"):
-        attention.packed_sdpa(module, q, q, q, None, cu_seq_lens_q=bounds, max_length_q=4, softcap=30.0)
+    with pytest.raises(ValueError, match="one row"):
+        attention.packed_sdpa(module, *[q.expand(2, -1, -1, -1)] * 3, None, cu_seq_lens_q=bounds)
 
 
 def test_auto_takes_sdpa_on_the_cpu() -> None:

@@ -1,6 +1,10 @@
 """The loss of a step does not depend on how the step is cut into micro-batches."""
 
+import os
+import subprocess
+import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,9 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from branchmerge.data.batch import Batch, make_batch, supervised_tokens
 from branchmerge.data.template import Document
-from branchmerge.student import attention
+from branchmerge.student import attention, liger_loss
 from branchmerge.student.backbone import load_model
-from branchmerge.student.loss import Loss, PackedLoss, chunked_loss, summed_loss
+from branchmerge.student.chunked_loss import summed_cross_entropy
+from branchmerge.student.loss import Loss, PackedLoss, chunked_loss, fused_loss, summed_loss
 
 # Learned tokens 60, 7, 33 and 3: the uneven counts with which a mean of means goes badly wrong.
 SHAPES = ((70, 10), (40, 33), (50, 17), (9, 6))
@@ -85,3 +90,46 @@ def test_a_head_that_scales_its_logits_keeps_the_whole_ones(tmp_path: Path) -> N
         packed = PackedLoss(model)
         packed.choose_loss()
     assert packed.loss is summed_loss
+
+
+def test_without_liger_kernel_the_chunked_loss_is_taken_with_one_warning(tiny_student: Path) -> None:
+    if find_spec("liger_kernel") is not None:
+        pytest.skip("liger-kernel is installed")
+    packed = PackedLoss(load_model(tiny_student, torch.float32, attention.PACKED_SDPA))
+    with pytest.warns(UserWarning, match="liger-kernel is not installed.*chunked loss") as told:
+        packed.choose_loss(fused=True)
+    assert packed.loss is chunked_loss and len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("factor", "why"),
+    [((1.0, 1.0), ""), ((1.1, 1.1), "loss is 0.1 off"), ((1.0, 1.1), "hidden gradient is 0.1 off")],
+    ids=["right", "wrong", "wrong gradient"],
+)
+def test_a_fused_kernel_is_taken_only_where_loss_and_gradients_agree(
+    factor: tuple[float, float], why: str, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernel(*given: torch.Tensor) -> torch.Tensor:
+        loss = summed_cross_entropy(*given)
+        return (factor[1] * loss) + (factor[0] - factor[1]) * loss.detach()
+
+    monkeypatch.setattr(liger_loss, "liger_cross_entropy", kernel)
+    packed = PackedLoss(load_model(tiny_student, torch.float32, attention.PACKED_SDPA))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        packed.choose_loss(fused=True)
+    assert packed.loss is (chunked_loss if why else fused_loss)
+    assert [why in str(warning.message) for warning in told] == ([True] if why else [])
+
+
+def test_liger_gives_the_chunked_loss() -> None:
+    """On a CPU by Triton's interpreter, in a process of its own since Triton decides that when it is imported."""
+    pytest.importorskip("liger_kernel")
+    if not torch.cuda.is_available():
+        pytest.importorskip("triton")
+    trial = "import torch; from branchmerge.student.liger_loss import why_not; print(repr(why_not(32, 300, *%s)))"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    code = trial % f"(torch.device('{device}'), torch.float32, 1e-4)"
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(device == "cpu"))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "''"

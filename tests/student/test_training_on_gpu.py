@@ -7,7 +7,7 @@ import torch
 from branches import branch, metrics
 from conftest import make_student
 from lightning.fabric.utilities import move_data_to_device
-from test_attention import documents, everywhere
+from test_attention import MODELS, documents, everywhere, heads
 
 from branchmerge.data.batch import make_batch
 from branchmerge.student import attention
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gemma2"])
 def test_packed_attention_on_a_gpu_is_that_of_the_documents_alone(
     model_type: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    folder = make_student(tmp_path / model_type, model_type=model_type)
+    folder = make_student(tmp_path / model_type, model_type=model_type, **MODELS.get(model_type, {}))
     model = load_model(folder, dtype, attention.PACKED_SDPA).eval().to("cuda")
     plain = load_model(folder, torch.float32, "eager").eval()
     packed = make_batch(documents(), 1)
@@ -33,6 +33,22 @@ def test_packed_attention_on_a_gpu_is_that_of_the_documents_alone(
         alone = torch.cat([plain(torch.tensor([document.tokens])).logits[0] for document in documents()])
     error = float((together - alone).norm() / alone.norm())
     assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_flex_attention_has_the_gradients_of_the_formula() -> None:
+    bounds = torch.tensor([0, 7, 50], dtype=torch.int32)
+    grads = {}
+    for device in ("cpu", "cuda"):
+        q, k, v = (tensor.to(device).detach().requires_grad_() for tensor in heads(50))
+        out, _ = attention.packed_sdpa(
+            torch.nn.Module(), q, k, v, None, cu_seq_lens_q=bounds.to(device), max_length_q=43,
+            sliding_window=9, softcap=2.0,
+        )  # fmt: skip
+        out.square().sum().backward()
+        grads[device] = [tensor.grad.cpu() for tensor in (q, k, v) if tensor.grad is not None]
+    assert len(grads["cuda"]) == 3
+    for found, expected in zip(grads["cuda"], grads["cpu"], strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 1e-3
 
 
 def test_a_branch_on_a_gpu_has_the_losses_of_one_on_the_cpu(tiny_student: Path, tmp_path: Path) -> None:
@@ -49,3 +65,13 @@ def test_bf16_trains_on_a_gpu(tiny_student: Path, tmp_path: Path) -> None:
     train(branch(tiny_student, tmp_path, "domain=math", *quiet))
     losses = [float(row["loss"]) for row in metrics(tmp_path, "math")]
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_liger_trains_as_the_chunked_loss(tiny_student: Path, tmp_path: Path) -> None:
+    pytest.importorskip("liger_kernel")
+    losses = {}
+    for loss in ("chunked", "liger"):
+        said = ("trainer=gpu", "trainer.precision=32-true", f"backbone.loss={loss}")
+        train(branch(tiny_student, tmp_path / loss, "domain=math", *said))
+        losses[loss] = [float(row["loss"]) for row in metrics(tmp_path / loss, "math")]
+    assert losses["liger"] == pytest.approx(losses["chunked"], rel=1e-4)

@@ -2,22 +2,28 @@
 
 The model gets `cu_seq_lens` and no mask. flash-attn reads them by itself; `packed_sdpa` below serves every device
 without a T x T mask and without work between documents: on CUDA in half precision one call of torch's own
-FlashAttention for the whole row, elsewhere one causal SDPA call a document.
+FlashAttention for the whole row, elsewhere one causal SDPA call a document. Neither caps scores, and SDPA knows no
+window: there FlexAttention does it on CUDA, the formula document by document on a CPU.
 
 Shapes: B batch (1), H heads, G key/value heads, T tokens, E head size, D documents.
 """
 
-import importlib.util
 import inspect
-from functools import cache
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.utils.import_utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_flash_attn_4_available,
+)
 
 from branchmerge.student.autocast import compute_dtype
 
@@ -48,28 +54,26 @@ def packed_sdpa(
         [1, T, H, E]
 
     Raises:
-        ValueError: on what this cannot compute: no cu_seq_lens, a mask, a window shorter than a document, soft-capping.
+        ValueError: on what is no packed row: no cu_seq_lens, a mask, several rows.
     """
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError("packed attention takes one row with cu_seq_lens and without attention_mask")
     dropout = dropout if module.training else 0.0
+    bounds, heads = cu_seq_lens_q, (query, key, value)
     if max_length_q is not None and softcap is None and not dropout and _takes_varlen(query):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)  # so many tokens back, none ahead
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
-    if softcap is not None or (sliding_window is not None and (max_length_q or 0) > sliding_window):
-        raise ValueError(
-            f"attn=sdpa has neither soft-capping ({softcap}) nor a window ({sliding_window}) shorter than a document"
-            f" ({max_length_q} tokens); use attn=flash_attention_2"
+        return _varlen(*heads, bounds, max_length_q, scaling, window), None
+    limited = softcap is not None or (sliding_window is not None and (max_length_q or query.shape[2]) > sliding_window)
+    if limited and query.is_cuda and not dropout:
+        return _flex(*heads, bounds, scaling, sliding_window, softcap), None
+    if limited:
+        attend = partial(by_formula, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout)
+    else:
+        grouped = key.shape[1] != query.shape[1]
+        attend = partial(
+            scaled_dot_product_attention, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )
-    grouped = key.shape[1] != query.shape[1]
-    bounds = cu_seq_lens_q.tolist()
-    parts = [
-        scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end],
-            dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped,
-        )
-        for start, end in pairwise(bounds)
-    ]  # fmt: skip
+    parts = [attend(*(each[:, :, start:end] for each in heads)) for start, end in pairwise(bounds.tolist())]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -103,6 +107,74 @@ def _varlen(
     return out[None]
 
 
+def by_formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(cap(Q K^T scale)) V of one document, each token seeing itself and up to window - 1 before it.
+
+    Args:
+        softcap: scores s become softcap tanh(s / softcap).
+
+    Returns:
+        [1, H, T, E]
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    place = torch.arange(query.shape[2], device=query.device)
+    back = place[:, None] - place
+    seen = (back >= 0) & (back < (window or len(place)))
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    return torch.dropout(weights, dropout, dropout > 0) @ value
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """[1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    q, k, v = (heads.to(compute_dtype(query)) for heads in (query, key, value))
+    grouped = k.shape[1] != q.shape[1]
+    blocks = _blocks(bounds, query.shape[2], window)
+    out = _compiled_flex(query.is_cuda)(q, k, v, capped, blocks, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=4)
+def _blocks(bounds: Tensor, tokens: int, window: int | None) -> BlockMask:
+    """Which blocks of scores are wanted; the layers of a step ask with the same `bounds`, told by a tensor's hash."""
+    document = torch.bucketize(torch.arange(tokens, device=bounds.device), bounds[1:], right=True)
+
+    def seen(_: Tensor, __: Tensor, at: Tensor, other: Tensor) -> Tensor:
+        inside = (document[at] == document[other]) & (at >= other)
+        return inside if window is None else inside & (at - other < window)
+
+    return create_block_mask(seen, None, None, tokens, tokens, device=str(bounds.device))
+
+
+@cache
+def _compiled_flex(compiled: bool) -> Any:
+    """Uncompiled it holds all scores, so only a CPU, where it serves as a check, gets it so."""
+    return torch.compile(flex_attention) if compiled else flex_attention
+
+
 def _no_mask(*_: Any, **__: Any) -> None:
     """Where a document ends is told by cu_seq_lens, so transformers shall build no mask."""
 
@@ -114,6 +186,15 @@ AttentionMaskInterface.register(PACKED_SDPA, _no_mask)
 def implementation(attn: str, device: torch.device) -> str:
     """The attention that transformers shall use for `backbone.attn` on a device."""
     if attn == "auto":
-        flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-        attn = "flash_attention_2" if flash else "sdpa"
+        attn = _newest_flash_attention(device) if device.type == "cuda" else "sdpa"
     return PACKED_SDPA if attn == "sdpa" else attn
+
+
+def _newest_flash_attention(device: torch.device) -> str:
+    """flash-attn as far as it is installed and made for this device, else torch's own."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (9, 0) and is_flash_attn_4_available():
+        return "flash_attention_4"
+    if capability == (9, 0) and is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"

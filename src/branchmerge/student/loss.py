@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from branchmerge.data.batch import IGNORE, Batch, make_batch
 from branchmerge.data.template import Document
+from branchmerge.student import liger_loss
 from branchmerge.student.chunked_loss import summed_cross_entropy
 
 Loss = Callable[[PreTrainedModel, Batch], Tensor]
@@ -56,9 +57,18 @@ def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def chunked_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The same with the logits of a chunk of tokens at a time; for heads that only multiply by their weight."""
+    return _by_head(summed_cross_entropy, model, batch)
+
+
+def fused_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The same as `chunked_loss` by liger-kernel."""
+    return _by_head(liger_loss.liger_cross_entropy, model, batch)
+
+
+def _by_head(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], model: PreTrainedModel, batch: Batch) -> Tensor:
     positions, tokens = _learned(batch)
     hidden = model.base_model(**_inputs(batch)).last_hidden_state[0, positions]
-    return summed_cross_entropy(hidden, model.get_output_embeddings().weight, tokens)
+    return cross_entropy(hidden, model.get_output_embeddings().weight, tokens)
 
 
 class PackedLoss(nn.Module):
@@ -72,19 +82,22 @@ class PackedLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         return self.loss(self.model, batch)
 
-    def choose_loss(self, compute: torch.dtype = torch.float32) -> None:
+    def choose_loss(self, compute: torch.dtype = torch.float32, fused: bool = False) -> None:
         """Take `chunked_loss` where it gives this model's loss, else `summed_loss`, with a warning.
 
         Some models scale, cap or shift their logits. Tried on a short row, so that none of them needs to be known here.
 
         Args:
             compute: dtype of the matrix products, which says how near the two can be.
+            fused: take `fused_loss` where it gives the same as `chunked_loss`, else warn.
         """
+        tolerance = 1e-3 if compute == torch.float32 else 2e-2
         training = self.training
         self.eval()
         try:
             with torch.no_grad():
-                why = self._difference(1e-3 if compute == torch.float32 else 2e-2)
+                why = self._difference(chunked_loss, tolerance)
+                why_not_fused = self._why_not_fused(compute, tolerance) if fused and not why else ""
         finally:
             self.train(training)
         self.loss = summed_loss if why else chunked_loss
@@ -94,15 +107,25 @@ class PackedLoss(nn.Module):
                 " of all learned tokens at once, which needs more memory",
                 stacklevel=2,
             )
+        elif why_not_fused:
+            warnings.warn(f"backbone.loss=liger: {why_not_fused}; the chunked loss is taken", stacklevel=2)
+        elif fused:
+            self.loss = fused_loss
 
-    def _difference(self, tolerance: float) -> str:
-        """In what the two losses differ; empty where they do not."""
+    def _why_not_fused(self, compute: torch.dtype, tolerance: float) -> str:
+        config = self.model.config.get_text_config()
+        device = self.model.device
+        why = liger_loss.why_not(config.hidden_size, config.vocab_size, device, compute, tolerance)
+        return why or self._difference(fused_loss, tolerance)
+
+    def _difference(self, loss: Loss, tolerance: float) -> str:
+        """In what a loss differs from `summed_loss`; empty where it does not."""
         ids = torch.arange(16) * 31 % int(self.model.config.get_text_config().vocab_size)
         row = make_batch([Document("check", tuple(ids.tolist()), 1)], 15).to(self.model.device)
         try:
             self.loss = summed_loss
             expected = self(row)
-            self.loss = chunked_loss
+            self.loss = loss
             found = self(row)
         except (AttributeError, TypeError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"

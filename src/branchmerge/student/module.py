@@ -35,12 +35,14 @@ class Student(LightningModule):
         max_skipped: int = 0,
         spread: Callable[[PackedLoss, torch.device], None] | None = None,
         compute: torch.dtype = torch.float32,
+        fused_loss: bool = False,
     ) -> None:
         """
         Args:
             max_skipped: steps in a row without a finite gradient that are left out before training stops.
             spread: shards the model over all processes and loads its weights; None: it is on one device, loaded.
             compute: dtype of a sharded model's matrix products
+            fused_loss: by liger-kernel, where it gives the same
         """
         super().__init__()
         self.packed = PackedLoss(model)
@@ -49,6 +51,7 @@ class Student(LightningModule):
         self.max_skipped = max_skipped
         self._spread = spread
         self._compute = compute
+        self._fused_loss = fused_loss
         self._skipped_in_a_row = 0
         self._since = 0.0
         self._begin_step()
@@ -64,7 +67,7 @@ class Student(LightningModule):
             self._spread = None
 
     def on_fit_start(self) -> None:
-        self.packed.choose_loss(self._compute)
+        self.packed.choose_loss(self._compute, self._fused_loss)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """This row's summed loss over the learned tokens of the whole step.

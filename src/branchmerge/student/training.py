@@ -161,7 +161,8 @@ def _student(config: TrainConfig, start: Path, precision: str, attn: str, steps:
         for layer in layers(model):
             layer.compile()
     model.train()
-    return Student(model, config.optim, steps, trainer.max_skipped_steps, spread, compute)
+    fused = config.backbone.loss == "liger"
+    return Student(model, config.optim, steps, trainer.max_skipped_steps, spread, compute, fused)
 
 
 def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[str, Any]:
