@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -44,7 +44,7 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if os.environ[SHOW] not in ("", "0"):
             raise
-        sys.exit(f"error: {one_line(error)}")
+        _end(error)
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")
     finally:
@@ -64,9 +64,20 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         except (UserError, OmegaConfBaseException) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get(SHOW, "1") not in ("", "0"):
                 raise
-            sys.exit(f"error: {one_line(error)}")
+            _end(error)
 
     return wrapped
+
+
+def _end(mistake: BaseException) -> NoReturn:
+    """Tell it and end with 1; the processes of one training tell it once."""
+    said = one_line(mistake)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from branchmerge.student import ranks
+
+        if not ranks.is_first_to_tell(said):
+            sys.exit(1)
+    sys.exit(f"error: {said}")
 
 
 def only(*keys: str) -> None:

@@ -258,6 +258,14 @@ def test_mistakes_are_told_before_any_process_starts(tiny_student: Path, tmp_pat
         launch([Branch(nodes, [])])
 
 
+def test_processes_tell_a_mistake_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",
+               str(PROJECT / "train.py"), "domain=alchemy", f"outputs={tmp_path}"]  # fmt: skip
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.count("error: domain=alchemy: there is no conf/domain/alchemy.yaml") == 1, done.stderr
+
+
 def has_namespaces() -> str:
     """Why there can be no second host here; empty where there can."""
     if os.geteuid() or shutil.which("ip") is None:

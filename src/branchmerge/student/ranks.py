@@ -92,6 +92,22 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def is_first_to_tell(mistake: str) -> bool:
+    """Whether no other process that the same torchrun started has told it: they mostly make a mistake together.
+
+    By torchrun's own store, as the processes may not have met yet.
+    """
+    said = os.environ.get
+    if said("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+        return store.add(f"branchmerge/{said('TORCHELASTIC_RESTART_COUNT')}/{mistake}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # torchrun is about to end, or another program set its variables
+        return True
+
+
 def wait() -> None:
     """Until all have come so far."""
     if world() > 1:
