@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
         from branchmerge.trajectories.sources import read_branch
     if launch.is_needed(branch):
         read_branch(branch)  # a mistake in it is told before any process starts
-        cli.together(launch.launch, launch.this_branch(branch))
+        cli.together(launch.launch, launch.this_branch(branch, __file__))
         return
     with cli.importing():
         from branchmerge.student.training import train

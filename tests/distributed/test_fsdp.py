@@ -255,7 +255,7 @@ def test_mistakes_are_told_before_any_process_starts(tiny_student: Path, tmp_pat
         branch(tiny_student, tmp_path, "trainer.strategy=single", "trainer.devices=2", "optim.global_batch=2")
     nodes = branch(tiny_student, tmp_path, *FSDP, "trainer.num_nodes=2", "optim.global_batch=2")
     with pytest.raises(UserError, match=r"start train\.py on every node by torchrun or Slurm"):
-        launch([Branch(nodes, [])])
+        launch([Branch(nodes, "train.py", [])])
 
 
 def test_processes_tell_a_mistake_once(tmp_path: Path) -> None:

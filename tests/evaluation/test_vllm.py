@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from branches import branch
 
 from branchmerge.config import BackendConfig
 from branchmerge.errors import UserError
@@ -20,6 +21,7 @@ from branchmerge.evaluation.backends.hf import Transformers
 from branchmerge.evaluation.backends.openai import Servers
 from branchmerge.evaluation.backends.vllm import VLLM
 from branchmerge.evaluation.requests import Request, Response, Sampling, requests_for
+from branchmerge.student.training import train
 from branchmerge.trajectories.schema import Message
 
 INSTALLED = importlib.util.find_spec("vllm") is not None
@@ -54,8 +56,10 @@ def serve(student: Path, *arguments: str, data_parallel: int = 1) -> VLLM:
 
 @pytest.fixture(scope="module")
 def student(student_factory: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """vLLM's attention on a CPU wants heads of 32 and more."""
-    return student_factory(tmp_path_factory.mktemp("student") / "wide", hidden_size=128, head_dim=32)
+    """An expert as train.py exports it; vLLM's attention on a CPU wants heads of 32 and more."""
+    folder = tmp_path_factory.mktemp("student")
+    start = student_factory(folder / "wide", hidden_size=128, head_dim=32)
+    return train(branch(start, folder / "outputs", "domain=math", "export_dtype=float32"))
 
 
 @pytest.fixture(scope="module")

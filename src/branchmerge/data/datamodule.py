@@ -16,6 +16,7 @@ from branchmerge.data.held_out import hold_out
 from branchmerge.data.packing import Plan, Row, Step, first_documents, make_plan
 from branchmerge.data.template import Document, tokenise
 from branchmerge.errors import UserError
+from branchmerge.student import ranks
 from branchmerge.trajectories import sources
 from branchmerge.trajectories.schema import Trajectory
 from branchmerge.trajectories.selection import select
@@ -111,13 +112,14 @@ def prepare(
     account = data_account(config)
     held_out = hold_out(config, rows, tokenizer, longest)
     documents: list[Document] = []
+    progress = config.trainer.progress and ranks.is_first()
     for name, part in rows.items():
         trainable = held_out.removed_from(part)
-        selection = select(trainable, config.data.verify, config.trainer.progress)
+        selection = select(trainable, config.data.verify, progress)
         if len(trainable) < len(part):
             selection.dropped["held_out"] = len(part) - len(trainable)
         entry = account["sources"][name]
-        bar = tqdm(selection.rows, desc="tokenise", disable=not config.trainer.progress)
+        bar = tqdm(selection.rows, desc="tokenise", disable=None if progress else True)  # None: in a terminal
         part_documents = [tokenise(tokenizer, row) for row in bar]
         fitting, cut = _fit(part_documents, longest, config.data.too_long)
         if len(fitting) < len(part_documents):

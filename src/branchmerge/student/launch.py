@@ -30,8 +30,10 @@ class Branch:
     """A training that is to be started."""
 
     config: TrainConfig
+    program: str
+    """The path of train.py"""
     arguments: list[str]
-    """train.py's, as they stand for this member of a multirun"""
+    """Its arguments, as they stand for this member of a multirun"""
 
 
 def is_needed(config: TrainConfig) -> bool:
@@ -39,8 +41,8 @@ def is_needed(config: TrainConfig) -> bool:
     return config.trainer.sharded and not ranks.is_one_of_several()
 
 
-def this_branch(config: TrainConfig) -> Branch:
-    """The one that Hydra runs now."""
+def this_branch(config: TrainConfig, program: str) -> Branch:
+    """The one that Hydra runs now, in `program` or in a process that a launcher of Hydra's started for it."""
     said = HydraConfig.get().overrides
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
@@ -48,7 +50,7 @@ def this_branch(config: TrainConfig) -> Branch:
     given = vars(options.parse_known_args(sys.argv[1:])[0])
     flags = [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", value)]
     hydra = [override for override in said.hydra if not override.startswith("hydra.mode=")]
-    return Branch(config, [*flags, *hydra, *said.task])
+    return Branch(config, program, [*flags, *hydra, *said.task])
 
 
 def launch(branches: Sequence[Branch]) -> None:
@@ -122,7 +124,7 @@ class _Running:
         """Start one and wait for its end; returns its exit status."""
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-            sys.argv[0], *branch.arguments,
+            branch.program, *branch.arguments,
         ]  # fmt: skip
         threads = max(1, machine.cores() // processes)
         environment = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_END)}

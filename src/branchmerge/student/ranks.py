@@ -102,7 +102,7 @@ def is_first_to_tell(mistake: str) -> bool:
         return True
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
         return store.add(f"branchmerge/{said('TORCHELASTIC_RESTART_COUNT')}/{mistake}", 1) == 1
     except (KeyError, ValueError, RuntimeError):  # torchrun is about to end, or another program set its variables
         return True

@@ -22,14 +22,19 @@ class Selection:
 
 
 def select(rows: Sequence[Trajectory], check: bool, progress: bool) -> Selection:
-    """Drop repeated rows (same prompt, same response) and, if `check`, those that their grader finds wrong."""
+    """Drop repeated rows (same prompt, same response) and, if `check`, those that their grader finds wrong.
+
+    Args:
+        progress: a bar, in a terminal
+    """
     dropped: Counter[str] = Counter()
     distinct = list({(row.prompt, row.response): row for row in rows}.values())
     dropped["duplicate"] = len(rows) - len(distinct)
     kept: list[Trajectory] = []
     unverified = 0
     verdicts = verify(distinct) if check else (UNVERIFIED for _ in distinct)
-    bar = tqdm(zip(distinct, verdicts, strict=True), total=len(distinct), desc="verify", disable=not progress)
+    hidden = None if progress else True  # None: as long as this is no terminal
+    bar = tqdm(zip(distinct, verdicts, strict=True), total=len(distinct), desc="verify", disable=hidden)
     for row, verdict in bar:
         if verdict in (CORRECT, UNVERIFIED):
             kept.append(row)
