@@ -7,6 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# The processes of the tests share the cores: OpenMP threads that spin while they wait for each other there made a test
+# of training take fifteen times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import upstream
 

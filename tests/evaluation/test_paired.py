@@ -101,6 +101,7 @@ def test_the_false_alarms_are_as_many_as_promised() -> None:
         assert np.mean(ps <= alpha) == pytest.approx(alpha, abs=3.3 * math.sqrt(alpha * (1 - alpha) / 500))
 
 
+@settings(max_examples=6)  # statsmodels collects garbage in every call
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_is_that_of_statsmodels(ps: list[float]) -> None:
     expected = multipletests(ps, method="holm")[1]
