@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from branchmerge.errors import UserError
+
 if TYPE_CHECKING:  # takes ten seconds, which a process that only starts others need not wait
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
@@ -42,7 +44,10 @@ def environment() -> "ClusterEnvironment | None":
 
     if dist.is_torchelastic_launched():
         return TorchElasticEnvironment()
-    return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
+    try:
+        return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
+    except RuntimeError as error:  # it knows variables that it cannot serve, and says what to set instead
+        raise UserError(str(error)) from error
 
 
 def end_with_parent() -> None:
