@@ -19,7 +19,10 @@ SETTINGS = ("domain=math", "data.seq_len=256", "optim.max_steps=3", "optim.warmu
 def has_slurm() -> bool:
     if shutil.which("sinfo") is None:
         return False
-    found = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=30)
+    try:
+        found = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, timeout=15)
+    except subprocess.TimeoutExpired:
+        return False
     return found.returncode == 0 and bool(found.stdout.strip())
 
 
