@@ -270,8 +270,9 @@ def has_namespaces() -> str:
     """Why there can be no second host here; empty where there can."""
     if os.geteuid() or shutil.which("ip") is None:
         return "needs root and ip"
-    made = subprocess.run(["ip", "netns", "add", "branchmerge-probe"], capture_output=True, text=True)
-    subprocess.run(["ip", "netns", "del", "branchmerge-probe"], capture_output=True)
+    name = f"branchmerge-probe{os.getpid()}"  # the tests' processes ask at the same time
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
     return made.stderr.strip()
 
 

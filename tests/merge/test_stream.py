@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -331,10 +332,13 @@ def test_kill_9_leaves_no_finished_folder_and_the_rerun_succeeds(experts: Folder
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert worker.stdout is not None
     assert worker.stdout.readline().strip() == "merging"
+    deadline = time.monotonic() + 30  # tensors are made ahead of the writer, which may have to open its file yet
+    while not list(tmp_path.glob(".merged.partial/*.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     os.kill(worker.pid, signal.SIGKILL)
     worker.wait()
     worker.stdout.close()
-    assert list(tmp_path.glob(".merged.partial/*.safetensors"))  # it was in the middle
     assert not out.exists()
     merge(recipe(experts, out, max_shard_bytes=60_000))
     assert_equal(load(out), in_memory(make_operator("arcee_fusion", {}), experts, NESTED))
