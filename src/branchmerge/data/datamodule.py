@@ -119,7 +119,7 @@ def prepare(
         if len(trainable) < len(part):
             selection.dropped["held_out"] = len(part) - len(trainable)
         entry = account["sources"][name]
-        bar = tqdm(selection.rows, desc="tokenise", disable=None if progress else True)  # None: in a terminal
+        bar = tqdm(selection.rows, desc="tokenise", disable=None if progress else True)  # None: as in `select`
         part_documents = [tokenise(tokenizer, row) for row in bar]
         fitting, cut = _fit(part_documents, longest, config.data.too_long)
         if len(fitting) < len(part_documents):

@@ -102,13 +102,13 @@ def is_first_to_tell(mistake: str) -> bool:
 
     By torchrun's own store, as the processes may not have met yet.
     """
-    said = os.environ.get
-    if said("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
-        return store.add(f"branchmerge/{said('TORCHELASTIC_RESTART_COUNT')}/{mistake}", 1) == 1
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        return store.add(f"branchmerge/{attempt}/{mistake}", 1) == 1
     except (KeyError, ValueError, RuntimeError):  # torchrun is about to end, or another program set its variables
         return True
 
