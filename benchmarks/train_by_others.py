@@ -154,6 +154,19 @@ def by_trl(options: argparse.Namespace, rows: list[Any], clock: Clock) -> list[f
     return history
 
 
+def by_trl_with_our_products(options: argparse.Namespace, rows: list[Any], clock: Clock) -> list[float]:
+    """The same with branchmerge's bfloat16 products; by its file alone, as TRL's environment has no branchmerge."""
+    import importlib.util
+
+    file = Path(__file__).parents[1] / "src" / "branchmerge" / "student" / "bf16_products.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    ours = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ours)
+    with ours.products_in_float32():
+        return by_trl(options, rows, clock)
+
+
 def trainer_arguments(options: argparse.Namespace, steps: int) -> dict[str, Any]:
     """Of transformers' Trainer. Its `adamw_torch_fused` is the default; recomputing is TRL's, and costs time."""
     return {
@@ -281,6 +294,7 @@ def by_litgpt(options: argparse.Namespace, rows: list[Any], clock: Clock) -> lis
 
 SIDES: dict[str, Callable[[argparse.Namespace, list[Any], Clock], list[float]]] = {
     "trl": by_trl,
+    "trl_our_products": by_trl_with_our_products,
     "litgpt": by_litgpt,
 }
 

@@ -11,10 +11,12 @@ checkpointing, TRL's default, is off. AdamW in float32, products in float32 (`fp
 
 The first `--warm-up` steps do not count. Sides run in turns, `--repeats` times; the best counts, all are reported.
 `ratio_fp32` and `ratio_bf16` are of tokens per CPU-second, `wall_ratio_*` of tokens per second. One core is used: with
-more, threads that wait for each other on a busy machine burn CPU time. A CPU without bf16 instructions
-(`bf16_instructions`) does bf16 products ten times slower and more than those in float32, on all sides: `ratio_bf16`
-says little there, and train.py takes float32 by itself; try `--precisions fp32`. `shares` of the time come from runs
-of their own, by hooks (see `Shares`).
+more, threads that wait for each other on a busy machine burn CPU time. `shares` of the time come from runs of their
+own, by hooks (see `Shares`).
+
+On a CPU without bf16 instructions (`bf16_instructions`) torch's bf16 products are ten times slower than those in
+float32, and ours are made of the latter (`bf16_products.py`), which decides `ratio_bf16` there. So another side joins,
+`trl_our_products`: TRL with the same products, to show what remains without that difference.
 
 `--shape 8m` has about the share of weights in its head that a Qwen2 0.5B has; in `8m_wide`, with a large vocabulary for
 so small a model, most work is in the loss; `135m` has the shape of SmolLM2, the demo's student. litgpt joins where
@@ -48,6 +50,7 @@ SHAPES = {
 }  # fmt: skip
 TOKENS = 1024
 PEERS = ("litgpt",)
+LENT = "trl_our_products"
 LIBRARY = {"trl": "transformers", "litgpt": "lightning"}
 """What else the speed of the others depends on."""
 SPARE = 8
@@ -75,11 +78,12 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     made = side("make", sys.executable, options, "fp32")
     pythons = interpreters(options)
+    lent = {} if made["bf16_instructions"] else {LENT: pythons["trl"]}
     found: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     shares: dict[str, dict[str, Any]] = defaultdict(dict)
     for precision in options.precisions:
         for _ in range(options.repeats):
-            for name, python in pythons.items():
+            for name, python in (pythons | (lent if precision == "bf16" else {})).items():
                 found[precision][name].append(side(name, python, options, precision))
         for name in ("branchmerge", "trl"):
             shares[precision][name] = side(name, pythons[name], options, precision, ["--shares"])["shares"]
@@ -117,7 +121,7 @@ def facts(options: argparse.Namespace, found: dict[str, dict[str, list[dict[str,
             best = {side: max(run[of] for run in runs) for side, runs in sides.items()}
             told[f"{name}_{precision}"] = round(best["branchmerge"] / best["trl"], 2)
             told.setdefault(f"{name}_to_peers", {})[precision] = {
-                peer: round(best["branchmerge"] / best[peer], 2) for peer in PEERS if peer in best
+                peer: round(best["branchmerge"] / best[peer], 2) for peer in (*PEERS, LENT) if peer in best
             }
             told.setdefault(of, {})[precision] = best
     for key in ("tokens_per_cpu_s", "tokens_per_s", "peak_rss_mb"):

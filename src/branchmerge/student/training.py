@@ -1,7 +1,7 @@
 """Train one branch: what train.py calls."""
 
 import logging
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from branchmerge.data import held_out
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account, prepare
 from branchmerge.errors import UserError
 from branchmerge.student import attention, backbone, ranks
+from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.export import export
 from branchmerge.student.loggers import make_loggers
@@ -128,7 +129,8 @@ def _fit(
         log_every_n_steps=1,
     )
     data = TrajectoryData(corpus, first_step, ranks.rank(), ranks.world(), config.data.workers)
-    trainer.fit(student, datamodule=data)
+    with _products(precision, device):
+        trainer.fit(student, datamodule=data)
     seconds = resume.seconds
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -219,6 +221,12 @@ def _precision(asked: str, device: torch.device) -> str:
     if asked != "auto":
         return asked
     return "bf16-mixed" if machine.computes_bf16(device) else "32-true"
+
+
+def _products(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """Where bfloat16 products would be slow because the CPU has none, they are made of float32 ones."""
+    slow = precision == "bf16-mixed" and device.type == "cpu" and not machine.computes_bf16(device)
+    return products_in_float32() if slow else nullcontext()
 
 
 def _optim(config: TrainConfig) -> dict[str, Any]:

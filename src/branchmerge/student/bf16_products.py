@@ -1,0 +1,51 @@
+"""bfloat16 matrix products at float32's speed, on a CPU without instructions for them.
+
+There torch multiplies bfloat16 number by number, about ten times slower than float32. Since a product of bfloat16
+matrices is summed up in float32 and rounded once, the fast product of float32 copies, rounded, is the same but for the
+order of summing. A copy costs little beside a product.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu_backward")
+"""What training calls with bfloat16 on a CPU and is slow there; attention's forward is not."""
+
+
+@contextmanager
+def products_in_float32() -> Iterator[None]:
+    """Inside, this process's bfloat16 `PRODUCTS` on the CPU are those of float32 copies; gradients too."""
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
+        for name in PRODUCTS:
+            kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+            library.impl(name, _in_float32(kernel), "CPU", with_keyset=True, allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _in_float32(kernel: Any) -> Callable[..., Any]:
+    def product(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(_is_narrow(arg) for arg in args):
+            return kernel.call_boxed(keys, *args, **kwargs)
+        wide = (arg.float() if _is_narrow(arg) else arg for arg in args)
+        return _narrow(kernel.call_boxed(keys, *wide, **kwargs))
+
+    return product
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16
+
+
+def _narrow(result: Any) -> Any:
+    """A product, or each of several."""
+    return result.bfloat16() if isinstance(result, Tensor) else tuple(each.bfloat16() for each in result)
