@@ -204,6 +204,9 @@ class TrainerConfig:
     """fsdp, in a multirun: members train side by side, each on so many GPUs of its own; null: one after the other."""
     replicate: int = field(default=1, metadata=_at_least(1))
     """fsdp: sets of devices that hold the whole model each (HSDP), such as the number of nodes; 1: all hold one."""
+    context_parallel: int = field(default=1, metadata=_at_least(1))
+    """fsdp: devices that share every row, for rows that are too long for one; a divisor of the model's heads and of its
+    key/value heads."""
     cpu_offload: bool = False
     """fsdp: weights, gradients and moments lie in the CPU's memory: less of the GPU's, much slower."""
     compile: bool = False
@@ -229,7 +232,7 @@ class TrainerConfig:
         """Whether the student is spread over the devices."""
         if self.strategy != "auto":
             return self.strategy == "fsdp"
-        several = (self.devices or 1) * self.num_nodes * self.replicate > 1
+        several = (self.devices or 1) * self.num_nodes * self.replicate * self.context_parallel > 1
         return several or self.gpus_per_job is not None or self.cpu_offload
 
 

@@ -40,16 +40,32 @@ def check_trainer(trainer: TrainerConfig, global_batch: int) -> None:
     """Refuse a machine that cannot train so."""
     if not trainer.sharded:
         defaults = TrainerConfig()
-        for name in ("devices", "num_nodes", "gpus_per_job", "replicate", "cpu_offload"):
+        for name in ("devices", "num_nodes", "gpus_per_job", "replicate", "context_parallel", "cpu_offload"):
             if getattr(trainer, name) != getattr(defaults, name):
                 raise UserError(
                     f"trainer.{name}={getattr(trainer, name)}: takes several devices; leave trainer.strategy=single out"
                 )
-    if trainer.devices is not None and global_batch % (trainer.devices * trainer.num_nodes):
+    if trainer.devices is not None:
+        check_devices(trainer, trainer.devices * trainer.num_nodes, global_batch)
+
+
+def check_devices(trainer: TrainerConfig, devices: int, global_batch: int) -> None:
+    """Refuse a number of devices that a step's rows cannot be dealt out to equally."""
+    check_groups(trainer, devices)
+    shared = trainer.context_parallel
+    if global_batch % (devices // shared):
+        groups = f" in groups of {shared}" if shared > 1 else ""
         raise UserError(
-            f"optim.global_batch={global_batch}: its rows cannot be shared equally by {trainer.num_nodes} x"
-            f" {trainer.devices} devices; choose a multiple of their number"
+            f"optim.global_batch={global_batch}: its rows cannot be shared equally by {devices} devices{groups}; choose"
+            f" a multiple of {devices // shared}"
         )
+
+
+def check_groups(trainer: TrainerConfig, devices: int) -> None:
+    """Refuse a number of devices that cannot be cut into groups that share a row."""
+    shared = trainer.context_parallel
+    if devices % shared:
+        raise UserError(f"trainer.context_parallel={shared}: {devices} devices cannot be cut into groups of so many")
 
 
 def _first_missing(node: DictConfig, prefix: str) -> str:
@@ -95,6 +111,9 @@ def _check_train(config: TrainConfig) -> None:
         raise UserError(
             f"trainer.validate_every_n_steps={every}: no rows are held out to validate on; give data.validation_rows="
         )
+    shared, attn = config.trainer.context_parallel, config.backbone.attn
+    if shared > 1 and attn not in ("auto", "sdpa"):
+        raise UserError(f"backbone.attn={attn}: trainer.context_parallel={shared} takes torch's own; leave it out")
     if not config.plan:  # a plan tells of it and goes on
         check_trainer(config.trainer, config.optim.global_batch)
     unknown = [part for part in config.domain.parts if part not in config.study.corpus]

@@ -150,3 +150,4 @@ def test_what_is_no_packed_row_is_refused() -> None:
 def test_auto_takes_sdpa_on_the_cpu() -> None:
     assert attention.implementation("auto", torch.device("cpu")) == attention.PACKED_SDPA
     assert attention.implementation("flash_attention_2", torch.device("cuda")) == "flash_attention_2"
+    assert attention.implementation("auto", torch.device("cuda"), shared=True) == attention.PACKED_SDPA

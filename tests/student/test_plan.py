@@ -19,6 +19,7 @@ from branchmerge import config
 from branchmerge.config_checks import typed
 from branchmerge.data.batch import make_batch
 from branchmerge.data.template import Document
+from branchmerge.errors import UserError
 from branchmerge.student.flops import Shapes
 from branchmerge.student.forecast import Memory, Setting, forecast
 from branchmerge.student.plan import GIB, Plan, make_plan
@@ -47,8 +48,10 @@ SPREAD = [
 ]  # fmt: skip
 SHORT, LONG = (Setting(TINY, world=8, seq_len=length) for length in (512, 2048))
 LEAN = Setting(TINY, world=8, seq_len=2048, checkpointing=True)
+SHARED = Setting(TINY, world=8, seq_len=2048, context=2)
 OFFLOADED = Setting(TINY, world=8, seq_len=2048, cpu_offload=True)
 ON_CPU = Setting(SMALL, world=1, seq_len=512, sharded=False, bf16=False, gpu=False)
+SIMULATED = [ONE, *SPREAD, SHORT, LONG, LEAN, SHARED, OFFLOADED, ON_CPU]
 config.register()
 
 
@@ -56,7 +59,7 @@ config.register()
 def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of what this file has simulated."""
     folder = tmp_path_factory.mktemp("plans")
-    forecast([ONE, *SPREAD, SHORT, LONG, LEAN, OFFLOADED, ON_CPU], folder)
+    forecast(SIMULATED, folder)
     return folder
 
 
@@ -88,6 +91,12 @@ def test_activations_grow_with_the_row_and_shrink_when_computed_again(plans: Pat
     assert long.activations == pytest.approx(4 * short.activations, rel=0.05)
     assert lean.total < 0.8 * long.total
     assert lean.shares == long.shares
+
+
+def test_two_devices_that_share_a_row_have_half_its_activations_each(plans: Path) -> None:
+    shared, long = memory(SHARED, plans), memory(LONG, plans)
+    assert shared.activations == pytest.approx(long.activations / 2, rel=0.1)
+    assert shared.shares == long.shares
 
 
 def test_what_lies_in_the_cpus_memory_is_not_on_the_gpu(plans: Path) -> None:
@@ -130,12 +139,11 @@ def test_a_training_that_ran_took_as_much(plans: Path) -> None:
 
 
 def test_what_was_simulated_is_kept_and_told_apart(plans: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = [ONE, *SPREAD, SHORT, LONG, LEAN, OFFLOADED, ON_CPU]
     before = {path: path.stat().st_mtime_ns for path in plans.iterdir()}
-    forecast(settings, plans)
+    forecast(SIMULATED, plans)
     assert capsys.readouterr().out == ""
     assert {path: path.stat().st_mtime_ns for path in plans.iterdir()} == before
-    assert len(before) == len(settings)
+    assert len(before) == len(SIMULATED)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -185,6 +193,19 @@ def test_a_plan_tells_steps_tokens_time_and_cost(roomy: tuple[Path, Plan]) -> No
     assert [option.setting.seq_len for option in plan.by_length] == [128, 512]
     text = told(plan)
     assert "fits." in text and "1,511 steps" in text and "half a packed row" in text
+
+
+def test_devices_that_share_rows_take_as_long_and_are_told(roomy: tuple[Path, Plan]) -> None:
+    outputs, plan = roomy
+    shared = planned(outputs, "trainer.devices=2", "trainer.context_parallel=2")
+    alone = {option.setting.world: option for option in plan.by_devices}[2]
+    assert shared.asked.hours == pytest.approx(alone.hours)
+    assert shared.asked.setting.rows == 96 and alone.setting.rows == 48
+    assert "2 share every row" in told(shared)
+    with pytest.raises(UserError, match="3 devices cannot be cut into groups of so many"):
+        planned(outputs, "trainer.devices=3", "trainer.context_parallel=2")
+    with pytest.raises(UserError, match="4 heads and 2 key/value heads cannot be dealt out"):
+        planned(outputs, "trainer.devices=4", "trainer.context_parallel=4")
 
 
 @pytest.mark.slow

@@ -10,11 +10,15 @@ Shapes: T tokens of the row, D documents in it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from branchmerge.data.template import Document
+
+if TYPE_CHECKING:
+    from branchmerge.student.context_parallel import RowParts
 
 IGNORE = -100
 
@@ -37,6 +41,8 @@ class Batch:
     """Learned tokens of the whole optimizer step that this row is part of: all its micro-batches, all ranks."""
     ids: list[str]
     """The trajectories of the row, to name them when something fails."""
+    parts: "RowParts | None" = None
+    """How it is cut over several devices; the tokens here, T and all but `cu_seq_lens`, are then one part of it."""
 
     @property
     def supervised(self) -> int:

@@ -26,6 +26,7 @@ from transformers.utils.import_utils import (
 )
 
 from branchmerge.student.autocast import compute_dtype
+from branchmerge.student.context_parallel import RowParts
 
 PACKED_SDPA = "packed_sdpa"
 
@@ -42,6 +43,7 @@ def packed_sdpa(
     max_length_q: int | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    row_parts: RowParts | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document, in the form transformers calls.
@@ -49,6 +51,7 @@ def packed_sdpa(
     Args:
         query: [1, H, T, E]; key and value: [1, G, T, E].
         cu_seq_lens_q: int32 [D + 1], where the documents begin and end.
+        row_parts: where the row is cut over several devices; T are then the tokens here.
 
     Returns:
         [1, T, H, E]
@@ -59,22 +62,43 @@ def packed_sdpa(
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError("packed attention takes one row with cu_seq_lens and without attention_mask")
     dropout = dropout if module.training else 0.0
-    bounds, heads = cu_seq_lens_q, (query, key, value)
-    if max_length_q is not None and softcap is None and not dropout and _takes_varlen(query):
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)  # so many tokens back, none ahead
-        return _varlen(*heads, bounds, max_length_q, scaling, window), None
-    limited = softcap is not None or (sliding_window is not None and (max_length_q or query.shape[2]) > sliding_window)
+    attend = partial(
+        _attend, bounds=cu_seq_lens_q, longest=max_length_q, scale=scaling, window=sliding_window, softcap=softcap,
+        dropout=dropout,
+    )  # fmt: skip
+    if row_parts is None:
+        return attend(query, key, value), None
+    return row_parts.all_heads(attend(*row_parts.some_heads(query, key, value))), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    longest: int | None,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """By what serves this device; [1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
+    heads = (query, key, value)
+    if longest is not None and softcap is None and not dropout and _takes_varlen(query):
+        span = (-1 if window is None else window - 1, 0)  # so many tokens back, none ahead
+        return _varlen(*heads, bounds, longest, scale, span)
+    limited = softcap is not None or (window is not None and (longest or query.shape[2]) > window)
     if limited and query.is_cuda and not dropout:
-        return _flex(*heads, bounds, scaling, sliding_window, softcap), None
+        return _flex(*heads, bounds, scale, window, softcap)
     if limited:
-        attend = partial(by_formula, scale=scaling, window=sliding_window, softcap=softcap, dropout=dropout)
+        attend = partial(by_formula, scale=scale, window=window, softcap=softcap, dropout=dropout)
     else:
         grouped = key.shape[1] != query.shape[1]
         attend = partial(
-            scaled_dot_product_attention, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            scaled_dot_product_attention, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
         )
     parts = [attend(*(each[:, :, start:end] for each in heads)) for start, end in pairwise(bounds.tolist())]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def _takes_varlen(query: Tensor) -> bool:
@@ -183,10 +207,10 @@ AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 AttentionMaskInterface.register(PACKED_SDPA, _no_mask)
 
 
-def implementation(attn: str, device: torch.device) -> str:
-    """The attention that transformers shall use for `backbone.attn` on a device."""
+def implementation(attn: str, device: torch.device, shared: bool = False) -> str:
+    """The attention that transformers shall use for `backbone.attn` on a device; `shared`: rows are on several."""
     if attn == "auto":
-        attn = _newest_flash_attention(device) if device.type == "cuda" else "sdpa"
+        attn = _newest_flash_attention(device) if device.type == "cuda" and not shared else "sdpa"
     return PACKED_SDPA if attn == "sdpa" else attn
 
 

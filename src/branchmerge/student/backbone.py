@@ -127,6 +127,33 @@ def context_length(folder: Path) -> int | None:
     return length
 
 
+def check_heads(shape: dict[str, Any], size: int) -> None:
+    """Refuse a model whose heads cannot be dealt out to the devices that share a row.
+
+    Args:
+        shape: the model's config.json
+        size: how many devices
+    """
+    if not can_share(shape, size):
+        heads, pairs = _heads(shape)
+        raise UserError(
+            f"trainer.context_parallel={size}: the model's {heads} heads and {pairs} key/value heads cannot be dealt"
+            " out to so many devices equally; choose a divisor of both"
+        )
+
+
+def can_share(shape: dict[str, Any], size: int) -> bool:
+    """Whether the heads of a model can be dealt out to so many devices."""
+    return all(count % size == 0 for count in _heads(shape))
+
+
+def _heads(shape: dict[str, Any]) -> tuple[int, int]:
+    """Of queries, and of keys and values."""
+    shape = shape.get("text_config", shape)
+    heads: int = shape["num_attention_heads"]
+    return heads, shape.get("num_key_value_heads") or heads
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json; raises UserError where it is broken."""
     path = folder / "config.json"

@@ -18,8 +18,8 @@ from branchmerge.study import write_json
 KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits")
 SHARES = ("weights", "gradients", "optimizer")
 DECIDING = (
-    "attention.py", "autocast.py", "chunked_loss.py", "flops.py", "loss.py", "memory_log.py", "sharding.py",
-    "simulation.py",
+    "attention.py", "autocast.py", "chunked_loss.py", "context_parallel.py", "flops.py", "loss.py", "memory_log.py",
+    "sharding.py", "simulation.py",
 )  # fmt: skip
 """Files beside this one that a simulation runs."""
 
@@ -35,10 +35,12 @@ class Setting:
     seq_len: int
     """Tokens of a packed row"""
     rows: int = 1
-    """Packed rows of one device in a step, one after the other"""
+    """Packed rows of one device in a step, one after the other; with `context` those of which it has a part"""
     sharded: bool = True
     """FSDP2; else one device under autocast"""
     replicate: int = 1
+    context: int = 1
+    """Devices that share a row"""
     cpu_offload: bool = False
     checkpointing: bool = False
     """Activations are computed again in the backward pass."""

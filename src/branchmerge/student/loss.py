@@ -16,6 +16,7 @@ from branchmerge.data.batch import IGNORE, Batch, make_batch
 from branchmerge.data.template import Document
 from branchmerge.student import liger_loss
 from branchmerge.student.chunked_loss import summed_cross_entropy
+from branchmerge.student.context_parallel import ContextGroup
 
 Loss = Callable[[PreTrainedModel, Batch], Tensor]
 """Sum of -log p over the learned tokens of one row, in float32; the caller divides by the step's count."""
@@ -40,6 +41,7 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return {
         "input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": None, "use_cache": False,
         "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest,
+        **({"row_parts": batch.parts} if batch.parts else {}),
     }  # fmt: skip
 
 
@@ -72,15 +74,19 @@ def _by_head(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], model: P
 
 
 class PackedLoss(nn.Module):
-    """A causal LM as training calls it: a packed row in, its summed loss out; the root of a sharded student."""
+    """A causal LM as training calls it: a packed row in, its summed loss out; the root of a sharded student.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Where a group of devices shares rows (`context`), all of them get the whole row, and each the loss of its tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: ContextGroup | None = None) -> None:
         super().__init__()
         self.model = model
+        self.context = context
         self.loss: Loss = chunked_loss
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.loss(self.model, batch)
+        return self.loss(self.model, self.context.cut(batch) if self.context else batch)
 
     def choose_loss(self, compute: torch.dtype = torch.float32, fused: bool = False) -> None:
         """Take `chunked_loss` where it gives this model's loss, else `summed_loss`, with a warning.

@@ -16,6 +16,7 @@ from branchmerge.config import OptimConfig
 from branchmerge.data.batch import Batch
 from branchmerge.errors import UserError
 from branchmerge.student import ranks
+from branchmerge.student.context_parallel import ContextGroup
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.optim import make_optimizer
 
@@ -36,6 +37,7 @@ class Student(LightningModule):
         spread: Callable[[PackedLoss, torch.device], None] | None = None,
         compute: torch.dtype = torch.float32,
         fused_loss: bool = False,
+        context: ContextGroup | None = None,
     ) -> None:
         """
         Args:
@@ -43,9 +45,10 @@ class Student(LightningModule):
             spread: shards the model over all processes and loads its weights; None: it is on one device, loaded.
             compute: dtype of a sharded model's matrix products
             fused_loss: by liger-kernel, where it gives the same
+            context: the devices that share a row with this one.
         """
         super().__init__()
-        self.packed = PackedLoss(model)
+        self.packed = PackedLoss(model, context)
         self.optim = optim
         self.total_steps = total_steps
         self.max_skipped = max_skipped
@@ -59,6 +62,11 @@ class Student(LightningModule):
     @property
     def model(self) -> PreTrainedModel:
         return self.packed.model
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether this process counts what it trains on; of those that share a row the first one does."""
+        return self.packed.context is None or self.packed.context.rank == 0
 
     def configure_model(self) -> None:
         """Called by the Trainer once the processes have met."""
@@ -81,7 +89,7 @@ class Student(LightningModule):
         if not torch.isfinite(share.detach()):
             self._broken_rows += batch.ids
         self._loss += float(share.detach())
-        if supervised := batch.supervised:  # an idle row has none
+        if (supervised := batch.supervised) and self.counts_rows:  # an idle row has none
             self._rows += batch.ids
             self._tokens += batch.input_ids.numel()
             self._supervised += supervised
@@ -113,6 +121,7 @@ class Student(LightningModule):
         """Raises UserError when there were too many in a row."""
         told = ranks.from_all((self._broken_rows, self._rows))
         rows = [row for broken, _ in told for row in broken] or [row for _, own in told for row in own]
+        rows = list(dict.fromkeys(rows))  # devices that share a row all name it
         named = ", ".join(rows[:5]) + (", ..." if len(rows) > 5 else "")
         (loss,) = ranks.summed(self._loss)
         said = f"step {self.trainer.global_step}: loss {loss}, gradient {self._grad_norm} on the rows {named}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmerge.config import PlanningConfig, TrainConfig
-from branchmerge.config_checks import check_trainer
+from branchmerge.config_checks import check_groups, check_trainer
 from branchmerge.errors import UserError
 from branchmerge.student import backbone
 from branchmerge.student.forecast import Memory, Setting, forecast
@@ -60,7 +60,9 @@ def make_plan(config: TrainConfig) -> Plan:
     folder = Path(config.outputs).expanduser() / "plans"
     checkpoint = backbone.find(config)
     shape, notes = _shape(config, checkpoint)
+    backbone.check_heads(shape, config.trainer.context_parallel)
     world, said = _world(config)
+    check_groups(config.trainer, world)
     work = workload(config, checkpoint, folder)
     asked = _setting(config, shape, world)
     worlds = sorted({*config.planning.devices, world})
@@ -105,9 +107,10 @@ def _setting(config: TrainConfig, shape: dict[str, Any], world: int) -> Setting:
         shape=shape,
         world=world,
         seq_len=config.data.seq_len,
-        rows=_rows(config, world),
+        rows=_rows(config, world, trainer.context_parallel),
         sharded=trainer.sharded,
         replicate=trainer.replicate,
+        context=trainer.context_parallel,
         cpu_offload=trainer.cpu_offload,
         checkpointing=trainer.activation_checkpointing,
         bf16=trainer.precision == "bf16-mixed" or (trainer.precision == "auto" and gpu),
@@ -115,16 +118,18 @@ def _setting(config: TrainConfig, shape: dict[str, Any], world: int) -> Setting:
     )
 
 
-def _rows(config: TrainConfig, world: int) -> int:
+def _rows(config: TrainConfig, world: int, context: int) -> int:
     """Packed rows of a device in a step; the last devices may have fewer."""
-    return math.ceil(config.optim.global_batch / world)
+    return math.ceil(config.optim.global_batch / (world // context))
 
 
 def _on(setting: Setting, world: int, config: TrainConfig) -> Setting:
     """The same on other devices."""
     replicate = setting.replicate if world % setting.replicate == 0 else 1
+    context = setting.context if world % setting.context == 0 else 1
     sharded = world > 1 or setting.sharded
-    return replace(setting, world=world, rows=_rows(config, world), replicate=replicate, sharded=sharded)
+    rows = _rows(config, world, context)
+    return replace(setting, world=world, rows=rows, replicate=replicate, context=context, sharded=sharded)
 
 
 def _options(settings: Iterable[Setting], config: TrainConfig, work: Workload | None, folder: Path) -> list[Option]:
@@ -146,7 +151,7 @@ def hours(setting: Setting, memory: Memory, config: TrainConfig, work: Workload 
     if work is None or not memory.work:
         return None
     row = work.flops(memory.work) / work.rows
-    in_turn = work.rows / config.optim.global_batch * setting.rows
+    in_turn = work.rows / config.optim.global_batch * setting.rows / setting.context
     return in_turn * row / (config.planning.mfu * config.planning.tflops * 1e12) / 3600
 
 
@@ -190,6 +195,12 @@ def _changes(
         knobs.append((lambda _: "trainer.activation_checkpointing=true", on))
     if base.sharded and not base.cpu_offload:
         knobs.append((lambda _: "trainer.cpu_offload=true", [replace(base, cpu_offload=True)]))
+    shared = [
+        replace(base, context=size, rows=_rows(config, base.world, size))
+        for size in (2, 4, 8)
+        if size > base.context and base.world % size == 0 and backbone.can_share(base.shape, size)
+    ]
+    knobs.append((lambda setting: f"trainer.context_parallel={setting.context}", shared))
     knobs.append((lambda setting: f"{setting.world} GPUs ({_launch(config, setting.world)})", more))
     knobs.append((lambda setting: f"data.seq_len={setting.seq_len}", shorter))
     return [(said, settings) for said, settings in knobs if settings]
@@ -217,7 +228,8 @@ def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workloa
         )
     else:
         notes.append(work.said)
-    uneven = [world for world in worlds if config.optim.global_batch % world]
+    context = asked.context
+    uneven = [world for world in worlds if world % context or config.optim.global_batch % (world // context)]
     if uneven:
         notes.append(
             f"training refuses {', '.join(map(str, uneven))} GPUs for steps of {config.optim.global_batch} rows, which"

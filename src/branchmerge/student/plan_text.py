@@ -48,6 +48,7 @@ def _machine(plan: Plan) -> str:
     how = [
         "sharded (FSDP2)" if setting.sharded else "one device",
         f"{setting.replicate} whole sets" if setting.replicate > 1 else "",
+        f"{setting.context} share every row" if setting.context > 1 else "",
         "weights and moments in the CPU's memory" if setting.cpu_offload else "",
         "products in bfloat16" if setting.bf16 else "products in float32",
         "activations computed again" if setting.checkpointing else "activations kept",

@@ -45,7 +45,9 @@ class StepProgress(BetweenSteps):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         super().on_train_batch_start(trainer, module, batch, index)
         if self._shapes is not None:
-            self._flops += self._shapes.flops_of(batch)
+            assert isinstance(module, Student)
+            devices = module.packed.context.size if module.packed.context else 1
+            self._flops += self._shapes.flops_of(batch) / devices
 
     def between_steps(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         assert isinstance(module, Student)

@@ -28,10 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.optim import AdamW
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from branchmerge.data.batch import Batch
 from branchmerge.student import attention, chunked_loss
+from branchmerge.student.context_parallel import ContextGroup
 from branchmerge.student.flops import Shapes
 from branchmerge.student.forecast import KINDS, SHARES, Memory, Setting
 from branchmerge.student.loss import PackedLoss
@@ -80,8 +81,6 @@ def _reckon(few: Span, more: Span, depth: int) -> Span:
 
 def _model(setting: Setting, depth: int | None = None) -> PreTrainedModel:
     """Without memory, with some of its layers where `depth` says how many."""
-    AttentionInterface.register("planned", _as_on_a_gpu if setting.gpu else _as_on_a_cpu)
-    AttentionMaskInterface.register("planned", attention._no_mask)
     shape = dict(setting.shape)
     if depth is not None:
         shape["num_hidden_layers"] = depth
@@ -89,7 +88,7 @@ def _model(setting: Setting, depth: int | None = None) -> PreTrainedModel:
             shape["layer_types"] = shape["layer_types"][:depth]
     with tempfile.TemporaryDirectory() as folder:
         AutoConfig.for_model(**shape).save_pretrained(folder)
-        model = empty_model(Path(folder), "planned")
+        model = empty_model(Path(folder), attention.PACKED_SDPA)
     if setting.checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
@@ -99,10 +98,13 @@ def _model(setting: Setting, depth: int | None = None) -> PreTrainedModel:
 def _spans(setting: Setting, model: PreTrainedModel) -> tuple[list[Span], Span]:
     """The peaks of the parts of a step, and what a device holds of weights, gradients and moments."""
     chunked_loss.CHUNK = chunked_loss.DEVICE_CHUNK if setting.gpu else CPU_CHUNK
-    packed = PackedLoss(model)
+    told: Any = attention
+    told._attend = _as_on_a_gpu if setting.gpu else _as_on_a_cpu
     products: Any = nullcontext()
     if setting.sharded:
         dist.init_process_group("fake", rank=0, world_size=setting.world, store=FakeStore())
+    packed = PackedLoss(model, ContextGroup.join(setting.context))
+    if setting.sharded:
         compute = torch.bfloat16 if setting.bf16 else torch.float32
         sharding = Sharding(compute, setting.replicate, setting.cpu_offload)
         shard(packed, model, sharding, sharding.mesh("cpu", setting.world))
@@ -191,36 +193,20 @@ def _row(tokens: int) -> Batch:
 
 
 def _as_on_a_gpu(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    cu_seq_lens_q: Any = None,
-    max_length_q: int = 0,
-    **_: Any,
-) -> tuple[Tensor, None]:
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, **_: Any
+) -> Tensor:
     """FlashAttention as `attention.packed_sdpa` calls it there; it keeps its result, and a number a head and token.
 
     [1, H, T, E] and [1, G, T, E] -> [1, T, H, E].
     """
-    return attention._varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, (-1, 0)), None
+    return attention._varlen(query, key, value, bounds, longest, scale, (-1, 0))
 
 
-def _as_on_a_cpu(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
+def _as_on_a_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None, **_: Any) -> Tensor:
     """As `attention.packed_sdpa` does it there, for one document."""
     grouped = key.shape[1] != query.shape[1]
-    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
-    return torch.cat([out], dim=2).transpose(1, 2).contiguous(), None
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return torch.cat([out], dim=2).transpose(1, 2).contiguous()
 
 
 if __name__ == "__main__":

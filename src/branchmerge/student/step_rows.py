@@ -7,6 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from branchmerge.data.batch import Batch
 from branchmerge.student import ranks
+from branchmerge.student.module import Student
 
 
 class StepRows(Callback):
@@ -21,7 +22,8 @@ class StepRows(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, index: int) -> None:
         self._in_work = batch.ids
         self._step_before = trainer.global_step
-        if batch.supervised:  # an idle row has none
+        assert isinstance(module, Student)
+        if batch.supervised and module.counts_rows:  # an idle row has none
             self._rows += 1
             self._tokens += batch.input_ids.numel()
 

@@ -11,12 +11,14 @@ from lightning import Trainer, seed_everything
 
 from branchmerge import machine
 from branchmerge.config import TrainConfig
+from branchmerge.config_checks import check_devices
 from branchmerge.data import held_out
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account, prepare
 from branchmerge.errors import UserError
 from branchmerge.student import attention, backbone, ranks
 from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
+from branchmerge.student.context_parallel import ContextGroup, rows_of
 from branchmerge.student.export import export
 from branchmerge.student.loggers import make_loggers
 from branchmerge.student.loss import PackedLoss
@@ -42,6 +44,7 @@ def train(config: TrainConfig) -> Path:
     _check_processes(config)
     rows = read_branch(config)
     start = ranks.by_first(lambda: backbone.locate(config, config.domain.name))
+    backbone.check_heads(backbone.read_config(start), config.trainer.context_parallel)
     precision = _precision(config.trainer.precision, device)
     folder = _folder(config)
     planned = _plan_manifest(config, start, precision)
@@ -81,13 +84,10 @@ def _device(config: TrainConfig) -> torch.device:
 
 def _check_processes(config: TrainConfig) -> None:
     """Refuse what the number of processes does not allow."""
-    world, batch, nodes = ranks.world(), config.optim.global_batch, config.trainer.num_nodes
+    world, nodes = ranks.world(), config.trainer.num_nodes
     if not config.trainer.sharded and world > 1:
         raise UserError(f"{world} processes were started for a training on one device; use trainer=fsdp")
-    if batch % world:
-        raise UserError(
-            f"optim.global_batch={batch}: its rows cannot be shared equally by {world} processes; choose a multiple"
-        )
+    check_devices(config.trainer, world, config.optim.global_batch)
     if world % nodes or (config.trainer.devices is not None and config.trainer.devices * nodes != world):
         raise UserError(
             f"{world} processes were started, trainer.num_nodes={nodes} and trainer.devices={config.trainer.devices}"
@@ -109,14 +109,17 @@ def _fit(
     first_step = begin.step if begin else 0
     if begin is not None:
         ranks.say(f"{begin.folder}: going on after step {begin.step} of {steps}")
-    attn = attention.implementation(config.backbone.attn, device)
-    student = _student(config, start, precision, attn, steps)
+    shared = config.trainer.context_parallel
+    attn = attention.implementation(config.backbone.attn, device, shared > 1)
+    context = ContextGroup.join(shared)
+    share, shares = rows_of(context)
+    student = _student(config, start, precision, attn, steps, context)
     logs = _logs(config)
     resume = Resume(saved, config.trainer.checkpoint, begin)
     trainer = Trainer(
         **_devices(config, device, precision),
         max_epochs=1,  # the plan holds all epochs, one after the other
-        accumulate_grad_batches=config.optim.global_batch // ranks.world(),
+        accumulate_grad_batches=config.optim.global_batch // shares,
         gradient_clip_val=config.optim.grad_clip or None,
         logger=make_loggers(config, logs, first_step) if ranks.is_first() else False,
         default_root_dir=logs,
@@ -128,7 +131,7 @@ def _fit(
         deterministic=device.type == "cpu",
         log_every_n_steps=1,
     )
-    data = TrajectoryData(corpus, first_step, ranks.rank(), ranks.world(), config.data.workers)
+    data = TrajectoryData(corpus, first_step, share, shares, config.data.workers)
     with _products(precision, device):
         trainer.fit(student, datamodule=data)
     seconds = resume.seconds
@@ -144,7 +147,9 @@ def _fit(
     return student, facts
 
 
-def _student(config: TrainConfig, start: Path, precision: str, attn: str, steps: int) -> Student:
+def _student(
+    config: TrainConfig, start: Path, precision: str, attn: str, steps: int, context: ContextGroup | None
+) -> Student:
     """The student, with its weights where one device holds it, else still without."""
     trainer, spread, compute = config.trainer, None, torch.float32
     if trainer.sharded:
@@ -164,7 +169,7 @@ def _student(config: TrainConfig, start: Path, precision: str, attn: str, steps:
             layer.compile()
     model.train()
     fused = config.backbone.loss == "liger"
-    return Student(model, config.optim, steps, trainer.max_skipped_steps, spread, compute, fused)
+    return Student(model, config.optim, steps, trainer.max_skipped_steps, spread, compute, fused, context)
 
 
 def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from branchmerge.data.packing import pack
 from branchmerge.data.template import Document
 from branchmerge.student import ranks
 from branchmerge.student.between_steps import BetweenSteps, is_due, untouched
+from branchmerge.student.context_parallel import rows_of
 from branchmerge.student.module import Student
 
 Rows = list[list[Document]]
@@ -49,7 +50,7 @@ def packed(documents: Sequence[Document], capacity: int) -> Rows:
 def mean_loss(student: Student, rows: Rows) -> float:
     """Over all learned tokens of the rows, which are dealt out to all processes."""
     total = torch.zeros((), dtype=torch.float64, device=student.device)
-    for batch in share(rows, ranks.rank(), ranks.world()):
+    for batch in share(rows, *rows_of(student.packed.context)):
         total += student.packed(batch.to(student.device)).double()
     (summed,) = ranks.summed(float(total))
     return summed / sum(supervised_tokens(document) for row in rows for document in row)

@@ -1,0 +1,91 @@
+"""A row on several devices: each holds a part of its tokens, and inside attention some heads of all its tokens.
+
+All of a decoder but attention works token by token. Around attention heads are exchanged for tokens, all with all,
+and back (DeepSpeed's Ulysses, arXiv 2309.14509); so attention sees whole documents, and is that of one device.
+
+Shapes: C devices of a group, T tokens of a row, t of them here, H heads, G key/value heads, E head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from branchmerge.student import ranks
+
+if TYPE_CHECKING:  # which imports the first of these classes
+    from branchmerge.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class ContextGroup:
+    """The devices that share a row, this one among them: neighbours by rank, so on one node where they fit there."""
+
+    group: dist.ProcessGroup
+    rank: int
+    """Of this device in the group"""
+    size: int
+    """C"""
+
+    @classmethod
+    def join(cls, size: int) -> "ContextGroup | None":
+        """Called by all processes together; None where a row stays on one device."""
+        if size == 1:
+            return None
+        group, _ = dist.new_subgroups(size)
+        return cls(group, dist.get_rank(group), size)
+
+    def cut(self, batch: "Batch") -> "Batch":
+        """This device's tokens of a row; where documents begin and end stays that of the whole row."""
+        tokens = batch.input_ids.shape[1]
+        bounds = [tokens * i // self.size for i in range(self.size + 1)]
+        here = slice(bounds[self.rank], bounds[self.rank + 1])
+        return replace(
+            batch,
+            input_ids=batch.input_ids[:, here],
+            labels=batch.labels[:, here],
+            position_ids=batch.position_ids[:, here],
+            parts=RowParts(self.group, tuple(end - begin for begin, end in pairwise(bounds)), self.rank),
+        )
+
+
+@dataclass(frozen=True)
+class RowParts:
+    """How a row's tokens lie on the devices of a group."""
+
+    group: dist.ProcessGroup
+    tokens: tuple[int, ...]
+    """Of each device"""
+    rank: int
+
+    def some_heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """[1, H, t, E] and twice [1, G, t, E] -> [1, H/C, T, E] and twice [1, G/C, T, E]."""
+        devices = len(self.tokens)
+        # [C, t, heads of each, E]: what every device gets
+        wanted = [heads[0].unflatten(0, (devices, -1)).transpose(1, 2) for heads in (query, key, value)]
+        given = torch.cat(wanted, dim=2)
+        here = [self.tokens[self.rank]] * devices
+        got = self._exchange(given.flatten(0, 1), here, self.tokens)
+        return [heads.transpose(0, 1)[None] for heads in got.split([each.shape[2] for each in wanted], dim=1)]
+
+    def all_heads(self, result: Tensor) -> Tensor:
+        """[1, T, H/C, E] -> [1, t, H, E]."""
+        here = self.tokens[self.rank]
+        got = self._exchange(result[0], self.tokens, [here] * len(self.tokens))
+        return got.unflatten(0, (len(self.tokens), here)).transpose(0, 1).flatten(1, 2)[None]
+
+    def _exchange(self, given: Tensor, cut: Sequence[int], got: Sequence[int]) -> Tensor:
+        """Device i gets cut[i] of the tokens here and sends got[i] of its own: [sum(cut), ...] -> [sum(got), ...]."""
+        tensor: Tensor = all_to_all_single_autograd(given.contiguous(), list(got), list(cut), self.group)
+        return tensor
+
+
+def rows_of(context: ContextGroup | None) -> tuple[int, int]:
+    """Which share of a step's rows this process trains on, and how many shares there are."""
+    size = context.size if context else 1
+    return ranks.rank() // size, ranks.world() // size
