@@ -123,8 +123,8 @@ class _Running:
     def run(self, branch: Branch, processes: int, place: Sequence[int] | None) -> int:
         """Start one and wait for its end; returns its exit status."""
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-            branch.program, *branch.arguments,
+            sys.executable, "-m", "branchmerge.student.local_processes", "--standalone",
+            f"--nproc-per-node={processes}", branch.program, *branch.arguments,
         ]  # fmt: skip
         threads = max(1, machine.cores() // processes)
         environment = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_END)}

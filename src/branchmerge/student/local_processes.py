@@ -1,0 +1,30 @@
+"""torchrun, for the processes of one machine, as train.py starts it: it tells its end in a line, not in a traceback.
+
+python -m branchmerge.student.local_processes --standalone --nproc-per-node=8 train.py ...
+"""
+
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+
+def told(failed: ChildFailedError) -> str:
+    """Which process failed first, and how."""
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode >= 0:
+        return f"rank {rank} ended with status {failure.exitcode}"
+    name = signal.Signals(-failure.exitcode).name
+    hint = " (by the system, if it ran out of memory)" if name == "SIGKILL" else ""
+    return f"rank {rank} was ended by {name}{hint}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SignalException as end:
+        sys.exit(128 + end.sigval)
+    except ChildFailedError as error:
+        sys.exit(f"error: {told(error)}")
