@@ -12,7 +12,8 @@ for part in "${@:-tests merge slice train}"; do
       tests) python3 -m pytest -q -m "slow or not slow" tests/*/test_*_on_gpu.py ;;
       merge) python3 benchmarks/merge_cuda.py --work "$work/merge" --repeats 3 ;;
       slice) python3 benchmarks/merge_cuda.py --work "$work/slice" --shape 32b-slice ;;
-      train) python3 benchmarks/train_mfu.py --shape 0.5b && python3 benchmarks/train_mfu.py --shape 1.5b ;;
+      train) python3 benchmarks/train_mfu.py --shape 0.5b && python3 benchmarks/train_mfu.py --shape 1.5b &&
+        python3 benchmarks/train_mfu.py --shape 1.5b --compile --ways packed whole ;;
     esac || failed=1
   done
 done

@@ -4,14 +4,17 @@
 
 Random Qwen2 models of the usual shapes; weights and AdamW in float32, products in bfloat16 (autocast), one packed row
 a step, the losses of every token. `packed` is what train.py does; `whole` the same with the logits of all tokens at
-once; `dense` moreover gives the model a T x T mask, as trainers do that know no packing. MFU counts the products' FLOPs
-(6 N a token for weights in products, and causal attention inside the documents) over what the card does at best in
-dense bfloat16; recomputing by activation checkpointing is not counted, so it lowers the MFU.
+once; `liger` has liger-kernel's loss; `dense` moreover gives the model a T x T mask, as trainers do that know no
+packing. `--compile` compiles layers and chunked loss, as trainer.compile does; `--attn` names flash-attn's functions
+where they are installed. MFU counts the products' FLOPs (6 N a token for weights in products, and causal attention
+inside the documents) over what the card does at best in dense bfloat16; recomputing by activation checkpointing is not
+counted, so it lowers the MFU.
 """
 
 import argparse
 import json
 import time
+from functools import partial
 from typing import Any
 
 import measure
@@ -23,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
 from branchmerge.student import attention
-from branchmerge.student.loss import chunked_loss, summed_loss
+from branchmerge.student.loss import chunked_loss, fused_loss, summed_loss
 
 SHAPES: dict[str, dict[str, Any]] = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -42,9 +45,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--ways", nargs="+", choices=("packed", "whole", "dense"), default=["packed", "dense"])
+    parser.add_argument("--ways", nargs="+", choices=("packed", "whole", "liger", "dense"), default=["packed", "dense"])
+    parser.add_argument("--attn", default=attention.PACKED_SDPA, help="of all but dense, such as flash_attention_3")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="each layer by torch.compile")
+    parser.add_argument("--compile", action="store_true", help="layers and chunked loss by torch.compile")
     options = parser.parse_args()
     found = {way: train(options, way) for way in options.ways}
     facts = {
@@ -64,7 +68,7 @@ def train(options: argparse.Namespace, way: str) -> dict[str, float]:
     torch.manual_seed(0)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    kind = "sdpa" if way == "dense" else attention.PACKED_SDPA
+    kind = "sdpa" if way == "dense" else options.attn
     config = AutoConfig.for_model(
         "qwen2", **SHAPES[options.shape], vocab_size=VOCAB, max_position_embeddings=32_768, attn_implementation=kind
     )
@@ -78,7 +82,8 @@ def train(options: argparse.Namespace, way: str) -> dict[str, float]:
             layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batch = row(options.tokens, options.documents)
-    loss_of = {"packed": chunked_loss, "whole": summed_loss, "dense": dense_loss}[way]
+    packed = partial(chunked_loss, compiled=options.compile)
+    loss_of = {"packed": packed, "whole": summed_loss, "liger": fused_loss, "dense": dense_loss}[way]
 
     def step() -> float:
         with torch.autocast("cuda", torch.bfloat16):

@@ -210,7 +210,7 @@ class TrainerConfig:
     cpu_offload: bool = False
     """fsdp: weights, gradients and moments lie in the CPU's memory: less of the GPU's, much slower."""
     compile: bool = False
-    """torch.compile for every decoder layer: a minute at the start, faster after it."""
+    """torch.compile for every decoder layer and for the loss: a minute at the start, faster after it."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     max_skipped_steps: int = field(default=3, metadata=_at_least(0))

@@ -20,7 +20,7 @@ from branchmerge.data.template import Document
 from branchmerge.student import attention
 from branchmerge.student.backbone import load_model, load_tokenizer
 from branchmerge.student.flops import Shapes, peak_of
-from branchmerge.student.loss import summed_loss
+from branchmerge.student.loss import PackedLoss, summed_loss
 from branchmerge.student.module import Student
 from branchmerge.student.progress import StepProgress, utilisation
 from branchmerge.student.step_rows import StepRows
@@ -39,7 +39,7 @@ def fitted(student: Path, corpus: Corpus, folder: Path, *callbacks: Callback) ->
         default_root_dir=folder, callbacks=list(callbacks), enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Student(model, optim, len(corpus.plan.steps)), datamodule=TrajectoryData(corpus))
+    trainer.fit(Student(PackedLoss(model), optim, len(corpus.plan.steps)), datamodule=TrajectoryData(corpus))
 
 
 @pytest.fixture

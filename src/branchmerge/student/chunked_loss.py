@@ -7,6 +7,7 @@ twice, and what stays are the gradients of the hidden states and of the head.
 Shapes: N rows, H hidden size, V vocabulary.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ CHUNK, DEVICE_CHUNK = 1 << 24, 1 << 27
 """Logits that are held at once, in float32: 64 MB on a CPU, half a gigabyte elsewhere, which keeps a GPU busy."""
 
 
-def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, compiled: bool = False) -> Tensor:
     """Sum over rows of -log softmax(hidden head^T)[label].
 
     Products are in the dtype of autocast, or else of `hidden`; softmax, sums and the head's gradient in float32.
@@ -28,13 +29,14 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor
         hidden: [N, H]
         head: [V, H], the weight of the output layer, which has no bias
         labels: int64 [N]
+        compiled: all that follows the logits in two passes over them, by torch.compile.
 
     Returns:
         float32, a scalar
     """
     held = CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK
     rows = max(1, held // len(head))
-    loss: Tensor = _SummedCrossEntropy.apply(hidden, head, labels, rows, compute_dtype(hidden))
+    loss: Tensor = _SummedCrossEntropy.apply(hidden, head, labels, rows, compute_dtype(hidden), compiled)
     return loss
 
 
@@ -42,7 +44,10 @@ class _SummedCrossEntropy(Function):
     """Its gradients are computed on the way forward, where they are wanted."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, rows: int, dtype: torch.dtype, compiled: bool
+    ) -> Tensor:
+        of_chunk = _compiled() if compiled else _loss_and_gradient
         of_hidden, of_head = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
@@ -52,13 +57,8 @@ class _SummedCrossEntropy(Function):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 x, y = hidden[part].to(dtype), labels[part, None]
-                logits = (x @ weight.T).float()
-                norm = logits.logsumexp(dim=-1, keepdim=True)
-                loss += (norm - logits.gather(1, y)).sum()
-                # d loss / d logits = softmax - one-hot of the label
-                d = logits.sub_(norm).exp_()
-                d.scatter_add_(1, y, torch.full_like(y, -1, dtype=d.dtype))
-                d = d.to(dtype)
+                part_loss, d = of_chunk(x @ weight.T, y)
+                loss += part_loss
                 if grad_hidden is not None:
                     grad_hidden[part] = d @ weight
                 if grad_head is not None:
@@ -67,6 +67,35 @@ class _SummedCrossEntropy(Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_head = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
-        return of_hidden, of_head, None, None, None
+        return of_hidden, of_head, None, None, None, None
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a chunk: the summed loss, and d loss / d logits = softmax - one-hot of the label; in place where it can be.
+
+    Args:
+        logits: [rows, V] in the dtype of the products, and so is the gradient
+        labels: int64 [rows, 1]
+    """
+    dtype, logits = logits.dtype, logits.float()
+    norm = logits.logsumexp(dim=-1, keepdim=True)
+    loss = (norm - logits.gather(1, labels)).sum()
+    gradient = logits.sub_(norm).exp_()
+    gradient.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=gradient.dtype))
+    return loss, gradient.to(dtype)
+
+
+def _to_be_compiled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without scattering, which would be a pass of its own."""
+    dtype, logits = logits.dtype, logits.float()
+    norm = logits.logsumexp(dim=-1, keepdim=True)
+    loss = (norm - logits.gather(1, labels)).sum()
+    is_label = torch.arange(logits.shape[1], device=logits.device) == labels
+    return loss, ((logits - norm).exp() - is_label.float()).to(dtype)
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(_to_be_compiled, dynamic=True)

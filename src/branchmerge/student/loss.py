@@ -5,6 +5,7 @@ Shapes: T tokens, N learned tokens among them, H hidden size, V vocabulary, D do
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,9 +58,9 @@ def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     return cross_entropy(packed_logits(model, batch, positions).float(), tokens, reduction="sum")
 
 
-def chunked_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+def chunked_loss(model: PreTrainedModel, batch: Batch, compiled: bool = False) -> Tensor:
     """The same with the logits of a chunk of tokens at a time; for heads that only multiply by their weight."""
-    return _by_head(summed_cross_entropy, model, batch)
+    return _by_head(partial(summed_cross_entropy, compiled=compiled), model, batch)
 
 
 def fused_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -79,11 +80,13 @@ class PackedLoss(nn.Module):
     Where a group of devices shares rows (`context`), all of them get the whole row, and each the loss of its tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, context: ContextGroup | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, context: ContextGroup | None = None, compiled: bool = False) -> None:
+        """`compiled`: the chunked loss is, by torch.compile."""
         super().__init__()
         self.model = model
         self.context = context
-        self.loss: Loss = chunked_loss
+        self._chunked: Loss = partial(chunked_loss, compiled=True) if compiled else chunked_loss
+        self.loss: Loss = self._chunked
 
     def forward(self, batch: Batch) -> Tensor:
         return self.loss(self.model, self.context.cut(batch) if self.context else batch)
@@ -102,11 +105,11 @@ class PackedLoss(nn.Module):
         self.eval()
         try:
             with torch.no_grad():
-                why = self._difference(chunked_loss, tolerance)
+                why = self._difference(self._chunked, tolerance)
                 why_not_fused = self._why_not_fused(compute, tolerance) if fused and not why else ""
         finally:
             self.train(training)
-        self.loss = summed_loss if why else chunked_loss
+        self.loss = summed_loss if why else self._chunked
         if why:
             warnings.warn(
                 f"{type(self.model).__name__}: its output head is not a plain matrix ({why}); the loss takes the logits"

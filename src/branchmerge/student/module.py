@@ -16,7 +16,6 @@ from branchmerge.config import OptimConfig
 from branchmerge.data.batch import Batch
 from branchmerge.errors import UserError
 from branchmerge.student import ranks
-from branchmerge.student.context_parallel import ContextGroup
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.optim import make_optimizer
 
@@ -30,14 +29,13 @@ class Student(LightningModule):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        packed: PackedLoss,
         optim: OptimConfig,
         total_steps: int,
         max_skipped: int = 0,
         spread: Callable[[PackedLoss, torch.device], None] | None = None,
         compute: torch.dtype = torch.float32,
         fused_loss: bool = False,
-        context: ContextGroup | None = None,
     ) -> None:
         """
         Args:
@@ -45,10 +43,9 @@ class Student(LightningModule):
             spread: shards the model over all processes and loads its weights; None: it is on one device, loaded.
             compute: dtype of a sharded model's matrix products
             fused_loss: by liger-kernel, where it gives the same
-            context: the devices that share a row with this one.
         """
         super().__init__()
-        self.packed = PackedLoss(model, context)
+        self.packed = packed
         self.optim = optim
         self.total_steps = total_steps
         self.max_skipped = max_skipped

@@ -169,7 +169,8 @@ def _student(
             layer.compile()
     model.train()
     fused = config.backbone.loss == "liger"
-    return Student(model, config.optim, steps, trainer.max_skipped_steps, spread, compute, fused, context)
+    packed = PackedLoss(model, context, trainer.compile)
+    return Student(packed, config.optim, steps, trainer.max_skipped_steps, spread, compute, fused)
 
 
 def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[str, Any]:
