@@ -143,6 +143,9 @@ def test_what_is_no_packed_row_is_refused() -> None:
         attention.packed_sdpa(module, q, q, q, None)
     with pytest.raises(ValueError, match="without attention_mask"):
         attention.packed_sdpa(module, q, q, q, torch.ones(1, 1, 4, 4), cu_seq_lens_q=bounds)
+    with pytest.raises(ValueError, match="takes no cache: 8 keys for 4 queries"):
+        longer = torch.zeros(1, 2, 8, 8)
+        attention.packed_sdpa(module, q, longer, longer, None, cu_seq_lens_q=bounds)
     with pytest.raises(ValueError, match="one row"):
         attention.packed_sdpa(module, *[q.expand(2, -1, -1, -1)] * 3, None, cu_seq_lens_q=bounds)
 

@@ -57,10 +57,12 @@ def packed_sdpa(
         [1, T, H, E]
 
     Raises:
-        ValueError: on what is no packed row: no cu_seq_lens, a mask, several rows.
+        ValueError: on what is no packed row: no cu_seq_lens, a mask, several rows, keys of a cache.
     """
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError("packed attention takes one row with cu_seq_lens and without attention_mask")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"packed attention takes no cache: {key.shape[2]} keys for {query.shape[2]} queries")
     dropout = dropout if module.training else 0.0
     attend = partial(
         _attend, bounds=cu_seq_lens_q, longest=max_length_q, scale=scaling, window=sliding_window, softcap=softcap,
