@@ -40,7 +40,7 @@ def test_sandbox_as_an_ordinary_user() -> None:
     if os.getuid() != 0:
         pytest.skip("the tests ran as an ordinary user; only root can become another")
     files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in TESTS]
-    options = ["-q", "-p", "no:cacheprovider", "--noconftest"]
+    options = ["-q", "-p", "no:cacheprovider", "--noconftest", "-n", "3"]  # most of them wait for limits
     needed = [sys.base_prefix, sys.prefix, str(ROOT)]
     code = AS_NOBODY.replace("NOBODY", str(NOBODY))
     command = [sys.executable, "-c", code, repr(needed), sys.executable, "-m", "pytest", *options, *files]

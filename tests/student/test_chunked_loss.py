@@ -20,7 +20,10 @@ def gradients(loss: Tensor, *of: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(3 * loss, of))
 
 
-@pytest.mark.parametrize(("held", "compiled"), [(1, False), (301 * 7, False), (301 * 50, False), (301 * 7, True)])
+@pytest.mark.parametrize(
+    ("held", "compiled"),
+    [(1, False), (301 * 7, False), (301 * 50, False), pytest.param(301 * 7, True, marks=pytest.mark.slow)],
+)
 def test_loss_and_gradients_are_those_of_whole_logits(
     held: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,7 +143,7 @@ def test_what_was_simulated_is_kept_and_told_apart(plans: Path, capsys: pytest.C
     forecast(SIMULATED, plans)
     assert capsys.readouterr().out == ""
     assert {path: path.stat().st_mtime_ns for path in plans.iterdir()} == before
-    assert len(before) == len(SIMULATED)
+    assert len(before) >= len(SIMULATED)  # more where slow tests have been
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -195,6 +195,14 @@ def test_a_plan_tells_steps_tokens_time_and_cost(roomy: tuple[Path, Plan]) -> No
     assert "fits." in text and "1,511 steps" in text and "half a packed row" in text
 
 
+def test_devices_that_cannot_share_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="3 devices cannot be cut into groups of so many"):
+        planned(tmp_path, "trainer.devices=3", "trainer.context_parallel=2")
+    with pytest.raises(UserError, match="4 heads and 2 key/value heads cannot be dealt out"):
+        planned(tmp_path, "trainer.devices=4", "trainer.context_parallel=4")
+
+
+@pytest.mark.slow
 def test_devices_that_share_rows_take_as_long_and_are_told(roomy: tuple[Path, Plan]) -> None:
     outputs, plan = roomy
     shared = planned(outputs, "trainer.devices=2", "trainer.context_parallel=2")
@@ -202,10 +210,6 @@ def test_devices_that_share_rows_take_as_long_and_are_told(roomy: tuple[Path, Pl
     assert shared.asked.hours == pytest.approx(alone.hours)
     assert shared.asked.setting.rows == 96 and alone.setting.rows == 48
     assert "2 share every row" in told(shared)
-    with pytest.raises(UserError, match="3 devices cannot be cut into groups of so many"):
-        planned(outputs, "trainer.devices=3", "trainer.context_parallel=2")
-    with pytest.raises(UserError, match="4 heads and 2 key/value heads cannot be dealt out"):
-        planned(outputs, "trainer.devices=4", "trainer.context_parallel=4")
 
 
 @pytest.mark.slow
