@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from branches import branch, metrics
-from conftest import make_student
+from conftest import Script, make_student
 from lightning.fabric.utilities import move_data_to_device
 from test_attention import MODELS, documents, everywhere, heads
 
@@ -58,6 +58,29 @@ def test_a_branch_on_a_gpu_has_the_losses_of_one_on_the_cpu(tiny_student: Path, 
         losses[device] = [float(row["loss"]) for row in metrics(tmp_path / device, "math")]
     assert len(losses["cpu"]) == 3
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-5)
+
+
+@pytest.mark.parametrize("more", [(), ("trainer.cpu_offload=true",), ("trainer.compile=true",)], ids=str)
+def test_fsdp_on_a_gpu_has_the_losses_of_the_cpu(
+    more: tuple[str, ...], script: Script, tiny_student: Path, tmp_path: Path
+) -> None:
+    """By torchrun and NCCL, of one process."""
+    train(branch(tiny_student, tmp_path / "cpu", "domain=math", "trainer=cpu", "trainer.precision=32-true"))
+    here = ("--config-dir", "tests/conf", "study=tiny", f"backbone.path={tiny_student}", f"outputs={tmp_path / 'fsdp'}")
+    spread = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.devices=1", "trainer.precision=32-true")
+    done = script("train", *here, "domain=math", *spread, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, expected = ([float(row["loss"]) for row in metrics(tmp_path / where, "math")] for where in ("fsdp", "cpu"))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_compiled_branch_has_the_losses_of_one_that_is_not(tiny_student: Path, tmp_path: Path) -> None:
+    losses = {}
+    for compiled in ("true", "false"):
+        said = ("trainer=gpu", "trainer.precision=32-true", f"trainer.compile={compiled}")
+        train(branch(tiny_student, tmp_path / compiled, "domain=math", *said))
+        losses[compiled] = [float(row["loss"]) for row in metrics(tmp_path / compiled, "math")]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
 
 
 def test_bf16_trains_on_a_gpu(tiny_student: Path, tmp_path: Path) -> None:
