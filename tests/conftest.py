@@ -92,6 +92,15 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
+LONG = ("tests/pipeline/", "tests/evaluation/test_sandbox_as_nobody.py")
+"""Take minutes and mostly wait, or cannot be split"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first, so that no process is alone with one at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 @pytest.fixture
 def script() -> Script:
     """Run `python <name>.py <overrides>` in the checkout, as a user does; returns what it printed and its exit code."""

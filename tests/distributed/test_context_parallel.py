@@ -15,16 +15,16 @@ from branchmerge.study import read_manifest
 SETTINGS = ("domain=math", "data.seq_len=250", "optim.epochs=2", "optim.warmup_ratio=0.0", "optim.global_batch=4")
 PAIRS, FOURS = ("trainer.context_parallel=2",), ("trainer.context_parallel=4",)
 SHAPES = {
-    "llama": {}, "qwen3": {}, "gemma2": {"head_dim": 16, "sliding_window": 24},
-    "mistral": {"sliding_window": 24}, "qwen2": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "llama": {}, "gemma2": {"head_dim": 16, "sliding_window": 24}, "mistral": {"sliding_window": 24},
+    "qwen2": {"num_key_value_heads": 4, "tie_word_embeddings": False},
 }  # fmt: skip
 WATCHED = ("data.validation_rows=7", "trainer.validate_every_n_steps=2")
 MIXED = ("trainer.precision=bf16-mixed", "export_dtype=float32")
 WAYS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     **{kind: (kind, 2, PAIRS) for kind in SHAPES},
-    "two pairs": ("llama", 4, (*PAIRS, "data.workers=1")),
     "a group of four": ("qwen2", 4, FOURS),
-    "copies": ("qwen2", 4, (*PAIRS, "trainer.replicate=2", "trainer.activation_checkpointing=false")),
+    "two pairs and copies": ("llama", 4, (*PAIRS, "trainer.replicate=2", "data.workers=1")),
+    "kept activations": ("llama", 2, (*PAIRS, "trainer.activation_checkpointing=false")),
     "watched": ("llama", 2, (*PAIRS, *WATCHED)),
     "bf16": ("llama", 2, (*PAIRS, *MIXED)),
 }

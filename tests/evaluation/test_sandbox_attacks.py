@@ -312,7 +312,7 @@ os._exit(0)
 """What a job may try against the keeper, which runs the next job too, or against that job."""
 LOOK = """
 import builtins, fcntl, json, os, random, resource, sys, threading
-fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_EX)  # free at once, other test processes aside
 print(os.listdir(), os.getcwd(), os.umask(0), sorted(os.environ), threading.active_count(), sys.argv, sorted(globals()))
 print(sorted(sys.modules), sorted(vars(os)))
 print([resource.getrlimit(kind) for kind in range(16)], oct(os.stat('.').st_mode), os.statvfs('.').f_bfree, input())
