@@ -30,6 +30,15 @@ def demo_texts() -> list[str]:
     return rows
 
 
+LONG = ("tests/pipeline/", "tests/evaluation/test_sandbox_as_nobody.py")
+"""Take minutes and mostly wait, or cannot be split"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first, so that no process is alone with one at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 def make_student(folder: Path, seed: int = 0, model_type: str = "llama", **changes: float) -> Path:
     """Write a random causal LM of about 60 thousand parameters, with tokenizer and chat template, as a checkpoint."""
     import torch
@@ -90,15 +99,6 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
-
-
-LONG = ("tests/pipeline/", "tests/evaluation/test_sandbox_as_nobody.py")
-"""Take minutes and mostly wait, or cannot be split"""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long files first, so that no process is alone with one at the end."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.fixture

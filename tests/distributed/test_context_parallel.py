@@ -93,8 +93,12 @@ def test_products_may_be_bfloat16(students: dict[str, Path], rows: str, shared: 
 
 
 def test_what_cannot_be_shared_is_refused(students: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="4 heads and 2 key/value heads cannot be dealt out to so many devices"):
+    told = "num_attention_heads=4 and num_key_value_heads=2 cannot be dealt out to so many devices"
+    with pytest.raises(UserError, match=told):
         check_heads(json.loads((students["llama"] / "config.json").read_text()), 4)
+    check_heads({"n_head": 4}, 1)
+    with pytest.raises(UserError, match="num_attention_heads=None"):
+        check_heads({"n_head": 4}, 2)
     for overrides, said in [
         (("backbone.attn=flash_attention_2",), "takes torch's own"),
         (("trainer.devices=3",), "3 devices cannot be cut into groups of so many"),

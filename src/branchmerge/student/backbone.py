@@ -137,20 +137,20 @@ def check_heads(shape: dict[str, Any], size: int) -> None:
     if not can_share(shape, size):
         heads, pairs = _heads(shape)
         raise UserError(
-            f"trainer.context_parallel={size}: the model's {heads} heads and {pairs} key/value heads cannot be dealt"
-            " out to so many devices equally; choose a divisor of both"
+            f"trainer.context_parallel={size}: the model's num_attention_heads={heads} and num_key_value_heads={pairs}"
+            " cannot be dealt out to so many devices equally; choose a divisor of both"
         )
 
 
 def can_share(shape: dict[str, Any], size: int) -> bool:
     """Whether the heads of a model can be dealt out to so many devices."""
-    return all(count % size == 0 for count in _heads(shape))
+    return size == 1 or all(count is not None and count % size == 0 for count in _heads(shape))
 
 
-def _heads(shape: dict[str, Any]) -> tuple[int, int]:
-    """Of queries, and of keys and values."""
+def _heads(shape: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Of queries, and of keys and values; None where the model's config names them otherwise."""
     shape = shape.get("text_config", shape)
-    heads: int = shape["num_attention_heads"]
+    heads = shape.get("num_attention_heads")
     return heads, shape.get("num_key_value_heads") or heads
 
 

@@ -21,12 +21,12 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attentio
 def products_in_float32() -> Iterator[None]:
     """Inside, this process's bfloat16 `PRODUCTS` on the CPU are those of float32 copies; gradients too."""
     library = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
-        for name in PRODUCTS:
-            kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
-            library.impl(name, _in_float32(kernel), "CPU", with_keyset=True, allow_override=True)
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
+            for name in PRODUCTS:
+                kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+                library.impl(name, _in_float32(kernel), "CPU", with_keyset=True, allow_override=True)
         yield
     finally:
         library._destroy()
@@ -36,14 +36,18 @@ def _in_float32(kernel: Any) -> Callable[..., Any]:
     def product(keys: Any, *args: Any, **kwargs: Any) -> Any:
         if not any(_is_narrow(arg) for arg in args):
             return kernel.call_boxed(keys, *args, **kwargs)
-        wide = (arg.float() if _is_narrow(arg) else arg for arg in args)
-        return _narrow(kernel.call_boxed(keys, *wide, **kwargs))
+        named = {name: _wide(value) for name, value in kwargs.items()}
+        return _narrow(kernel.call_boxed(keys, *map(_wide, args), **named))
 
     return product
 
 
 def _is_narrow(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bfloat16
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if _is_narrow(value) else value
 
 
 def _narrow(result: Any) -> Any:

@@ -98,8 +98,8 @@ def _model(setting: Setting, depth: int | None = None) -> PreTrainedModel:
 def _spans(setting: Setting, model: PreTrainedModel) -> tuple[list[Span], Span]:
     """The peaks of the parts of a step, and what a device holds of weights, gradients and moments."""
     chunked_loss.CHUNK = chunked_loss.DEVICE_CHUNK if setting.gpu else CPU_CHUNK
-    told: Any = attention
-    told._attend = _as_on_a_gpu if setting.gpu else _as_on_a_cpu
+    replaced: Any = attention  # which would take these tensors for a CPU's
+    replaced._attend = _as_on_a_gpu if setting.gpu else _as_on_a_cpu
     products: Any = nullcontext()
     if setting.sharded:
         dist.init_process_group("fake", rank=0, world_size=setting.world, store=FakeStore())
