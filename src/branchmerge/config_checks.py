@@ -65,7 +65,9 @@ def check_groups(trainer: TrainerConfig, devices: int) -> None:
     """Refuse a number of devices that cannot be cut into groups that share a row."""
     shared = trainer.context_parallel
     if devices % shared:
-        raise UserError(f"trainer.context_parallel={shared}: {devices} devices cannot be cut into groups of so many")
+        raise UserError(
+            f"trainer.context_parallel={shared}: {devices} devices make no such groups; use a multiple of {shared}"
+        )
 
 
 def _first_missing(node: DictConfig, prefix: str) -> str:

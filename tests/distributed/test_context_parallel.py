@@ -101,12 +101,12 @@ def test_what_cannot_be_shared_is_refused(students: dict[str, Path], tmp_path: P
         check_heads({"n_head": 4}, 2)
     for overrides, said in [
         (("backbone.attn=flash_attention_2",), "takes torch's own"),
-        (("trainer.devices=3",), "3 devices cannot be cut into groups of so many"),
+        (("trainer.devices=3",), "3 devices make no such groups; use a multiple of 2"),
         (("trainer.devices=4", "optim.global_batch=3"), "by 4 devices in groups of 2; choose a multiple of 2"),
     ]:
         with pytest.raises(UserError, match=said):
             branch(students["llama"], tmp_path, *FSDP, *PAIRS, *overrides)
     with pytest.raises(UserError, match="takes several devices"):
         branch(students["llama"], tmp_path, "trainer.strategy=single", *PAIRS)
-    with pytest.raises(UserError, match="1 devices cannot be cut into groups of so many"):
+    with pytest.raises(UserError, match="1 devices make no such groups; use a multiple of 2"):
         alone(students["llama"], tmp_path, *FSDP, *PAIRS)

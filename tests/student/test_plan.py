@@ -196,7 +196,7 @@ def test_a_plan_tells_steps_tokens_time_and_cost(roomy: tuple[Path, Plan]) -> No
 
 
 def test_devices_that_cannot_share_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="3 devices cannot be cut into groups of so many"):
+    with pytest.raises(UserError, match="3 devices make no such groups; use a multiple of 2"):
         planned(tmp_path, "trainer.devices=3", "trainer.context_parallel=2")
     with pytest.raises(UserError, match="num_attention_heads=4 and num_key_value_heads=2 cannot be dealt out"):
         planned(tmp_path, "trainer.devices=4", "trainer.context_parallel=4")
