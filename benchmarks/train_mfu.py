@@ -2,18 +2,19 @@
 
     python benchmarks/train_mfu.py --shape 0.5b --tokens 16384
 
-Random Qwen2 models of the usual shapes; weights and AdamW in float32, products in bfloat16 (autocast), one packed row
-a step, the losses of every token. `packed` is what train.py does; `whole` the same with the logits of all tokens at
-once; `liger` has liger-kernel's loss; `dense` moreover gives the model a T x T mask, as trainers do that know no
-packing. `--compile` compiles layers and chunked loss, as trainer.compile does; `--attn` names flash-attn's functions
-where they are installed. MFU counts the products' FLOPs (6 N a token for weights in products, and causal attention
-inside the documents) over what the card does at best in dense bfloat16; recomputing by activation checkpointing is not
-counted, so it lowers the MFU.
+Random Qwen2 models of the usual shapes; weights and AdamW in float32, products in bfloat16 (autocast), `--rows` packed
+rows a step, one after the other, the losses of every token. `packed` is what train.py does; `whole` the same with the
+logits of all tokens at once; `liger` has liger-kernel's loss; `dense` moreover gives the model a T x T mask, as
+trainers do that know no packing. `--compile` compiles layers and chunked loss, as trainer.compile does; `--attn` names
+flash-attn's functions where they are installed; `--profile` tells the milliseconds of a step by kernel. MFU counts the
+products' FLOPs (6 N a token for weights in products, and causal attention inside the documents) over what the card does
+at best in dense bfloat16; recomputing by activation checkpointing is not counted, so it lowers the MFU.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -44,11 +45,13 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--documents", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=1, help="of a step; the 32B recipe has three a GPU on 32 GPUs")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=("packed", "whole", "liger", "dense"), default=["packed", "dense"])
     parser.add_argument("--attn", default=attention.PACKED_SDPA, help="of all but dense, such as flash_attention_3")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="layers and chunked loss by torch.compile")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="the N kernels that take longest")
     options = parser.parse_args()
     found = {way: train(options, way) for way in options.ways}
     facts = {
@@ -64,7 +67,7 @@ def main() -> None:
     print(json.dumps(facts))
 
 
-def train(options: argparse.Namespace, way: str) -> dict[str, float]:
+def train(options: argparse.Namespace, way: str) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -86,9 +89,10 @@ def train(options: argparse.Namespace, way: str) -> dict[str, float]:
     loss_of = {"packed": packed, "whole": summed_loss, "liger": fused_loss, "dense": dense_loss}[way]
 
     def step() -> float:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = loss_of(model, batch)
-        (loss / batch.supervised_in_step).backward()
+        for _ in range(options.rows):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = loss_of(model, batch)
+            (loss / batch.supervised_in_step / options.rows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -98,15 +102,25 @@ def train(options: argparse.Namespace, way: str) -> dict[str, float]:
     began = time.perf_counter()
     losses += [step() for _ in range(options.steps)]
     seconds = (time.perf_counter() - began) / options.steps
-    flops = step_flops(model, batch)
+    flops = options.rows * step_flops(model, batch)
     peak = next(value for name, value in PEAK.items() if name in torch.cuda.get_device_name())
     return {
-        "tokens_per_s": round(options.tokens / seconds),
+        "tokens_per_s": round(options.rows * options.tokens / seconds),
         "mfu": round(flops / seconds / peak, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "first_loss": round(losses[0] / batch.supervised_in_step, 5),
         "parameters": sum(p.numel() for p in model.parameters()),
+        **({"ms_of_a_step": kernels(step, options.profile)} if options.profile else {}),
     }
+
+
+def kernels(step: Callable[[], float], longest: int) -> dict[str, float]:
+    """Milliseconds of one step by kernel, the longest first, and of all together."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+    taken = {event.key: event.self_device_time_total / 1000 for event in profile.key_averages()}
+    first = sorted(taken, key=lambda name: -taken[name])[:longest]
+    return {"all": round(sum(taken.values()), 1), **{name[:80]: round(taken[name], 1) for name in first}}
 
 
 def row(tokens: int, documents: int) -> Batch:

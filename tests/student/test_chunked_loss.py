@@ -37,6 +37,17 @@ def test_loss_and_gradients_are_those_of_whole_logits(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow  # compiles
+def test_compiled_gradient_takes_the_place_of_the_logits() -> None:
+    hidden, head, labels = inputs(torch.bfloat16)
+    logits = hidden.detach() @ head.detach().T
+    loss, expected = chunked_loss._loss_and_gradient(logits.clone(), labels[:, None])
+    compiled_loss, gradient = chunked_loss._compiled()(logits, labels[:, None])
+    assert gradient.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-6)
+
+
 def test_bfloat16_is_as_near_to_the_truth_as_whole_logits_in_bfloat16() -> None:
     hidden, head, labels = inputs(torch.bfloat16, rows=2000)
     truth = cross_entropy(hidden.double() @ head.double().T, labels, reduction="sum")

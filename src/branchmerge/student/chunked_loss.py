@@ -16,8 +16,9 @@ from torch.autograd import Function
 
 from branchmerge.student.autocast import compute_dtype
 
-CHUNK, DEVICE_CHUNK = 1 << 24, 1 << 27
-"""Logits that are held at once, in float32: 64 MB on a CPU, half a gigabyte elsewhere, which keeps a GPU busy."""
+CHUNK, DEVICE_CHUNK, COMPILED_CHUNK = 1 << 24, 1 << 27, 1 << 29
+"""Logits that are held at once: on a CPU; on other devices, where bfloat16, float32 and the gradient take a gigabyte
+together; compiled there, where they are overwritten and take as much. Every chunk goes over the head's gradient."""
 
 
 def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, compiled: bool = False) -> Tensor:
@@ -29,12 +30,12 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, compiled:
         hidden: [N, H]
         head: [V, H], the weight of the output layer, which has no bias
         labels: int64 [N]
-        compiled: all that follows the logits in two passes over them, by torch.compile.
+        compiled: all that follows the logits in few passes over them, and in their place, by torch.compile.
 
     Returns:
         float32, a scalar
     """
-    held = CHUNK if hidden.device.type == "cpu" else DEVICE_CHUNK
+    held = CHUNK if hidden.device.type == "cpu" else COMPILED_CHUNK if compiled else DEVICE_CHUNK
     rows = max(1, held // len(head))
     loss: Tensor = _SummedCrossEntropy.apply(hidden, head, labels, rows, compute_dtype(hidden), compiled)
     return loss
@@ -88,12 +89,12 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_be_compiled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same without scattering, which would be a pass of its own."""
-    dtype, logits = logits.dtype, logits.float()
-    norm = logits.logsumexp(dim=-1, keepdim=True)
-    loss = (norm - logits.gather(1, labels)).sum()
+    """The same in place, and without scattering, which would be a pass of its own."""
+    values = logits.float()
+    norm = values.logsumexp(dim=-1, keepdim=True)
+    loss = (norm - values.gather(1, labels)).sum()
     is_label = torch.arange(logits.shape[1], device=logits.device) == labels
-    return loss, ((logits - norm).exp() - is_label.float()).to(dtype)
+    return loss, logits.copy_((values - norm).exp() - is_label.float())
 
 
 @cache
