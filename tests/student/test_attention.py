@@ -9,6 +9,7 @@ from conftest import make_student
 
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
+from branchmerge.errors import UserError
 from branchmerge.student import attention
 from branchmerge.student.backbone import load_model
 from branchmerge.student.loss import packed_logits
@@ -150,7 +151,47 @@ def test_what_is_no_packed_row_is_refused() -> None:
         attention.packed_sdpa(module, *[q.expand(2, -1, -1, -1)] * 3, None, cu_seq_lens_q=bounds)
 
 
-def test_auto_takes_sdpa_on_the_cpu() -> None:
-    assert attention.implementation("auto", torch.device("cpu")) == attention.PACKED_SDPA
-    assert attention.implementation("flash_attention_2", torch.device("cuda")) == "flash_attention_2"
-    assert attention.implementation("auto", torch.device("cuda"), shared=True) == attention.PACKED_SDPA
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [
+        ((9, 0), (2, 3, 4), "flash_attention_4"),
+        ((9, 0), (2, 3), "flash_attention_3"),
+        ((9, 0), (2,), "flash_attention_2"),
+        ((10, 0), (2, 3), "flash_attention_2"),
+        ((8, 0), (2, 3, 4), "flash_attention_2"),
+        ((8, 0), (), attention.PACKED_SDPA),
+        ((7, 5), (2,), attention.PACKED_SDPA),
+    ],
+)
+def test_auto_takes_the_newest_flash_attention_made_for_the_device(
+    capability: tuple[int, int], installed: tuple[int, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no such device here, so what torch and transformers say of it is given."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for number in (2, 3, 4):
+        monkeypatch.setattr(attention, f"is_flash_attn_{number}_available", lambda n=number: n in installed)
+    cuda = torch.device("cuda")
+    assert attention.implementation("auto", cuda, torch.bfloat16) == expected
+    assert attention.implementation("auto", cuda, torch.float32) == attention.PACKED_SDPA
+    assert attention.implementation("auto", cuda, torch.bfloat16, shared=True) == attention.PACKED_SDPA
+    assert attention.implementation("auto", torch.device("cpu"), torch.bfloat16) == attention.PACKED_SDPA
+
+
+def test_flash_attention_that_is_named_needs_half_precision() -> None:
+    cuda = torch.device("cuda")
+    assert attention.implementation("flash_attention_2", cuda, torch.bfloat16) == "flash_attention_2"
+    with pytest.raises(UserError, match=r"backbone\.attn=flash_attention_2: it has no float32"):
+        attention.implementation("flash_attention_2", cuda, torch.float32)
+
+
+def test_a_mask_is_refused_through_a_model_too(tiny_student: Path) -> None:
+    """transformers would hand on no mask to the attention, where it is told that it needs none."""
+    model = load_model(tiny_student, torch.float32, attention.PACKED_SDPA)
+    ids, bounds = torch.arange(8)[None], torch.tensor([0, 8], dtype=torch.int32)
+    packed = {"input_ids": ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "use_cache": False}
+    assert model(**packed, attention_mask=None).logits.shape[1] == 8
+    for mask in (torch.ones(1, 8, dtype=torch.int64), torch.ones(1, 1, 8, 8, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="without attention_mask"):
+            model(**packed, attention_mask=mask)
+    with pytest.raises(ValueError, match="cu_seq_lens"):
+        model(input_ids=ids, use_cache=False)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_student
 from torch.nn.functional import cross_entropy
 
 from branchmerge.data.batch import Batch, make_batch, supervised_tokens
@@ -18,6 +17,7 @@ from branchmerge.student import attention, liger_loss
 from branchmerge.student.backbone import load_model
 from branchmerge.student.chunked_loss import summed_cross_entropy
 from branchmerge.student.loss import Loss, PackedLoss, chunked_loss, fused_loss, summed_loss
+from branchmerge.student.trials import choose_loss
 
 # Learned tokens 60, 7, 33 and 3: the uneven counts with which a mean of means goes badly wrong.
 SHAPES = ((70, 10), (40, 33), (50, 17), (9, 6))
@@ -73,31 +73,12 @@ def test_the_loss_is_the_cross_entropy_of_the_learned_tokens(tiny_student: Path,
     torch.testing.assert_close(loss(model, make_batch(documents(), 1)), expected)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma"])
-def test_the_chunked_loss_is_taken_where_the_head_is_a_matrix(model_type: str, tmp_path: Path) -> None:
-    model = load_model(make_student(tmp_path, model_type=model_type), torch.float32, attention.PACKED_SDPA).train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        packed = PackedLoss(model)
-        packed.choose_loss()
-    assert packed.loss is chunked_loss and model.training
-
-
-def test_a_head_that_scales_its_logits_keeps_the_whole_ones(tmp_path: Path) -> None:
-    folder = make_student(tmp_path, model_type="granite", logits_scaling=8.0)
-    model = load_model(folder, torch.float32, attention.PACKED_SDPA)
-    with pytest.warns(UserWarning, match="Granite.*: its output head is not a plain matrix"):
-        packed = PackedLoss(model)
-        packed.choose_loss()
-    assert packed.loss is summed_loss
-
-
 def test_without_liger_kernel_the_chunked_loss_is_taken_with_one_warning(tiny_student: Path) -> None:
     if find_spec("liger_kernel") is not None:
         pytest.skip("liger-kernel is installed")
     packed = PackedLoss(load_model(tiny_student, torch.float32, attention.PACKED_SDPA))
     with pytest.warns(UserWarning, match="liger-kernel is not installed.*chunked loss") as told:
-        packed.choose_loss(fused=True)
+        choose_loss(packed, fused=True)
     assert packed.loss is chunked_loss and len(told) == 1
 
 
@@ -117,7 +98,7 @@ def test_a_fused_kernel_is_taken_only_where_loss_and_gradients_agree(
     packed = PackedLoss(load_model(tiny_student, torch.float32, attention.PACKED_SDPA))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        packed.choose_loss(fused=True)
+        choose_loss(packed, fused=True)
     assert packed.loss is (chunked_loss if why else fused_loss)
     assert [why in str(warning.message) for warning in told] == ([True] if why else [])
 

@@ -25,6 +25,7 @@ from transformers.utils.import_utils import (
     is_flash_attn_4_available,
 )
 
+from branchmerge.errors import UserError
 from branchmerge.student.autocast import compute_dtype
 from branchmerge.student.context_parallel import RowParts
 
@@ -201,18 +202,30 @@ def _compiled_flex(compiled: bool) -> Any:
     return torch.compile(flex_attention) if compiled else flex_attention
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Where a document ends is told by cu_seq_lens, so transformers shall build no mask."""
+def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    """cu_seq_lens tell where a document ends, so transformers shall build no mask; one that is given is refused."""
+    if attention_mask is not None:
+        raise ValueError("packed attention takes one row with cu_seq_lens and without attention_mask")
 
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 AttentionMaskInterface.register(PACKED_SDPA, _no_mask)
 
 
-def implementation(attn: str, device: torch.device, shared: bool = False) -> str:
-    """The attention that transformers shall use for `backbone.attn` on a device; `shared`: rows are on several."""
+def implementation(attn: str, device: torch.device, compute: torch.dtype, shared: bool = False) -> str:
+    """The attention that transformers shall use for `backbone.attn` on a device.
+
+    Args:
+        compute: dtype of the matrix products
+        shared: rows are on several devices
+    """
+    half = compute in (torch.bfloat16, torch.float16)
     if attn == "auto":
-        attn = _newest_flash_attention(device) if device.type == "cuda" and not shared else "sdpa"
+        attn = _newest_flash_attention(device) if device.type == "cuda" and half and not shared else "sdpa"
+    if attn.startswith("flash_attention") and not half:
+        raise UserError(
+            f"backbone.attn={attn}: it has no float32; set trainer.precision=bf16-mixed or backbone.attn=sdpa"
+        )
     return PACKED_SDPA if attn == "sdpa" else attn
 
 
@@ -223,4 +236,4 @@ def _newest_flash_attention(device: torch.device) -> str:
         return "flash_attention_4"
     if capability == (9, 0) and is_flash_attn_3_available():
         return "flash_attention_3"
-    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    return "flash_attention_2" if capability >= (8, 0) and is_flash_attn_2_available() else "sdpa"

@@ -142,6 +142,20 @@ def check_heads(shape: dict[str, Any], size: int) -> None:
         )
 
 
+def check_chunks(shape: dict[str, Any], seq_len: int) -> None:
+    """Refuse rows longer than the chunks that a model's attention is cut into (Llama 4): packed attention cuts none.
+
+    Args:
+        shape: the model's config.json
+    """
+    chunk = shape.get("text_config", shape).get("attention_chunk_size")
+    if chunk is not None and seq_len > chunk:
+        raise UserError(
+            f"data.seq_len={seq_len}: the model attends within chunks of {chunk} tokens, and packed rows know only"
+            f" documents; set data.seq_len={chunk}"
+        )
+
+
 def can_share(shape: dict[str, Any], size: int) -> bool:
     """Whether the heads of a model can be dealt out to so many devices."""
     return size == 1 or all(count is not None and count % size == 0 for count in _heads(shape))

@@ -3,7 +3,6 @@
 Shapes: T tokens, N learned tokens among them, H hidden size, V vocabulary, D documents.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from branchmerge.data.batch import IGNORE, Batch, make_batch
-from branchmerge.data.template import Document
+from branchmerge.data.batch import IGNORE, Batch
 from branchmerge.student import liger_loss
 from branchmerge.student.chunked_loss import summed_cross_entropy
 from branchmerge.student.context_parallel import ContextGroup
@@ -32,11 +30,11 @@ def packed_logits(model: PreTrainedModel, batch: Batch, positions: Tensor) -> Te
     Returns:
         [N, V]
     """
-    logits: Tensor = model(**_inputs(batch), logits_to_keep=positions).logits[0]
+    logits: Tensor = model(**inputs(batch), logits_to_keep=positions).logits[0]
     return logits
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
+def inputs(batch: Batch) -> dict[str, Any]:
     """`use_cache=False` and no mask are essential: with either, transformers ignores where documents end."""
     bounds, longest = batch.cu_seq_lens, batch.max_length
     return {
@@ -70,12 +68,14 @@ def fused_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _by_head(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], model: PreTrainedModel, batch: Batch) -> Tensor:
     positions, tokens = _learned(batch)
-    hidden = model.base_model(**_inputs(batch)).last_hidden_state[0, positions]
+    hidden = model.base_model(**inputs(batch)).last_hidden_state[0, positions]
     return cross_entropy(hidden, model.get_output_embeddings().weight, tokens)
 
 
 class PackedLoss(nn.Module):
     """A causal LM as training calls it: a packed row in, its summed loss out; the root of a sharded student.
+
+    The loss is the chunked one until `trials.choose_loss` knows better.
 
     Where a group of devices shares rows (`context`), all of them get the whole row, and each the loss of its tokens.
     """
@@ -85,58 +85,8 @@ class PackedLoss(nn.Module):
         super().__init__()
         self.model = model
         self.context = context
-        self._chunked: Loss = partial(chunked_loss, compiled=True) if compiled else chunked_loss
-        self.loss: Loss = self._chunked
+        self.chunked: Loss = partial(chunked_loss, compiled=True) if compiled else chunked_loss
+        self.loss: Loss = self.chunked
 
     def forward(self, batch: Batch) -> Tensor:
         return self.loss(self.model, self.context.cut(batch) if self.context else batch)
-
-    def choose_loss(self, compute: torch.dtype = torch.float32, fused: bool = False) -> None:
-        """Take `chunked_loss` where it gives this model's loss, else `summed_loss`, with a warning.
-
-        Some models scale, cap or shift their logits. Tried on a short row, so that none of them needs to be known here.
-
-        Args:
-            compute: dtype of the matrix products, which says how near the two can be.
-            fused: take `fused_loss` where it gives the same as `chunked_loss`, else warn.
-        """
-        tolerance = 1e-3 if compute == torch.float32 else 2e-2
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                why = self._difference(self._chunked, tolerance)
-                why_not_fused = self._why_not_fused(compute, tolerance) if fused and not why else ""
-        finally:
-            self.train(training)
-        self.loss = summed_loss if why else self._chunked
-        if why:
-            warnings.warn(
-                f"{type(self.model).__name__}: its output head is not a plain matrix ({why}); the loss takes the logits"
-                " of all learned tokens at once, which needs more memory",
-                stacklevel=2,
-            )
-        elif why_not_fused:
-            warnings.warn(f"backbone.loss=liger: {why_not_fused}; the chunked loss is taken", stacklevel=2)
-        elif fused:
-            self.loss = fused_loss
-
-    def _why_not_fused(self, compute: torch.dtype, tolerance: float) -> str:
-        config = self.model.config.get_text_config()
-        device = self.model.device
-        why = liger_loss.why_not(config.hidden_size, config.vocab_size, device, compute, tolerance)
-        return why or self._difference(fused_loss, tolerance)
-
-    def _difference(self, loss: Loss, tolerance: float) -> str:
-        """In what a loss differs from `summed_loss`; empty where it does not."""
-        ids = torch.arange(16) * 31 % int(self.model.config.get_text_config().vocab_size)
-        row = make_batch([Document("check", tuple(ids.tolist()), 1)], 15).to(self.model.device)
-        try:
-            self.loss = summed_loss
-            expected = self(row)
-            self.loss = loss
-            found = self(row)
-        except (AttributeError, TypeError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
-        same = torch.isclose(found, expected, rtol=tolerance, equal_nan=True)
-        return "" if same else f"{found.item():.6g} for {expected.item():.6g}"

@@ -18,6 +18,7 @@ from branchmerge.errors import UserError
 from branchmerge.student import ranks
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.optim import make_optimizer
+from branchmerge.student.trials import check_apart, choose_loss
 
 
 class Student(LightningModule):
@@ -41,7 +42,7 @@ class Student(LightningModule):
         Args:
             max_skipped: steps in a row without a finite gradient that are left out before training stops.
             spread: shards the model over all processes and loads its weights; None: it is on one device, loaded.
-            compute: dtype of a sharded model's matrix products
+            compute: dtype of the matrix products
             fused_loss: by liger-kernel, where it gives the same
         """
         super().__init__()
@@ -72,7 +73,9 @@ class Student(LightningModule):
             self._spread = None
 
     def on_fit_start(self) -> None:
-        self.packed.choose_loss(self._compute, self._fused_loss)
+        with self.trainer.precision_plugin.val_step_context():
+            check_apart(self.packed, self._compute)
+            choose_loss(self.packed, self._compute, self._fused_loss)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """This row's summed loss over the learned tokens of the whole step.

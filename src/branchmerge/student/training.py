@@ -1,7 +1,8 @@
 """Train one branch: what train.py calls."""
 
 import logging
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def train(config: TrainConfig) -> Path:
     _check_processes(config)
     rows = read_branch(config)
     start = ranks.by_first(lambda: backbone.locate(config, config.domain.name))
-    backbone.check_heads(backbone.read_config(start), config.trainer.context_parallel)
+    shape = backbone.read_config(start)
+    backbone.check_heads(shape, config.trainer.context_parallel)
+    backbone.check_chunks(shape, config.data.seq_len)
     precision = _precision(config.trainer.precision, device)
     folder = _folder(config)
     planned = _plan_manifest(config, start, precision)
@@ -110,10 +113,11 @@ def _fit(
     if begin is not None:
         ranks.say(f"{begin.folder}: going on after step {begin.step} of {steps}")
     shared = config.trainer.context_parallel
-    attn = attention.implementation(config.backbone.attn, device, shared > 1)
+    compute = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    attn = attention.implementation(config.backbone.attn, device, compute, shared > 1)
     context = ContextGroup.join(shared)
     share, shares = rows_of(context)
-    student = _student(config, start, precision, attn, steps, context)
+    student = _student(config, start, compute, attn, steps, context)
     logs = _logs(config)
     resume = Resume(saved, config.trainer.checkpoint, begin)
     trainer = Trainer(
@@ -148,20 +152,19 @@ def _fit(
 
 
 def _student(
-    config: TrainConfig, start: Path, precision: str, attn: str, steps: int, context: ContextGroup | None
+    config: TrainConfig, start: Path, compute: torch.dtype, attn: str, steps: int, context: ContextGroup | None
 ) -> Student:
     """The student, with its weights where one device holds it, else still without."""
-    trainer, spread, compute = config.trainer, None, torch.float32
+    trainer, spread = config.trainer, None
+    with _attention_that_packs(start):
+        model = empty_model(start, attn) if trainer.sharded else backbone.load_model(start, torch.float32, attn)
     if trainer.sharded:
-        compute = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
         sharding = Sharding(compute, trainer.replicate, trainer.cpu_offload)
-        model = empty_model(start, attn)
 
         def spread(packed: PackedLoss, device: torch.device) -> None:
             shard(packed, model, sharding, sharding.mesh(device.type, ranks.world()))
             load_weights(model, start, torch.device("cpu") if sharding.cpu_offload else device)
-    else:
-        model = backbone.load_model(start, torch.float32, attn)
+
     if trainer.activation_checkpointing:
         model.gradient_checkpointing_enable()
     if trainer.compile:
@@ -171,6 +174,20 @@ def _student(
     fused = config.backbone.loss == "liger"
     packed = PackedLoss(model, context, trainer.compile)
     return Student(packed, config.optim, steps, trainer.max_skipped_steps, spread, compute, fused)
+
+
+@contextmanager
+def _attention_that_packs(start: Path) -> Iterator[None]:
+    """Some models' attention takes no function from outside, so it would not know where documents end."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        if "attention implementation" in str(error) or attention.PACKED_SDPA in str(error):
+            raise UserError(
+                f"{start}: this kind of model cannot train on packed rows, as transformers lets nobody give it an"
+                " attention that knows where documents end; take another kind of model"
+            ) from error
+        raise
 
 
 def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[str, Any]:

@@ -1,0 +1,145 @@
+"""What is tried on a few tokens before training: that documents of a row stay apart; which way to the loss is right.
+
+There are hundreds of kinds of models. Some mix tokens elsewhere than in attention, some scale, cap or shift their
+logits; tried, none of them needs to be known here. All processes of a sharded student do this together.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from branchmerge.data.batch import Batch, make_batch
+from branchmerge.data.template import Document
+from branchmerge.errors import UserError
+from branchmerge.student import liger_loss, ranks
+from branchmerge.student.loss import Loss, PackedLoss, fused_loss, inputs, summed_loss
+
+TOKENS = 16
+"""Of a document"""
+LOUD = 100.0
+"""A final hidden state so much larger has logits beyond any cap."""
+
+
+def check_apart(packed: PackedLoss, compute: torch.dtype = torch.float32) -> None:
+    """Refuse a model in which a document of a packed row depends on the one before it.
+
+    The same document comes after two different ones. Layers that mix tokens by a convolution or a state, and know no
+    `cu_seq_lens`, would train without an error, and wrongly.
+
+    Raises:
+        UserError: with the relative difference of the hidden states
+    """
+    after = [_through(packed, _second_document, _row(packed, first, 3)) for first in (1, 2)]
+    off = float(((after[0] - after[1]).norm(dim=-1) / after[1].norm(dim=-1)).mean()) if after[0].numel() else 0.0
+    off = max(ranks.from_all(off))
+    if off > _tolerance(compute):
+        raise UserError(
+            f"{type(packed.model).__name__}: in a packed row a document sees the one before it (its hidden states"
+            f" change by {off:.2g}), as layers without attention do; take a model that mixes tokens by attention alone"
+        )
+
+
+def choose_loss(packed: PackedLoss, compute: torch.dtype = torch.float32, fused: bool = False) -> None:
+    """Take the chunked loss where it gives this model's loss, else `summed_loss`, with a warning.
+
+    Args:
+        compute: dtype of the matrix products, which says how near the two can be.
+        fused: take `fused_loss` where it gives the same as the chunked one, else warn.
+    """
+    tolerance = _tolerance(compute)
+    why = _bias(packed.model) or _difference(packed, packed.chunked, tolerance)
+    why_not_fused = _why_not_fused(packed, compute, tolerance) if fused and not why else ""
+    packed.loss = summed_loss if why else fused_loss if fused and not why_not_fused else packed.chunked
+    if why:
+        _warn(
+            f"{type(packed.model).__name__}: its output head is not a plain matrix ({why}); the loss takes the logits"
+            " of all learned tokens at once, which needs more memory"
+        )
+    elif why_not_fused:
+        _warn(f"backbone.loss=liger: {why_not_fused}; the chunked loss is taken")
+
+
+def _warn(text: str) -> None:
+    if ranks.is_first():
+        warnings.warn(text, stacklevel=3)
+
+
+def _tolerance(compute: torch.dtype) -> float:
+    return 1e-3 if compute == torch.float32 else 2e-2
+
+
+def _bias(model: PreTrainedModel) -> str:
+    """What of the head is more than a matrix though nothing of it shows while it is zero."""
+    return "" if getattr(model.get_output_embeddings(), "bias", None) is None else "it has a bias"
+
+
+def _why_not_fused(packed: PackedLoss, compute: torch.dtype, tolerance: float) -> str:
+    config = packed.model.config.get_text_config()
+    device = packed.model.device
+    why = liger_loss.why_not(config.hidden_size, config.vocab_size, device, compute, tolerance)
+    return why or _difference(packed, fused_loss, tolerance)
+
+
+def _difference(packed: PackedLoss, loss: Loss, tolerance: float) -> str:
+    """In what a loss differs from `summed_loss`, at the model's logits and at large ones; empty where it does not."""
+    row = _row(packed, 1)
+    for factor in (1.0, LOUD):
+        with _amplified(packed.model, factor):
+            expected = _through(packed, summed_loss, row)
+            try:
+                found = _through(packed, loss, row)
+            except (AttributeError, TypeError, RuntimeError) as error:
+                return f"{type(error).__name__}: {error}"
+        if not torch.isclose(found, expected, rtol=tolerance, equal_nan=True):
+            return f"{found.item():.6g} for {expected.item():.6g}"
+    return ""
+
+
+@contextmanager
+def _amplified(model: PreTrainedModel, factor: float) -> Iterator[None]:
+    """What goes into the output head, times a factor."""
+
+    def louder(_: nn.Module, __: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * factor
+        return output
+
+    hook = model.base_model.register_forward_hook(louder)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _through(packed: PackedLoss, function: Loss, row: Batch) -> Tensor:
+    """A function of model and row, called as the loss is: a sharded model is whole only there."""
+    modes, loss = {part: part.training for part in packed.modules()}, packed.loss
+    packed.eval()
+    packed.loss = function
+    try:
+        with torch.no_grad():
+            return packed(row)
+    finally:
+        packed.loss = loss
+        for part, training in modes.items():
+            part.training = training
+
+
+def _second_document(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Hidden states of those of its tokens that are on this device: [up to TOKENS, hidden size]."""
+    hidden: Tensor = model.base_model(**inputs(batch)).last_hidden_state[0]
+    begin = sum(batch.parts.tokens[: batch.parts.rank]) if batch.parts else 0
+    return hidden[max(0, TOKENS - begin) :].float()
+
+
+def _row(packed: PackedLoss, *seeds: int) -> Batch:
+    """Documents of TOKENS tokens, one for each seed."""
+    vocabulary = int(packed.model.config.get_text_config().vocab_size)
+    documents = [
+        Document("trial", tuple((torch.arange(TOKENS) * 31 * seed % vocabulary).tolist()), 1) for seed in seeds
+    ]
+    return make_batch(documents, len(seeds) * (TOKENS - 1)).to(packed.model.device)

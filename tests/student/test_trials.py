@@ -1,0 +1,102 @@
+"""What is tried before training: documents of a row that see each other, and heads that are more than a matrix."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from branches import branch
+from conftest import make_student
+
+from branchmerge.errors import UserError
+from branchmerge.student import attention
+from branchmerge.student.backbone import load_model
+from branchmerge.student.loss import PackedLoss, chunked_loss, summed_loss
+from branchmerge.student.training import train
+from branchmerge.student.trials import check_apart, choose_loss
+
+PRECISIONS = pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+MATRICES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "mixtral", "gpt2")
+LEAKING: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": {},
+    "falcon_h1": {},
+}
+
+
+def packed(folder: Path, model_type: str, **changes: Any) -> PackedLoss:
+    student = make_student(folder / model_type, model_type=model_type, **changes)
+    return PackedLoss(load_model(student, torch.float32, attention.PACKED_SDPA))
+
+
+def tried(student: PackedLoss, compute: torch.dtype) -> list[str]:
+    """Both trials in a precision; the warnings."""
+    with (
+        warnings.catch_warnings(record=True) as told,
+        torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16),
+    ):
+        warnings.simplefilter("always")
+        check_apart(student, compute)
+        choose_loss(student, compute)
+    return [str(warning.message) for warning in told if "head" in str(warning.message)]
+
+
+@PRECISIONS
+@pytest.mark.parametrize("model_type", MATRICES)
+def test_the_chunked_loss_is_taken_where_the_head_is_a_matrix(
+    model_type: str, compute: torch.dtype, tmp_path: Path
+) -> None:
+    student = packed(tmp_path, model_type, **({"head_dim": 8} if model_type == "gemma3_text" else {}))
+    student.train()
+    assert tried(student, compute) == []
+    assert student.loss is chunked_loss and student.model.training
+
+
+@PRECISIONS
+@pytest.mark.parametrize(
+    ("model_type", "changes", "why"),
+    [
+        ("granite", {"logits_scaling": 8.0}, " for "),
+        ("cohere", {}, " for "),
+        ("gemma2", {"head_dim": 8}, " for "),  # caps logits at 30, far above those of this model
+        ("phi", {}, "it has a bias"),  # which is zero as yet
+    ],
+)
+def test_other_heads_keep_the_whole_logits(
+    model_type: str, changes: dict[str, Any], why: str, compute: torch.dtype, tmp_path: Path
+) -> None:
+    student = packed(tmp_path, model_type, **changes)
+    (told,) = tried(student, compute)
+    assert "its output head is not a plain matrix" in told and why in told
+    assert student.loss is summed_loss
+
+
+@PRECISIONS
+@pytest.mark.parametrize("model_type", LEAKING)
+def test_models_in_which_documents_see_each_other_are_refused(
+    model_type: str, compute: torch.dtype, tmp_path: Path
+) -> None:
+    student = packed(tmp_path, model_type, **LEAKING[model_type])
+    with pytest.raises(UserError, match="in a packed row a document sees the one before it"):
+        tried(student, compute)
+
+
+def test_weights_that_are_no_numbers_are_the_first_steps_affair(tmp_path: Path) -> None:
+    student = packed(tmp_path, "llama")
+    with torch.no_grad():
+        student.model.base_model.norm.weight.fill_(torch.nan)
+    assert tried(student, torch.float32) == []
+
+
+def test_a_branch_of_such_a_model_never_starts(tmp_path: Path) -> None:
+    folder = make_student(tmp_path / "lfm2", model_type="lfm2", **LEAKING["lfm2"])
+    with pytest.raises(UserError, match="Lfm2ForCausalLM: in a packed row a document sees the one before it"):
+        train(branch(folder, tmp_path, "domain=math"))
+    assert not (tmp_path / "tiny" / "experts" / "math").exists()
+
+
+def test_a_model_whose_attention_cannot_be_replaced_is_refused_in_a_line(tmp_path: Path) -> None:
+    folder = make_student(tmp_path / "gpt_oss", model_type="gpt_oss")
+    with pytest.raises(UserError, match="gpt_oss: this kind of model cannot train on packed rows"):
+        train(branch(folder, tmp_path, "domain=math"))
