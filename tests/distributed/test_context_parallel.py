@@ -18,7 +18,7 @@ SHAPES = {
     "llama": {}, "gemma2": {"head_dim": 16, "sliding_window": 24}, "mistral": {"sliding_window": 24},
     "qwen2": {"num_key_value_heads": 4, "tie_word_embeddings": False},
 }  # fmt: skip
-WATCHED = ("data.validation_rows=7", "trainer.validate_every_n_steps=2")
+WATCHED = ("data.validation_rows=7", "trainer.validate_every_n_steps=2", "trainer.sample_every_n_steps=2")
 MIXED = ("trainer.precision=bf16-mixed", "export_dtype=float32")
 WAYS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     **{kind: (kind, 2, PAIRS) for kind in SHAPES},

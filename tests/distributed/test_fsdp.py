@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,10 +19,12 @@ from conftest import make_student
 from spreading import COMPARED, FSDP, alone, assert_equal_to, run_groups, weights, wish
 from transformers import AutoModelForCausalLM
 
+from branchmerge.data.batch import Batch, supervised_tokens
 from branchmerge.data.datamodule import PackedRows, prepare
 from branchmerge.errors import UserError
 from branchmerge.student.backbone import load_tokenizer
 from branchmerge.student.launch import Branch, launch
+from branchmerge.student.module import Student
 from branchmerge.study import read_manifest, weights_sha256
 from branchmerge.trajectories.sources import read_branch
 
@@ -38,17 +41,19 @@ WAYS = {
 WATCHED = (*SETTINGS, "optim.global_batch=2", "optim.max_steps=4", "data.validation_rows=7",
            "trainer.validate_every_n_steps=2", "trainer.sample_every_n_steps=2")  # fmt: skip
 UNWATCHED = WATCHED[:-2]
+BF16 = "trainer.precision=bf16-mixed"
 PRECISE = (*SETTINGS, BATCH, "optim.lr=1e-5", "export_dtype=float32")
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Trajectories whose answers are very short and very long by turns: steps of skewed shares."""
+    """Long questions with an answer of a word, and short ones with long answers: packed rows of skewed shares."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with path.open("w") as file:
         for i in range(36):
-            answer = "yes" if i % 3 else " ".join(f"word{j}" for j in range(10 + i))
-            turns = [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": answer}]
+            long = " ".join(f"word{j}" for j in range(10 + i))
+            question, answer = (f"question {i} {long} {long}", "yes") if i % 3 else (f"question {i}", long)
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"id": f"row-{i}", "messages": turns}) + "\n")
     return f"data.path={path}"
 
@@ -79,12 +84,12 @@ def spread(
     groups["torchrun", 2] |= {
         **{folder / name: (*SETTINGS, rows, BATCH, f"backbone.path={untied}", *way) for name, way in WAYS.items()},
         **{folder / kind: (*SETTINGS, rows, BATCH, f"backbone.path={kinds[kind]}") for kind in KINDS},
-        folder / "bf16": (*PRECISE, rows, "trainer.precision=bf16-mixed"), folder / "long": (*LONG, rows),
+        folder / "bf16": (*PRECISE, rows, BF16), folder / "long": (*LONG, rows),
         folder / "watched": WATCHED, folder / "unwatched": UNWATCHED,
     }  # fmt: skip
+    groups["torchrun", 1][folder / "bf16 of one"] = (*PRECISE, rows, BF16)
     groups["srun", 2] = {folder / "slurm": (*SETTINGS, rows, BATCH)}
-    said = run_groups(tiny_student, groups)
-    assert said.count("no samples of a model on several devices") == 1
+    run_groups(tiny_student, groups)
     return folder
 
 
@@ -95,6 +100,32 @@ def test_neither_processes_nor_accumulation_change_a_branch(
 ) -> None:
     alone(tiny_student, tmp_path, *SETTINGS, rows, f"optim.global_batch={processes * accumulation}")
     assert_equal_to(tmp_path, spread / f"{processes}x{accumulation}")
+
+
+def test_the_mean_of_means_would_fail_the_same_test(
+    tiny_student: Path, rows: str, spread: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Student.training_step
+
+    def naive(self: Student, batch: Batch, index: int) -> torch.Tensor:
+        of_its_own = batch.supervised * self.trainer.accumulate_grad_batches
+        return usual(self, replace(batch, supervised_in_step=of_its_own), index)
+
+    monkeypatch.setattr(Student, "training_step", naive)
+    alone(tiny_student, tmp_path, *SETTINGS, rows, BATCH)
+    with pytest.raises(AssertionError, match="loss"):
+        assert_equal_to(tmp_path, spread / "4x1")
+
+
+def test_rows_of_a_step_differ_by_a_factor_of_ten_in_learned_tokens(
+    tiny_student: Path, rows: str, tmp_path: Path
+) -> None:
+    settings = branch(tiny_student, tmp_path, *SETTINGS, rows, BATCH)
+    corpus = prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
+    learned = [
+        [sum(supervised_tokens(corpus.documents[i]) for i in row) for row in step if row] for step in corpus.plan.steps
+    ]
+    assert any(max(step) > 10 * min(step) for step in learned), learned
 
 
 def test_processes_that_slurm_started_find_each_other(
@@ -123,6 +154,9 @@ def test_weights_are_float32_where_products_are_bfloat16(
     tiny_student: Path, rows: str, spread: Path, tmp_path: Path
 ) -> None:
     before = AutoModelForCausalLM.from_pretrained(tiny_student, dtype=torch.float32).state_dict()
+    one, two = (metrics(spread / name, "math") for name in ("bf16 of one", "bf16"))
+    for name in ("loss", "grad_norm"):  # gradients that were summed in bfloat16 would be off by 1e-3
+        assert [float(row[name]) for row in two] == pytest.approx([float(row[name]) for row in one], rel=1e-5)
     moved = [(tensor != before[name]).flatten() for name, tensor in weights(spread / "bf16").items()]
     assert torch.cat(moved).float().mean() > 0.99
     alone(tiny_student, tmp_path, *PRECISE, rows)
@@ -139,6 +173,8 @@ def test_two_processes_validate_as_one_does_and_train_as_unwatched(
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == ["0", "2", "4"]
     for one, other in zip(ours, theirs, strict=True):
         assert [float(one[name]) for name in names] == pytest.approx([float(other[name]) for name in names], rel=1e-5)
+    samples = [(o / "tiny/logs/train/math/samples.jsonl").read_text() for o in (spread / "watched", tmp_path)]
+    assert samples[0] == samples[1] and [json.loads(line)["step"] for line in samples[0].splitlines()] == [0, 2, 4]
     watched, unwatched = ([r for r in metrics(spread / name, "math") if r["loss"]] for name in ("watched", "unwatched"))
     for one, other in zip(watched, unwatched, strict=True):
         assert [one[name] for name in ("loss", "grad_norm")] == [other[name] for name in ("loss", "grad_norm")]

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_student
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from branchmerge.student.backbone import load_model
 from branchmerge.student.export import export
 from branchmerge.student.sharding import empty_model
 
@@ -34,6 +36,19 @@ def test_an_expert_is_what_was_trained_rounded_to_bfloat16_in_shards(tied: bool,
     AutoTokenizer.from_pretrained(out)
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (out / name).read_bytes() == (backbone / name).read_bytes()
+
+
+@pytest.mark.parametrize(("model_type", "experts"), [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts")])
+def test_experts_of_a_layer_have_the_names_that_they_had(model_type: str, experts: str, tmp_path: Path) -> None:
+    """transformers joins them in memory; a merge needs all its checkpoints to have the same names."""
+    backbone = make_student(tmp_path / "backbone", model_type=model_type, **{experts: 4})
+    model = load_model(backbone, torch.float32)
+    out = tmp_path / "out"
+    out.mkdir()
+    export(model, backbone, out, torch.float32)
+    before, after = load_file(backbone / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys() and any("experts.3." in name for name in after)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma"])

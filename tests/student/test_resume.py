@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,10 +44,12 @@ def steps_saved(outputs: Path) -> list[int]:
     return sorted(int(folder.name.split("-")[1]) for folder in outputs.glob("tiny/checkpoints/*/step-*"))
 
 
-def started(student: Path, outputs: Path, *more: str) -> subprocess.Popen[str]:
+def started(
+    student: Path, outputs: Path, *more: str, program: tuple[str, ...] = ("train.py",)
+) -> subprocess.Popen[str]:
     """`python train.py` of the same branch, as a process of its own."""
     command = [
-        sys.executable, "train.py", "--config-dir", "tests/conf", "study=tiny", f"backbone.path={student}",
+        sys.executable, *program, "--config-dir", "tests/conf", "study=tiny", f"backbone.path={student}",
         "trainer=cpu", "trainer.precision=32-true", "trainer.progress=false", f"outputs={outputs}", *SETTINGS, *more,
     ]  # fmt: skip
     return subprocess.Popen(
@@ -86,6 +89,54 @@ def test_killed_in_the_middle_of_a_step(tiny_student: Path, uninterrupted: Path,
     assert manifest is not None and manifest.training["steps"] == len(curve(uninterrupted)) == 20
 
 
+DYING = """
+import os, runpy, signal, sys
+from branchmerge.student.module import Student
+
+usual = Student.training_step
+
+def dying(self, batch, index):
+    share = usual(self, batch, index)
+    if self.trainer.global_step == 5 and index % self.trainer.accumulate_grad_batches == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return share
+
+Student.training_step = dying
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_killed_between_the_rows_of_a_step_with_a_worker(
+    tiny_student: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The sixth step has the gradient of two of its three rows when the process goes."""
+    killed = started(tiny_student, tmp_path, "data.workers=1", program=("-c", DYING))
+    said = killed.communicate()[0]
+    assert killed.returncode == -signal.SIGKILL and steps_saved(tmp_path)[-1] == 4, said
+    again = started(tiny_student, tmp_path, "data.workers=1")
+    said = again.communicate()[0]
+    assert again.returncode == 0 and "going on after step 4 of 20" in said, said
+    assert_same_branch(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(("minutes", "expected"), [("1e-9", [1, 2]), ("1000", [])])
+def test_checkpoints_come_by_the_clock(
+    minutes: str, expected: list[int], tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    usual = CheckpointFolder.write
+
+    def write(self: CheckpointFolder, step: int, *given: Any) -> bool:
+        written.append(step)
+        return usual(self, step, *given)
+
+    monkeypatch.setattr(CheckpointFolder, "write", write)
+    clock = ("trainer.checkpoint.every_n_steps=null", f"trainer.checkpoint.every_n_minutes={minutes}")
+    train(branch(tiny_student, tmp_path, *SETTINGS, "optim.max_steps=3", *clock))
+    assert written == expected
+
+
 def test_told_to_end_it_saves_and_goes_on_later(tiny_student: Path, uninterrupted: Path, tmp_path: Path) -> None:
     never = "trainer.checkpoint.every_n_steps=1000"
     curve_file = tmp_path / "tiny" / "logs" / "train" / "math" / "metrics.csv"
@@ -110,7 +161,7 @@ def manifest(**work: object) -> Manifest:
 def folder_with(tmp_path: Path, *steps: int, keep_last: int = 3) -> CheckpointFolder:
     folder = CheckpointFolder(tmp_path, manifest(lr=1), keep_last)
     for step in steps:
-        assert folder.write(step, float(step), lambda partial, step=step: torch.save(step, partial / "state.pt"))  # type: ignore[misc]
+        assert folder.write(step, float(step), 0, lambda partial, step=step: torch.save(step, partial / "state.pt"))  # type: ignore[misc]
     return folder
 
 
@@ -143,7 +194,7 @@ def test_one_that_is_not_whole_is_passed_over(harm: str, tmp_path: Path, capsys:
     found = folder.newest()
     assert found is not None and found.step == 2
     assert f"warning: {last}: not whole" in capsys.readouterr().out
-    assert folder.write(4, 4.0, lambda partial: torch.save(4, partial / "state.pt"))
+    assert folder.write(4, 4.0, 0, lambda partial: torch.save(4, partial / "state.pt"))
     found = folder.newest()
     assert found is not None and found.step == 4
 
@@ -165,7 +216,7 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
             "torch.save": lambda partial: torch.save(model.weight, partial / "state.pt"),
             "shards": lambda partial: checkpoints.save_state(partial, model, optimizer),
         }[writer]
-        assert not folder.write(4, 4.0, fill)
+        assert not folder.write(4, 4.0, 0, fill)
         assert "no room for a checkpoint" in capsys.readouterr().out
         assert [path.name for path in folder.folder.iterdir()] == ["step-00000002"]
         found = folder.newest()
@@ -179,7 +230,7 @@ def test_another_error_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
         raise OSError(errno.EIO, "broken disk")
 
     with pytest.raises(OSError, match="broken disk"):
-        folder_with(tmp_path).write(2, 2.0, fail)
+        folder_with(tmp_path).write(2, 2.0, 0, fail)
 
 
 def test_weights_moments_and_generators_come_back(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ class Checkpoint:
     """Optimizer steps done"""
     seconds: float
     """Of training until then"""
+    skipped: int
+    """Steps among them without a finite gradient"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class _Record:
     step: int
     seconds: float
     sha256: dict[str, str]
+    skipped: int = 0
 
 
 class CheckpointFolder:
@@ -73,7 +76,7 @@ class CheckpointFolder:
             ranks.say(f"warning: {folder}: not whole ({why}); going on from the one before")
         return None
 
-    def write(self, step: int, seconds: float, save: Callable[[Path], None]) -> bool:
+    def write(self, step: int, seconds: float, skipped: int, save: Callable[[Path], None]) -> bool:
         """Have `save` fill a folder, and keep it as the checkpoint of a step; older ones are removed after that.
 
         Returns:
@@ -84,7 +87,7 @@ class CheckpointFolder:
         parts: list[Callable[[], Any]] = [
             lambda: self._make(partial),
             lambda: save(partial),
-            lambda: self._finish(partial, final, step, seconds),
+            lambda: self._finish(partial, final, step, seconds, skipped),
         ]
         for part in parts:
             failed = self._try(part)
@@ -120,14 +123,14 @@ class CheckpointFolder:
             shutil.rmtree(left)
         partial.mkdir(parents=True)
 
-    def _finish(self, partial: Path, final: Path, step: int, seconds: float) -> None:
+    def _finish(self, partial: Path, final: Path, step: int, seconds: float, skipped: int) -> None:
         """Fingerprint what was saved, each process a part of it, and give it its name."""
         files = _mine(sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()))
         digests = {name: file_sha256(partial / name) for name in files}
         _sync([partial / name for name in files])
         everyones = {name: digest for part in ranks.from_all(digests) for name, digest in part.items()}
         if ranks.is_first():
-            write_json(partial / DONE, asdict(_Record(step, seconds, everyones)))
+            write_json(partial / DONE, asdict(_Record(step, seconds, everyones, skipped)))
             _sync([partial / DONE, partial])
             if final.exists():  # one that was not whole
                 shutil.rmtree(final)
@@ -152,7 +155,7 @@ def _read(folder: Path) -> tuple[Checkpoint | None, str]:
     why = next(filter(None, ranks.from_all(why)), "")
     if why or record is None:
         return None, why
-    return Checkpoint(folder, record.step, record.seconds), ""
+    return Checkpoint(folder, record.step, record.seconds, record.skipped), ""
 
 
 def _mine(names: list[str]) -> list[str]:

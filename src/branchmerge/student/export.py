@@ -28,7 +28,7 @@ def export(
     from branchmerge.merge.checkpoint import TensorInfo, Writer
     from branchmerge.student import ranks
 
-    weights = weights_of(model)
+    weights = as_stored(model, weights_of(model))
     if not ranks.is_first():
         for tensor in weights.values():
             _whole(tensor)
@@ -54,6 +54,20 @@ def weights_of(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
             found[name] = parameter.detach()
     buffers = {name for name, _ in model.named_buffers()}
     return found | {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
+
+
+def as_stored(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """By the names of checkpoints, as merges and vLLM know them: what transformers joins in memory is apart."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, weights) if joins_weights(model) else weights
+
+
+def joins_weights(model: "PreTrainedModel") -> bool:
+    """Whether transformers makes weights of this kind of model of several in the checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _whole(tensor: "torch.Tensor") -> "torch.Tensor":

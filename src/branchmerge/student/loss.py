@@ -90,3 +90,17 @@ class PackedLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.loss(self.model, self.context.cut(batch) if self.context else batch)
+
+    def compute(self, function: Loss, batch: Batch, whole: bool = True) -> Tensor:
+        """Another function of model and row, where a sharded model is whole: in the forward pass of this module.
+
+        Args:
+            whole: every device has all of the row, also where it would share it
+        """
+        loss, context = self.loss, self.context
+        self.loss, self.context = function, None if whole else context
+        try:
+            result: Tensor = self(batch)
+        finally:
+            self.loss, self.context = loss, context
+        return result

@@ -54,6 +54,7 @@ class Student(LightningModule):
         self._compute = compute
         self._fused_loss = fused_loss
         self._skipped_in_a_row = 0
+        self.skipped = 0  # steps of the branch, those of earlier runs included
         self._since = 0.0
         self._begin_step()
 
@@ -113,6 +114,7 @@ class Student(LightningModule):
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
+        self.skipped += 1
         for parameter in self.parameters():
             parameter.grad = None  # the optimizer passes over it: neither weight nor moments change
         self._tell_of_skipping()
@@ -122,9 +124,8 @@ class Student(LightningModule):
         told = ranks.from_all((self._broken_rows, self._rows))
         rows = [row for broken, _ in told for row in broken] or [row for _, own in told for row in own]
         rows = list(dict.fromkeys(rows))  # devices that share a row all name it
-        named = ", ".join(rows[:5]) + (", ..." if len(rows) > 5 else "")
         (loss,) = ranks.summed(self._loss)
-        said = f"step {self.trainer.global_step}: loss {loss}, gradient {self._grad_norm} on the rows {named}"
+        said = f"step {self.trainer.global_step}: loss {loss}, gradient {self._grad_norm} on the rows {', '.join(rows)}"
         if self._skipped_in_a_row > self.max_skipped:
             raise UserError(f"{said}; lower optim.lr={self.optim.lr}, or look at these rows")
         ranks.say(f"warning: {said}; left out ({self._skipped_in_a_row} of {self.max_skipped} in a row)")

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from branchmerge.config import CheckpointConfig
 from branchmerge.student import ranks
 from branchmerge.student.checkpoints import Checkpoint, CheckpointFolder, load_state, save_state
+from branchmerge.student.module import Student
 
 
 class Resume(Callback):
@@ -38,6 +39,8 @@ class Resume(Callback):
         loop._batches_that_stepped = self.begin.step
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self.begin.step
         load_state(self.begin.folder, module, _optimizer(trainer))
+        assert isinstance(module, Student)
+        module.skipped = self.begin.skipped
         (scheduler,) = (config.scheduler for config in trainer.lr_scheduler_configs)
         scheduler.last_epoch = self.begin.step  # its learning rates came with the optimizer's state
 
@@ -73,8 +76,11 @@ class Resume(Callback):
         return by_step or (minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, Student)
         step = trainer.global_step
-        self.folder.write(step, self.seconds, lambda folder: save_state(folder, module, _optimizer(trainer)))
+        self.folder.write(
+            step, self.seconds, module.skipped, lambda folder: save_state(folder, module, _optimizer(trainer))
+        )
         self._saved, self._saved_at = step, time.monotonic()
 
 

@@ -1,6 +1,7 @@
 """What the student answers while it trains: one prompt, greedily, every so many steps, into samples.jsonl."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,7 @@ SAMPLES = "samples.jsonl"
 class Samples(BetweenSteps):
     """Writes {"step", "id", "text"} lines: before the first step, every `every` steps, and after the last one.
 
-    A run that goes on from a checkpoint keeps the lines of the steps before. A model that is spread over several
-    processes is not sampled.
+    A run that goes on from a checkpoint keeps the lines of the steps before.
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class Samples(BetweenSteps):
         self.path = folder / SAMPLES
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if ranks.world() > 1:
-            ranks.say(f"warning: trainer.sample_every_n_steps={self.every}: no samples of a model on several devices")
-        elif ranks.is_first():
+        if ranks.is_first():
             write_text(self.path, "".join(self._lines_before(trainer.global_step)))
 
     def between_steps(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         assert isinstance(module, Student)
-        if ranks.world() > 1 or not is_due(step, self.every, module.total_steps):
+        if not is_due(step, self.every, module.total_steps):
             return
         with untouched(trainer, module):
             answer = greedy(module, self.document, self.tokens, self.tokenizer.eos_token_id)
+        if not ranks.is_first():
+            return
         row = {"step": step, "id": self.document.id, "text": self.tokenizer.decode(answer)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -64,14 +64,18 @@ class Samples(BetweenSteps):
 
 
 def greedy(student: Student, document: Document, longest: int, end: int) -> list[int]:
-    """The likeliest token after a document's prompt, and so on; computed as in training, without a cache."""
+    """The likeliest token after a document's prompt, and so on; computed as in training, without a cache.
+
+    All processes of a sharded student do this together, and take the first one's tokens.
+    """
     prompt = document.tokens[: document.prompt_len]
     answer: list[int] = []
     while len(answer) < longest:
         tokens = (*prompt, *answer)
         batch = make_batch([Document(document.id, tokens, len(tokens))], 1).to(student.device)
         last = torch.tensor([len(tokens) - 1], device=student.device)
-        token = int(packed_logits(student.model, batch, last)[0].argmax())
+        logits = student.packed.compute(partial(packed_logits, positions=last), batch)
+        (token,) = ranks.from_first([int(logits[0].argmax())])
         if token == end:
             break
         answer.append(token)

@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 
 from branchmerge.data.batch import Batch
@@ -39,13 +40,18 @@ class StepRows(Callback):
         self._begin_step()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if self._in_work and isinstance(exception, Exception):
-            print(
-                f"rank {ranks.rank()} failed at step {trainer.global_step} on the rows {', '.join(self._in_work)}"
-                f" ({type(exception).__name__})",
-                file=sys.stderr,
-                flush=True,
-            )
+        if not self._in_work or not isinstance(exception, Exception):
+            return
+        at = f"rank {ranks.rank()} failed at step {trainer.global_step}"
+        rows = f"on the rows {', '.join(self._in_work)} ({type(exception).__name__})"
+        first_line, _, _ = str(exception).strip().partition("\n")
+        lost = f"as it could not reach another rank: {first_line}"
+        print(f"{at} {lost if _lost_another(exception) else rows}", file=sys.stderr, flush=True)
 
     def _begin_step(self) -> None:
         self._rows, self._tokens = 0, 0
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether it comes of another process's death; gloo tells that in a RuntimeError like any other."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -20,7 +20,7 @@ from branchmerge.student import attention, backbone, ranks
 from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.context_parallel import ContextGroup, rows_of
-from branchmerge.student.export import export
+from branchmerge.student.export import export, joins_weights
 from branchmerge.student.loggers import make_loggers
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
@@ -143,7 +143,8 @@ def _fit(
         raise KeyboardInterrupt
     last_loss = float(trainer.callback_metrics["loss"])
     facts = {
-        "steps": trainer.global_step, "tokens": corpus.tokens, "supervised_tokens": corpus.supervised,
+        "steps": trainer.global_step, "skipped_steps": student.skipped,
+        "tokens": corpus.tokens, "supervised_tokens": corpus.supervised,
         "seconds": round(seconds, 2), "tokens_per_second": round(corpus.tokens / seconds, 1), "last_loss": last_loss,
         "precision": precision, "attention": attn, "devices": ranks.from_all(machine.describe(device)),
         "logs": str(logs),
@@ -159,6 +160,11 @@ def _student(
     with _attention_that_packs(start):
         model = empty_model(start, attn) if trainer.sharded else backbone.load_model(start, torch.float32, attn)
     if trainer.sharded:
+        if joins_weights(model):
+            raise UserError(
+                f"{start}: {type(model).__name__} has weights that transformers makes of several it reads, so a"
+                " device cannot read its share alone; train it on one device (trainer.strategy=single)"
+            )
         sharding = Sharding(compute, trainer.replicate, trainer.cpu_offload)
 
         def spread(packed: PackedLoss, device: torch.device) -> None:

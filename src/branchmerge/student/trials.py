@@ -117,14 +117,12 @@ def _amplified(model: PreTrainedModel, factor: float) -> Iterator[None]:
 
 def _through(packed: PackedLoss, function: Loss, row: Batch) -> Tensor:
     """A function of model and row, called as the loss is: a sharded model is whole only there."""
-    modes, loss = {part: part.training for part in packed.modules()}, packed.loss
+    modes = {part: part.training for part in packed.modules()}
     packed.eval()
-    packed.loss = function
     try:
         with torch.no_grad():
-            return packed(row)
+            return packed.compute(function, row, whole=False)
     finally:
-        packed.loss = loss
         for part, training in modes.items():
             part.training = training
 

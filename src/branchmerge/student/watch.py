@@ -21,12 +21,13 @@ def watchers(config: TrainConfig, corpus: Corpus, start: Path, logs: Path) -> li
         start: the checkpoint that the branch starts from, for its tokenizer.
     """
     trainer = config.trainer
-    found: list[Callback] = [StepRows(config.data.seq_len)]
+    found: list[Callback] = []
     if corpus.held_out:
         found.append(Validation(corpus.held_out, config.data.seq_len, trainer.validate_every_n_steps))
     if trainer.sample_every_n_steps is not None:
         tokenizer = load_tokenizer(start)
         found.append(Samples(tokenizer, _sampled(corpus), trainer.sample_every_n_steps, trainer.sample_tokens, logs))
+    found.append(StepRows(config.data.seq_len))  # after those that look at the student between steps, on other rows
     if trainer.progress:
         found.append(StepProgress(config.domain.name))
     return found

@@ -1,0 +1,98 @@
+"""Branches side by side: which GPUs each of them sees."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from branches import branch
+
+from branchmerge import machine
+from branchmerge.errors import UserError
+from branchmerge.student.launch import Branch, launch
+
+PROGRAM = """
+import json, os, sys, time
+began = time.time()
+time.sleep(2)
+told = {"gpus": os.environ["CUDA_VISIBLE_DEVICES"], "began": began, "ended": time.time()}
+with open(f"{sys.argv[1]}/{sys.argv[2]}-{os.environ['RANK']}.json", "w") as file:
+    json.dump(told, file)
+"""
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch would tell of them; the processes that are started use none."""
+    monkeypatch.setattr(machine, "device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize("visible", ["", "4,5,6,7"])
+def test_members_side_by_side_see_gpus_of_their_own(
+    visible: str, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    more = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.gpus_per_job=2", "optim.global_batch=2")
+    members = ("math", "code", "science")
+    branches = [
+        Branch(branch(tiny_student, tmp_path, f"domain={name}", *more), str(program), [str(tmp_path), name])
+        for name in members
+    ]
+    launch(branches)
+    told = {name: [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)] for name in members}
+    pairs = {"4,5", "6,7"} if visible else {"0,1", "2,3"}
+    assert all(len({rank["gpus"] for rank in ranks}) == 1 for ranks in told.values())
+    spans = [
+        (ranks[0]["gpus"], max(r["began"] for r in ranks), min(r["ended"] for r in ranks)) for ranks in told.values()
+    ]
+    assert {gpus for gpus, _, _ in spans} == pairs
+    together = [
+        (one[0], other[0])
+        for i, one in enumerate(spans)
+        for other in spans[i + 1 :]
+        if one[1] < other[2] and other[1] < one[2]
+    ]
+    assert together and all(one != other for one, other in together)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_one_after_the_other_they_see_all(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    more = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.devices=1")
+    branches = [
+        Branch(branch(tiny_student, tmp_path, f"domain={name}", *more), str(program), [str(tmp_path), name])
+        for name in ("math", "code")
+    ]
+    began = time.time()
+    launch(branches)
+    first, second = (json.loads((tmp_path / f"{name}-0.json").read_text()) for name in ("math", "code"))
+    assert began < first["ended"] <= second["began"]
+    assert first["gpus"] == second["gpus"] == "0,1,2,3"
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_a_member_that_fails_is_named_after_the_others_have_run(tiny_student: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import sys\nsys.exit(3 if sys.argv[1] == 'math' else 0)")
+    more = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.devices=1")
+    branches = [
+        Branch(branch(tiny_student, tmp_path, f"domain={name}", *more), str(program), [name])
+        for name in ("math", "code")
+    ]
+    with pytest.raises(SystemExit, match="error: domain=math: a process of it ended with an error"):
+        launch(branches)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_more_than_there_are_is_told(tiny_student: Path, tmp_path: Path) -> None:
+    more = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.gpus_per_job=8", "optim.global_batch=8")
+    wanted = branch(tiny_student, tmp_path, "domain=math", *more)
+    with pytest.raises(UserError, match=r"trainer\.gpus_per_job=8: torch finds 4 CUDA devices here"):
+        launch([Branch(wanted, "train.py", [])])
