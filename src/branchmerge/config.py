@@ -211,8 +211,9 @@ class TrainerConfig:
     """fsdp: weights, gradients and moments lie in the CPU's memory: less of the GPU's, much slower."""
     compile: bool = False
     """torch.compile for every decoder layer and for the loss: a minute at the start, faster after it."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    activation_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, a third more time; null: where the student is spread
+    over devices."""
     max_skipped_steps: int = field(default=3, metadata=_at_least(0))
     """Steps in a row whose loss or gradient is not finite that are left out before training stops."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -221,11 +222,16 @@ class TrainerConfig:
     the last."""
     sample_every_n_steps: int | None = field(default=None, metadata=_at_least(1))
     """Optimizer steps from one answer of the student to one prompt to the next, in samples.jsonl beside the curve; null
-    for none. One device only."""
+    for none."""
     sample_tokens: int = field(default=64, metadata=_at_least(1))
     """Of such an answer, at most."""
     progress: bool = True
     """Tell step, loss, tokens/s and time left; a bar in a terminal, a line every half minute elsewhere."""
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again in the backward pass."""
+        return self.sharded if self.activation_checkpointing is None else self.activation_checkpointing
 
     @property
     def sharded(self) -> bool:

@@ -82,6 +82,8 @@ def test_rows_are_validated_on_together(students: dict[str, Path], shared: Path,
         )
         assert [step for step, _ in ours] == [step for step, _ in theirs] and len(ours) == 3
         assert [value for _, value in ours] == pytest.approx([value for _, value in theirs], rel=1e-5)
+    samples = [(o / "tiny/logs/train/math/samples.jsonl").read_text() for o in (shared / "watched", tmp_path)]
+    assert samples[0] == samples[1] and len(samples[0].splitlines()) == 3
 
 
 def test_products_may_be_bfloat16(students: dict[str, Path], rows: str, shared: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from branchmerge.errors import UserError
 from branchmerge.student.backbone import load_tokenizer
 from branchmerge.student.launch import Branch, launch
 from branchmerge.student.module import Student
+from branchmerge.student.training import train
 from branchmerge.study import read_manifest, weights_sha256
 from branchmerge.trajectories.sources import read_branch
 
@@ -289,6 +290,9 @@ def test_mistakes_are_told_before_any_process_starts(tiny_student: Path, tmp_pat
         branch(tiny_student, tmp_path, *FSDP, "trainer.devices=2", "optim.global_batch=3")
     with pytest.raises(UserError, match="weights kept in bfloat16 stand still"):
         branch(tiny_student, tmp_path, *FSDP, "trainer.precision=bf16-true")
+    experts = make_student(tmp_path / "mixtral", model_type="mixtral", num_local_experts=4)
+    with pytest.raises(UserError, match="MixtralForCausalLM has weights that transformers makes of several"):
+        train(branch(experts, tmp_path, *FSDP, "domain=math", "trainer.devices=1"))
     with pytest.raises(UserError, match="takes several devices"):
         branch(tiny_student, tmp_path, "trainer.strategy=single", "trainer.devices=2", "optim.global_batch=2")
     nodes = branch(tiny_student, tmp_path, *FSDP, "trainer.num_nodes=2", "optim.global_batch=2")

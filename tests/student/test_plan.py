@@ -224,8 +224,20 @@ def test_a_plan_that_does_not_fit_names_what_makes_it_fit(roomy: tuple[Path, Pla
     assert not tight.asked.fits
     changes = [advice.change for advice in tight.advice]
     assert "trainer.activation_checkpointing=true" in changes and "data.seq_len=128" in changes
+    assert "trainer.activation_checkpointing=true and optim.optimizer=adamw_8bit" not in changes  # one change will do
     assert all(advice.option.fits for advice in tight.advice)
     assert "DOES NOT FIT" in told(tight) and "What makes it fit:" in told(tight)
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_take_a_quarter(roomy: tuple[Path, Plan]) -> None:
+    outputs, plan = roomy
+    small = planned(outputs, "optim.optimizer=adamw_8bit").asked.memory
+    usual = plan.asked.memory
+    assert small.optimizer == pytest.approx(usual.optimizer * 2.03125 / 8, rel=1e-6)
+    assert small.total == usual.total - usual.optimizer + small.optimizer
+    size = (small.total + usual.total) / 2 / GIB
+    assert "optim.optimizer=adamw_8bit" in [a.change for a in planned(outputs, f"planning.card_gib={size}").advice]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from branchmerge.study import write_json
 
 KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits")
 SHARES = ("weights", "gradients", "optimizer")
+EIGHT_BIT = (1 + 4 / 256) / 4
+"""Bytes of torchao's 8-bit moments for one of float32's: a byte a number, and a float32 scale for 256 of them"""
 DECIDING = (
     "attention.py", "autocast.py", "chunked_loss.py", "context_parallel.py", "flops.py", "loss.py", "memory_log.py",
     "sharding.py", "simulation.py",
@@ -46,6 +48,8 @@ class Setting:
     """Activations are computed again in the backward pass."""
     bf16: bool = True
     """bfloat16 products; else float32"""
+    eight_bit: bool = False
+    """AdamW's moments in 8 bits; reckoned from the simulation of those in float32"""
     gpu: bool = True
     """Attention and the chunks of the loss as on a GPU; else as on a CPU"""
 
@@ -77,12 +81,20 @@ class Memory:
 
 def forecast(settings: Sequence[Setting], folder: Path) -> list[Memory]:
     """The memory of each setting; what is not in `folder` yet is simulated and put there."""
-    places = [folder / f"{_key(setting)}.json" for setting in settings]
-    missing = {place: setting for place, setting in zip(places, settings, strict=True) if not place.is_file()}
+    simulated = [replace(setting, eight_bit=False) for setting in settings]
+    places = [folder / f"{_key(setting)}.json" for setting in simulated]
+    missing = {place: setting for place, setting in zip(places, simulated, strict=True) if not place.is_file()}
     if missing:
         print(f"simulating {len(missing)} settings, half a minute in all or some; kept in {folder}", flush=True)
         _simulate(missing)
-    return [Memory(**json.loads(place.read_text())["memory"]) for place in places]
+    memories = [Memory(**json.loads(place.read_text())["memory"]) for place in places]
+    return [_in_8_bits(m) if setting.eight_bit else m for m, setting in zip(memories, settings, strict=True)]
+
+
+def _in_8_bits(memory: Memory) -> Memory:
+    """The moments are there throughout a step, so its peak stays where it is."""
+    shares = {**memory.shares, "optimizer": round(EIGHT_BIT * memory.shares["optimizer"])}
+    return replace(memory, optimizer=round(EIGHT_BIT * memory.optimizer), shares=shares)
 
 
 def _key(setting: Setting) -> str:

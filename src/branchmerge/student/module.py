@@ -132,7 +132,7 @@ class Student(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
         self._step_before = self.trainer.global_step
-        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])  # torchao's is a tensor that changes
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, _: int) -> None:
         """Log once per optimizer step."""

@@ -112,8 +112,9 @@ def _setting(config: TrainConfig, shape: dict[str, Any], world: int) -> Setting:
         replicate=trainer.replicate,
         context=trainer.context_parallel,
         cpu_offload=trainer.cpu_offload,
-        checkpointing=trainer.activation_checkpointing,
+        checkpointing=trainer.recomputes,
         bf16=trainer.precision == "bf16-mixed" or (trainer.precision == "auto" and gpu),
+        eight_bit=config.optim.optimizer == "adamw_8bit",
         gpu=gpu,
     )
 
@@ -128,8 +129,11 @@ def _on(setting: Setting, world: int, config: TrainConfig) -> Setting:
     replicate = setting.replicate if world % setting.replicate == 0 else 1
     context = setting.context if world % setting.context == 0 else 1
     sharded = world > 1 or setting.sharded
-    rows = _rows(config, world, context)
-    return replace(setting, world=world, rows=rows, replicate=replicate, context=context, sharded=sharded)
+    recomputed = setting.checkpointing or (sharded and config.trainer.activation_checkpointing is None)
+    return replace(
+        setting, world=world, rows=_rows(config, world, context), replicate=replicate, context=context,
+        sharded=sharded, checkpointing=recomputed,
+    )  # fmt: skip
 
 
 def _options(settings: Iterable[Setting], config: TrainConfig, work: Workload | None, folder: Path) -> list[Option]:
@@ -195,6 +199,8 @@ def _changes(
         knobs.append((lambda _: "trainer.activation_checkpointing=true", on))
     if base.sharded and not base.cpu_offload:
         knobs.append((lambda _: "trainer.cpu_offload=true", [replace(base, cpu_offload=True)]))
+    if not base.eight_bit and not base.cpu_offload:
+        knobs.append((lambda _: "optim.optimizer=adamw_8bit", [replace(base, eight_bit=True)]))
     shared = [
         replace(base, context=size, rows=_rows(config, base.world, size))
         for size in (2, 4, 8)
@@ -237,6 +243,8 @@ def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workloa
         )
     if asked.gpu:
         notes.append("activations are FlashAttention's: its result and a number for each head and token")
+    if asked.eight_bit:
+        notes.append("moments in 8 bits are reckoned from those in float32, not simulated")
     if config.trainer.compile:
         notes.append("trainer.compile is not simulated: it needs less memory than is told here")
     return notes

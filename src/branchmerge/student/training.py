@@ -171,7 +171,7 @@ def _student(
             shard(packed, model, sharding, sharding.mesh(device.type, ranks.world()))
             load_weights(model, start, torch.device("cpu") if sharding.cpu_offload else device)
 
-    if trainer.activation_checkpointing:
+    if trainer.recomputes:
         model.gradient_checkpointing_enable()
     if trainer.compile:
         for layer in layers(model):
