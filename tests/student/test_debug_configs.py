@@ -52,6 +52,17 @@ def test_the_command_line_outranks_a_debug_config(tiny_student: Path, tmp_path: 
     assert (settings.optim.max_steps, settings.out) == (7, "/elsewhere")
 
 
+def test_tensorboard_gets_the_curve(tiny_student: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(branch(tiny_student, tmp_path, "domain=math", "logger=tensorboard", "data.validation_rows=2"))
+    events = EventAccumulator(str(tmp_path / "tiny" / "logs" / "train" / "math" / "tensorboard"))
+    events.Reload()
+    losses = [float(row["loss"]) for row in metrics(tmp_path, "math") if row["loss"]]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+    assert {"lr", "grad_norm", "val_loss/code"} <= set(events.Tags()["scalars"])
+
+
 @pytest.mark.skipif(HAS_MLFLOW, reason="mlflow is installed")
 def test_mlflow_that_is_missing_is_one_line(tiny_student: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"logger=mlflow: mlflow is not installed; pip install 'branchmerge\[mlflow\]'"):
