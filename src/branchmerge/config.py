@@ -178,9 +178,9 @@ class OptimConfig:
 class CheckpointConfig:
     """When a branch in training is saved, so that a killed run goes on from there."""
 
-    every_n_steps: int | None = None
+    every_n_steps: int | None = field(default=None, metadata=_at_least(1))
     """Optimizer steps from one checkpoint to the next; null: minutes alone decide."""
-    every_n_minutes: float | None = 10.0
+    every_n_minutes: float | None = field(default=10.0, metadata=_at_least(0))
     """null: steps alone decide."""
     keep_last: int = field(default=2, metadata=_at_least(1))
     """The older ones are removed."""
@@ -258,9 +258,9 @@ class PlanningConfig:
     """The part of that which training reaches; activations computed again are not counted as work."""
     price: float = field(default=2.0, metadata=_at_least(0))
     """Of a GPU for an hour, in any currency."""
-    devices: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+    devices: list[int] = field(default_factory=lambda: [8, 16, 32, 64], metadata=_at_least(1))
     """Numbers of GPUs to compare."""
-    seq_lens: list[int] = field(default_factory=lambda: [4096, 8192, 16384, 32768])
+    seq_lens: list[int] = field(default_factory=lambda: [4096, 8192, 16384, 32768], metadata=_at_least(8))
     """Lengths of a packed row to compare."""
 
 
@@ -283,7 +283,7 @@ class CommonConfig:
 
     study: StudyConfig = field(default_factory=StudyConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    seed: int = 42
+    seed: int = field(default=42, metadata=_at_least(0))
     outputs: str = "outputs"
     """Folder that holds the folders of all studies."""
     out: str | None = None

@@ -1,12 +1,17 @@
 """From a composed configuration to a typed one: what types cannot say is refused here, in one line, before any work."""
 
+import json
+import math
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from branchmerge.config import CommonConfig, TrainConfig, TrainerConfig
+from branchmerge.config import CommonConfig, OptimConfig, TrainConfig, TrainerConfig
 from branchmerge.errors import UserError
+from branchmerge.study import MANIFEST
 
 Schema = TypeVar("Schema", bound=CommonConfig)
 WRONG_PRECISIONS = {
@@ -36,6 +41,19 @@ def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
     return config
 
 
+def check_packages(config: TrainConfig) -> None:
+    """Refuse settings that need a package which is not here."""
+    needed = {
+        f"logger={config.logger.kind}": (config.logger.kind, config.logger.kind in ("tensorboard", "mlflow")),
+        "optim.optimizer=adamw_8bit": ("torchao", config.optim.optimizer == "adamw_8bit"),
+    }
+    extras = {"torchao": "adamw-8bit"}
+    for setting, (package, wanted) in needed.items():
+        if wanted and find_spec(package) is None:
+            extra = extras.get(package, package)
+            raise UserError(f"{setting}: {package} is not installed; pip install 'branchmerge[{extra}]'")
+
+
 def check_trainer(trainer: TrainerConfig, global_batch: int) -> None:
     """Refuse a machine that cannot train so."""
     if not trainer.sharded:
@@ -62,7 +80,12 @@ def check_devices(trainer: TrainerConfig, devices: int, global_batch: int) -> No
 
 
 def check_groups(trainer: TrainerConfig, devices: int) -> None:
-    """Refuse a number of devices that cannot be cut into groups that share a row."""
+    """Refuse a number of devices that cannot be cut into groups that share a row, or into sets that hold a model."""
+    if devices % trainer.replicate:
+        raise UserError(
+            f"trainer.replicate={trainer.replicate}: {devices} devices cannot be cut into so many equal sets; use a"
+            f" multiple of {trainer.replicate}"
+        )
     shared = trainer.context_parallel
     if devices % shared:
         raise UserError(
@@ -102,8 +125,29 @@ def _check(node: Any, prefix: str) -> None:
             raise UserError(f"{name}={value}: {why}; use bf16-mixed or 32-true")
         if choices is not None and value not in choices:
             raise UserError(f"{name}={value}: choose one of {', '.join(choices)}")
-        if low is not None and not value >= low:
-            raise UserError(f"{name}={value}: must be at least {low}")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if low is not None and not number >= low:
+                raise UserError(f"{name}={value}: must be at least {low}")
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{name}={value}: must be a number that is not infinite")
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"optim.betas={list(optim.betas)}: give two numbers from 0 to below 1, such as [0.9,0.95]")
+    if optim.warmup_ratio > 1:
+        raise UserError(f"optim.warmup_ratio={optim.warmup_ratio}: a share of the steps, so at most 1")
+
+
+def _check_debug(out: Path) -> None:
+    """debug= replaces what earlier such runs made, and nothing else."""
+    try:
+        made = json.loads((out / MANIFEST).read_text())
+        by_debug = bool(made["config"].get("redo"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # nothing finished is there; whatever else is, is looked at later
+    if not by_debug:
+        raise UserError(f"out={out}: holds a finished result, which debug= would replace; give another out=")
 
 
 def _check_train(config: TrainConfig) -> None:
@@ -118,6 +162,9 @@ def _check_train(config: TrainConfig) -> None:
         raise UserError(f"backbone.attn={attn}: trainer.context_parallel={shared} takes torch's own; leave it out")
     if not config.plan:  # a plan tells of it and goes on
         check_trainer(config.trainer, config.optim.global_batch)
+    _check_optim(config.optim)
+    if config.redo and config.out is not None:
+        _check_debug(Path(config.out).expanduser())
     unknown = [part for part in config.domain.parts if part not in config.study.corpus]
     if unknown and config.data.path is None:
         known = ", ".join(config.study.corpus)

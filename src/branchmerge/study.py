@@ -28,8 +28,9 @@ from branchmerge.config import PROJECT, CommonConfig
 from branchmerge.errors import UserError
 
 MANIFEST = "manifest.json"
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors of a place that is full or not ours, in contrast to those of a broken disk."""
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+              errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)  # fmt: skip
+"""Errors of a place that is full, not ours or no folder, in contrast to those of a broken disk."""
 PACKAGES = ("branchmerge", "torch", "transformers", "lightning", "lm-eval", "math-verify", "safetensors", "datasets")
 
 
@@ -181,8 +182,8 @@ def remove_left_overs(folder: Path) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"{folder.parent}: cannot write {folder.name} there ({error.strerror}); make room on that disk, or give"
-        " another out="
+        f"{folder.parent}: cannot write {folder.name} there ({error.strerror}); make room or change permissions, or"
+        " give another out= or outputs="
     )
 
 

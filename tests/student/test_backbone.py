@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from branchmerge.errors import UserError
-from branchmerge.student.backbone import check_chunks, check_tokenizer, context_length, load_model, load_tokenizer
+from branchmerge.student.backbone import check_rows, check_tokenizer, context_length, load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -54,10 +54,10 @@ def test_the_context_is_the_configs(tiny_student: Path, tmp_path: Path) -> None:
 
 def test_rows_longer_than_the_chunks_of_an_attention_are_refused() -> None:
     for shape in ({"attention_chunk_size": 64}, {"text_config": {"attention_chunk_size": 64}}):
-        check_chunks(shape, 64)
+        check_rows(shape, 64)
         with pytest.raises(UserError, match=r"data\.seq_len=65: the model attends within chunks of 64.*seq_len=64"):
-            check_chunks(shape, 65)
-    check_chunks({"attention_chunk_size": None}, 65)
+            check_rows(shape, 65)
+    check_rows({"attention_chunk_size": None}, 65)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

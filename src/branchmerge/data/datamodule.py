@@ -15,6 +15,7 @@ from branchmerge.data.batch import Batch, make_batch, make_idle_batch, supervise
 from branchmerge.data.held_out import hold_out
 from branchmerge.data.packing import Plan, Row, Step, first_documents, make_plan
 from branchmerge.data.template import Document, tokenise
+from branchmerge.data.verdicts import Verdicts
 from branchmerge.errors import UserError
 from branchmerge.student import ranks
 from branchmerge.trajectories import sources
@@ -102,20 +103,23 @@ def prepare(
     rows: dict[str, list[Trajectory]],
     tokenizer: PreTrainedTokenizerBase,
     context: int | None = None,
+    verdicts: Verdicts | None = None,
 ) -> Corpus:
     """Select, tokenise and plan; every row that is not trained on is counted by reason.
 
     Args:
         context: longest document that the model takes, in tokens; None for no limit but the packed row's.
+        verdicts: of an earlier run, where there was one.
     """
+    verdicts = verdicts or Verdicts()
     longest = min(config.data.seq_len, context or config.data.seq_len)
     account = data_account(config)
-    held_out = hold_out(config, rows, tokenizer, longest)
+    held_out = hold_out(config, rows, tokenizer, longest, verdicts)
     documents: list[Document] = []
     progress = config.trainer.progress and ranks.is_first()
     for name, part in rows.items():
         trainable = held_out.removed_from(part)
-        selection = select(trainable, config.data.verify, progress)
+        selection = select(trainable, config.data.verify, progress, verdicts)
         if len(trainable) < len(part):
             selection.dropped["held_out"] = len(part) - len(trainable)
         entry = account["sources"][name]
@@ -129,6 +133,7 @@ def prepare(
             "truncated": cut, "unverified": selection.unverified,
         }  # fmt: skip
         documents += fitting
+    verdicts.keep()
     if not documents:
         dropped = {name: entry["dropped"] for name, entry in account["sources"].items()}
         raise UserError(

@@ -11,8 +11,10 @@ response are tokenised apart, as they are at generation time.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from branchmerge.errors import UserError
 from branchmerge.trajectories.schema import Message, Trajectory
 
 PREFILL = "<think>\n"
@@ -37,7 +39,21 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message])
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> Document:
-    """Token ids of one trajectory, ended by the end-of-sequence token."""
+    """Token ids of one trajectory, ended by the end-of-sequence token.
+
+    Raises:
+        UserError: the template refuses the conversation, or the text is none; it names the trajectory
+    """
+    try:
+        return _tokenise(tokenizer, trajectory)
+    except (TemplateError, TypeError) as error:
+        raise UserError(
+            f"{trajectory.id}: cannot be written by the backbone's chat template and tokenizer ({error}); mend or drop"
+            " that row, or take another backbone"
+        ) from error
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> Document:
     prompt = render_prompt(tokenizer, trajectory.prompt)
     response = trajectory.response
     if prompt.endswith(PREFILL):

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +106,9 @@ def check_checkpoint(folder: Path) -> None:
             why = f"only pickled ones ({pickled[0]}), which can run code; convert them where that does no harm"
             why += " (transformers: from_pretrained, then save_pretrained) and give that folder"
         raise UserError(f"{folder}: a checkpoint needs *.safetensors weights; this folder has {why}")
+    from branchmerge.merge.shards import weight_files  # which imports this module
+
+    weight_files(folder)
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
@@ -114,7 +119,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: its tokenizer has no end-of-sequence token, so a student could not learn to stop")
-    vocabulary = read_config(folder).get("vocab_size")
+    vocabulary = _of_text(read_config(folder)).get("vocab_size")
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise UserError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens, its model only {vocabulary}; they are of two models"
@@ -123,8 +128,17 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
 
 def context_length(folder: Path) -> int | None:
     """Longest document that the model was made for, in tokens; None where its config does not say."""
-    length: int | None = read_config(folder).get("max_position_embeddings")
-    return length
+    shape = _of_text(read_config(folder))
+    lengths = (
+        shape.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    )
+    return next((length for length in lengths if isinstance(length, int)), None)
+
+
+def _of_text(shape: dict[str, Any]) -> dict[str, Any]:
+    """Of a model that also sees, the config of the part that reads."""
+    text: dict[str, Any] = shape.get("text_config") or shape
+    return text
 
 
 def check_heads(shape: dict[str, Any], size: int) -> None:
@@ -142,13 +156,26 @@ def check_heads(shape: dict[str, Any], size: int) -> None:
         )
 
 
-def check_chunks(shape: dict[str, Any], seq_len: int) -> None:
-    """Refuse rows longer than the chunks that a model's attention is cut into (Llama 4): packed attention cuts none.
+def check_rows(shape: dict[str, Any], seq_len: int) -> None:
+    """Refuse rows whose length would change the documents in them.
+
+    That is of models whose attention is cut into chunks (Llama 4), as packed attention cuts none, and of those whose
+    rotary positions depend on the length of what they are given (dynamic, longrope).
 
     Args:
         shape: the model's config.json
     """
-    chunk = shape.get("text_config", shape).get("attention_chunk_size")
+    shape = _of_text(shape)
+    rope = shape.get("rope_parameters") or shape.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    usual = rope.get("original_max_position_embeddings") or shape.get("original_max_position_embeddings")
+    usual = usual or shape.get("max_position_embeddings")
+    if kind in ("dynamic", "longrope") and usual is not None and seq_len > usual:
+        raise UserError(
+            f"data.seq_len={seq_len}: the model's {kind} positions change in rows longer than {usual} tokens, also for"
+            f" the short documents in them; set data.seq_len={usual}"
+        )
+    chunk = shape.get("attention_chunk_size")
     if chunk is not None and seq_len > chunk:
         raise UserError(
             f"data.seq_len={seq_len}: the model attends within chunks of {chunk} tokens, and packed rows know only"
@@ -163,7 +190,7 @@ def can_share(shape: dict[str, Any], size: int) -> bool:
 
 def _heads(shape: dict[str, Any]) -> tuple[int | None, int | None]:
     """Of queries, and of keys and values; None where the model's config names them otherwise."""
-    shape = shape.get("text_config", shape)
+    shape = _of_text(shape)
     heads = shape.get("num_attention_heads")
     return heads, shape.get("num_key_value_heads") or heads
 
@@ -218,17 +245,51 @@ def _write_gguf(file: Path, out: Path) -> None:
 
 
 def load_model(folder: Path, dtype: "torch.dtype", attn: str = "sdpa") -> "PreTrainedModel":
-    """Load a causal LM onto the CPU."""
+    """Load a causal LM onto the CPU; raises UserError where the checkpoint lacks some of its weights."""
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn, use_safetensors=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attn, use_safetensors=True, output_loading_info=True
+    )
+    model, found = loaded
+    check_whole(folder, sorted(found["missing_keys"]))
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def check_whole(folder: Path, missing: list[str]) -> None:
+    """Refuse a checkpoint that lacks weights, which transformers would draw at random."""
+    if missing:
+        raise UserError(
+            f"{folder}: its files lack {len(missing)} of the model's weights, such as {missing[0]}; copy or download it"
+            " again"
+        )
+
+
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """What transformers says of a checkpoint that it cannot load, in a line."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of many libraries: missing and cut files, unknown kinds, other shapes
+        if "attention implementation" in str(error) or "packed_sdpa" in str(error):  # told by who asked for it
+            raise
+        raise UserError(
+            f"{folder}: transformers cannot load it ({type(error).__name__}: {_first_line(error)}); copy or download it"
+            " again, or choose another model"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with loading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
@@ -192,8 +193,9 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Put a checkpoint's weights, moments and generators in place."""
     weights, moments = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    # Partial: weights that no step reached (a vision tower's) have no moments in the file, and keep those of the start.
     with _quiet():
-        load(state, checkpoint_id=folder / STATE)
+        load(state, checkpoint_id=folder / STATE, planner=DefaultLoadPlanner(allow_partial_load=True))
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     mine = folder / GENERATORS.format(rank=ranks.rank())
     if not mine.is_file():  # fewer processes wrote it: these draw other numbers, where they draw any

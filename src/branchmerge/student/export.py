@@ -70,6 +70,24 @@ def joins_weights(model: "PreTrainedModel") -> bool:
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
+def check_finite(model: "PreTrainedModel", where: str) -> None:
+    """Raises UserError where a weight is no number; all processes of a sharded student call this together."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    from branchmerge.errors import UserError
+    from branchmerge.student import ranks
+
+    local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+    broken = [name for name, part in local.items() if not torch.isfinite(part.detach()).all()]
+    told = [name for names in ranks.from_all(broken) for name in names]
+    if told:
+        raise UserError(
+            f"{where} {len(set(told))} weights such as {told[0]} hold values that are no numbers, so this is no model;"
+            " nothing was published: lower optim.lr, or check backbone and rows"
+        )
+
+
 def _whole(tensor: "torch.Tensor") -> "torch.Tensor":
     """A weight put together from everyone's share."""
     from torch.distributed.tensor import DTensor

@@ -17,6 +17,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from branchmerge import machine
+from branchmerge.cli import SHOW
 from branchmerge.config import TrainConfig
 from branchmerge.errors import UserError
 from branchmerge.student import ranks
@@ -129,6 +130,7 @@ class _Running:
         threads = max(1, machine.cores() // processes)
         environment = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_END)}
         environment |= os.environ
+        environment["HYDRA_FULL_ERROR"] = os.environ.get(SHOW, os.environ.get("HYDRA_FULL_ERROR", "0"))
         if place is not None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(

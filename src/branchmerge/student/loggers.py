@@ -9,6 +9,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from branchmerge.config import TrainConfig
 from branchmerge.errors import UserError
+from branchmerge.student import ranks
+from branchmerge.study import UNWRITABLE
 
 METRICS = "metrics.csv"
 
@@ -21,7 +23,7 @@ def make_loggers(config: TrainConfig, folder: Path, first_step: int = 0) -> list
     """
     kept = _rows_before(folder / METRICS, first_step)
     (folder / METRICS).unlink(missing_ok=True)
-    curve = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    curve = _Curve(folder, name="", version="", flush_logs_every_n_steps=1)
     for row in kept:
         curve.log_metrics({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
     loggers: list[Logger] = [curve]
@@ -32,6 +34,26 @@ def make_loggers(config: TrainConfig, folder: Path, first_step: int = 0) -> list
     elif config.logger.kind == "mlflow":
         loggers.append(_mlflow(config, folder))
     return loggers
+
+
+class _Curve(CSVLogger):
+    """A full disk does not end a training: the rows wait in memory until there is room."""
+
+    _told = False
+
+    def save(self) -> None:
+        path = Path(self.log_dir) / METRICS
+        size = path.stat().st_size if path.is_file() else 0
+        try:
+            super().save()
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            if path.is_file():
+                os.truncate(path, size)  # no half of a row
+            if not self._told:
+                ranks.say(f"warning: {path}: cannot be written ({error.strerror}); training goes on")
+            self._told = True
 
 
 def _rows_before(path: Path, step: int) -> list[dict[str, float]]:

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 PREEMPTED = 128 + signal.SIGTERM
 """Exit status of a training that was told to end and did so in good order."""
+INTERACTIVE = ("bash", "interactive")
+"""Names that Slurm gives to jobs of a shell, as Lightning takes them."""
 PATIENCE = timedelta(minutes=30)
 """How long the others wait for the first process, which writes and reads what they do not."""
 
@@ -30,9 +32,11 @@ PATIENCE = timedelta(minutes=30)
 def is_one_of_several() -> bool:
     """Whether torchrun or srun started this process.
 
-    Only srun sets the step: a script that sbatch runs is alone, whatever the job has room for.
+    Only srun sets the step: a script that sbatch runs is alone, whatever the job has room for; so is what is typed into
+    an interactive step.
     """
-    return dist.is_torchelastic_launched() or "SLURM_STEP_ID" in os.environ
+    by_srun = "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE
+    return dist.is_torchelastic_launched() or by_srun
 
 
 def environment() -> "ClusterEnvironment | None":

@@ -27,12 +27,16 @@ class Resume(Callback):
         self.config = config
         self.begin = begin
         self._saved = begin.step if begin else 0
+        self._former: dict[int, Any] = {}
         self._told_to_end = threading.Event()
+        self._signal: int = signal.SIGTERM
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._started = self._saved_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            self._former = signal.signal(signal.SIGTERM, self._take_note)
+            self._former = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._take_note)}
+            if ranks.world() == 1:  # of several, whoever started them is told too, and tells them in its way
+                self._former[signal.SIGINT] = signal.signal(signal.SIGINT, self._take_note)
         if self.begin is None:
             return
         loop = trainer.fit_loop.epoch_loop
@@ -56,11 +60,12 @@ class Resume(Callback):
                 f"told to end after step {trainer.global_step} of {self.folder.folder.name}; run the same command again"
                 " to go on"
             )
-            raise SystemExit(ranks.PREEMPTED)
+            raise SystemExit(128 + self._signal)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if hasattr(self, "_former"):
-            signal.signal(signal.SIGTERM, self._former)
+        if self._former:
+            for number, former in self._former.items():
+                signal.signal(number, former)
 
     @property
     def seconds(self) -> float:
@@ -68,7 +73,12 @@ class Resume(Callback):
         return (self.begin.seconds if self.begin else 0.0) + time.monotonic() - self._started
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
+        """The step is finished and saved first; whoever presses Ctrl-C twice does not want to wait for that."""
+        self._signal = number
         self._told_to_end.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._former[signal.SIGINT])
+            print("\ninterrupted: ending after this step; once more to end at once", flush=True)
 
     def _is_due(self, step: int) -> bool:
         every, minutes = self.config.every_n_steps, self.config.every_n_minutes

@@ -4,6 +4,7 @@ Every device holds its share of the float32 weights, gradients and moments; a la
 where it is needed and let go after it. Gradients are summed in float32.
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from branchmerge.errors import UserError
+from branchmerge.merge.shards import weight_files
+from branchmerge.student.backbone import check_whole
 from branchmerge.student.export import weights_of
 
 
@@ -66,12 +69,14 @@ def empty_model(folder: Path, attn: str) -> PreTrainedModel:
 
 
 def layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal LM."""
+    """The decoder layers of a causal LM; of one that also sees, those of its language model."""
     base = getattr(model, "base_model", model)
-    for part in (base, *base.modules()):
-        found = getattr(part, "layers", None)
-        if isinstance(found, nn.ModuleList):
-            return found
+    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    for part in (decoder or base, *base.modules()):
+        for name in ("layers", "h"):  # "h": GPT-2 and its like
+            found = getattr(part, name, None)
+            if isinstance(found, nn.ModuleList):
+                return found
     raise UserError(f"{type(model).__name__} has no list of decoder layers, so it cannot be sharded by layer")
 
 
@@ -101,4 +106,10 @@ def give_memory(model: PreTrainedModel, device: torch.device) -> None:
 def load_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
     """Give a sharded, empty model its memory and the checkpoint's weights; each process reads its shares only."""
     give_memory(model, device)
-    load(dict(weights_of(model)), storage_reader=HuggingFaceStorageReader(str(folder)))
+    weights = dict(weights_of(model))
+    with tempfile.TemporaryDirectory() as only:  # the reader takes every file that it finds, left-overs too
+        for path in weight_files(folder):
+            (Path(only) / path.name).symlink_to(path.resolve())
+        reader = HuggingFaceStorageReader(only)
+        check_whole(folder, sorted(weights.keys() - reader.read_metadata().state_dict_metadata.keys()))
+        load(weights, storage_reader=reader)

@@ -12,15 +12,16 @@ from lightning import Trainer, seed_everything
 
 from branchmerge import machine
 from branchmerge.config import TrainConfig
-from branchmerge.config_checks import check_devices
+from branchmerge.config_checks import check_devices, check_packages
 from branchmerge.data import held_out
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account, prepare
+from branchmerge.data.verdicts import Verdicts
 from branchmerge.errors import UserError
 from branchmerge.student import attention, backbone, ranks
 from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.context_parallel import ContextGroup, rows_of
-from branchmerge.student.export import export, joins_weights
+from branchmerge.student.export import check_finite, export, joins_weights
 from branchmerge.student.loggers import make_loggers
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
@@ -40,6 +41,7 @@ def train(config: TrainConfig) -> Path:
     Returns:
         The folder of the expert (or of the backbone, for domain=warmup).
     """
+    check_packages(config)
     device = _device(config)
     ranks.join(device)
     _check_processes(config)
@@ -47,7 +49,7 @@ def train(config: TrainConfig) -> Path:
     start = ranks.by_first(lambda: backbone.locate(config, config.domain.name))
     shape = backbone.read_config(start)
     backbone.check_heads(shape, config.trainer.context_parallel)
-    backbone.check_chunks(shape, config.data.seq_len)
+    backbone.check_rows(shape, config.data.seq_len)
     precision = _precision(config.trainer.precision, device)
     folder = _folder(config)
     planned = _plan_manifest(config, start, precision)
@@ -60,14 +62,16 @@ def train(config: TrainConfig) -> Path:
         ranks.say(f"{folder}: training domain {config.domain.name} from {start}")
         tokenizer = backbone.load_tokenizer(start)
         backbone.check_tokenizer(tokenizer, start)
-        corpus = prepare(config, rows, tokenizer, backbone.context_length(start))
+        saved = CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
+        verdicts = Verdicts(saved.folder / "verdicts.json")
+        corpus = prepare(config, rows, tokenizer, backbone.context_length(start), verdicts)
         if ranks.is_first():
             _tell(corpus)
-        saved = CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
         with publish(folder, planned) if ranks.is_first() else nullcontext(folder) as partial:
             student, facts = _fit(config, start, device, precision, corpus, saved)
             planned.data = corpus.account
             planned.training = facts
+            check_finite(student.model, f"{folder}: after training")
             export(student.model, start, partial, getattr(torch, config.export_dtype))
         saved.remove()
     ranks.wait()  # until it is published
@@ -157,13 +161,13 @@ def _student(
 ) -> Student:
     """The student, with its weights where one device holds it, else still without."""
     trainer, spread = config.trainer, None
-    with _attention_that_packs(start):
+    with _attention_that_packs(start), backbone.loading(start):
         model = empty_model(start, attn) if trainer.sharded else backbone.load_model(start, torch.float32, attn)
     if trainer.sharded:
         if joins_weights(model):
             raise UserError(
-                f"{start}: {type(model).__name__} has weights that transformers makes of several it reads, so a"
-                " device cannot read its share alone; train it on one device (trainer.strategy=single)"
+                f"{start}: {type(model).__name__} has other weights in memory than in its checkpoint, so a device"
+                " cannot read its share alone; train it on one device (trainer.strategy=single)"
             )
         sharding = Sharding(compute, trainer.replicate, trainer.cpu_offload)
 

@@ -32,9 +32,17 @@ def check_apart(packed: PackedLoss, compute: torch.dtype = torch.float32) -> Non
     `cu_seq_lens`, would train without an error, and wrongly.
 
     Raises:
-        UserError: with the relative difference of the hidden states
+        UserError: with the relative difference of the hidden states; or its attention is not told of documents
     """
-    after = [_through(packed, _second_document, _row(packed, first, 3)) for first in (1, 2)]
+    try:
+        after = [_through(packed, _second_document, _row(packed, first, 3)) for first in (1, 2)]
+    except ValueError as error:
+        if "packed attention" not in str(error):
+            raise
+        raise UserError(
+            f"{type(packed.model).__name__}: its layers do not hand on to their attention where documents end, so it"
+            " cannot train on packed rows; take another kind of model"
+        ) from error
     off = float(((after[0] - after[1]).norm(dim=-1) / after[1].norm(dim=-1)).mean()) if after[0].numel() else 0.0
     off = max(ranks.from_all(off))
     if off > _tolerance(compute):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -155,7 +156,12 @@ def is_held_out(question: str) -> bool:
 def is_local(source: SourceConfig) -> bool:
     """Whether the path means a file; a hub dataset is `owner/name` without a file ending."""
     path = source.path
-    return path.startswith(("project:", "/", ".", "~")) or path.endswith((".jsonl", ".json")) or path.count("/") != 1
+    return (
+        project_path(path).is_file()
+        or path.startswith(("project:", "/", ".", "~"))
+        or path.endswith((".jsonl", ".json"))
+        or path.count("/") != 1
+    )
 
 
 def identity(source: SourceConfig) -> str:
@@ -167,6 +173,8 @@ def _file(source: SourceConfig) -> Path:
     path = project_path(source.path)
     if not path.is_file():
         raise UserError(f"{source.path}: no such file; give a JSONL file of trajectories with data.path=")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{source.path}: may not be read by this user; change its permissions")
     return path
 
 
@@ -179,8 +187,8 @@ def _raw_rows(source: SourceConfig) -> Iterator[tuple[str, str, Any]]:
                 if not line.strip():
                     continue
                 try:
-                    raw = json.loads(line.decode("utf-8"))
-                except ValueError as error:
+                    raw = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}:{number}: not JSON ({error}); one object a line is expected") from error
                 yield f"{path}:{number}", f"{path.stem}-{number:05d}", raw
         return
