@@ -16,6 +16,7 @@ import pytest
 import torch
 from branches import PROJECT, branch, metrics
 from conftest import make_student
+from safetensors.torch import load_file, save_file
 from spreading import COMPARED, FSDP, alone, assert_equal_to, run_groups, weights, wish
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +26,7 @@ from branchmerge.errors import UserError
 from branchmerge.student.backbone import load_tokenizer
 from branchmerge.student.launch import Branch, launch
 from branchmerge.student.module import Student
+from branchmerge.student.sharding import empty_model, load_weights
 from branchmerge.student.training import train
 from branchmerge.study import read_manifest, weights_sha256
 from branchmerge.trajectories.sources import read_branch
@@ -60,6 +62,19 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def coins(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Programs that pass their test or fail it by chance, so that two gradings of them differ."""
+    path = tmp_path_factory.mktemp("coins") / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(40):
+            answer = f"```python\nimport random\ndef f():\n    return random.random() < 0.5  # {i}\n```"
+            turns = [{"role": "user", "content": f"Flip coin {i}."}, {"role": "assistant", "content": answer}]
+            reference = {"grader": "code", "tests": ["assert f()"]}
+            file.write(json.dumps({"id": f"coin-{i}", "messages": turns, "reference": reference}) + "\n")
+    return f"data.path={path}"
+
+
+@pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_student(tmp_path_factory.mktemp("untied") / "qwen2", model_type="qwen2", tie_word_embeddings=False)
 
@@ -72,7 +87,12 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def spread(
-    tiny_student: Path, untied: Path, kinds: dict[str, Path], rows: str, tmp_path_factory: pytest.TempPathFactory
+    tiny_student: Path,
+    untied: Path,
+    kinds: dict[str, Path],
+    rows: str,
+    coins: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Everything that several processes train; a folder of outputs for each branch."""
     folder = tmp_path_factory.mktemp("spread")
@@ -87,6 +107,7 @@ def spread(
         **{folder / kind: (*SETTINGS, rows, BATCH, f"backbone.path={kinds[kind]}") for kind in KINDS},
         folder / "bf16": (*PRECISE, rows, BF16), folder / "long": (*LONG, rows),
         folder / "watched": WATCHED, folder / "unwatched": UNWATCHED,
+        folder / "coins": ("domain=math", "data.seq_len=80", "optim.global_batch=2", "optim.max_steps=null", coins),
     }  # fmt: skip
     groups["torchrun", 1][folder / "bf16 of one"] = (*PRECISE, rows, BF16)
     groups["srun", 2] = {folder / "slurm": (*SETTINGS, rows, BATCH)}
@@ -127,6 +148,16 @@ def test_rows_of_a_step_differ_by_a_factor_of_ten_in_learned_tokens(
         [sum(supervised_tokens(corpus.documents[i]) for i in row) for row in step if row] for step in corpus.plan.steps
     ]
     assert any(max(step) > 10 * min(step) for step in learned), learned
+
+
+def test_processes_train_on_the_same_rows_however_grading_ends(spread: Path) -> None:
+    manifest = read_manifest(spread / "coins" / "tiny" / "experts" / "math")
+    assert manifest is not None
+    account = manifest.data["sources"]["data.path"]
+    assert 0 < account["kept"] < account["read"] == 40
+    curve = metrics(spread / "coins", "math")
+    assert len(curve) == manifest.training["steps"]
+    assert sum(float(row["supervised_tokens"]) for row in curve) == manifest.data["supervised_tokens"]
 
 
 def test_processes_that_slurm_started_find_each_other(
@@ -291,13 +322,34 @@ def test_mistakes_are_told_before_any_process_starts(tiny_student: Path, tmp_pat
     with pytest.raises(UserError, match="weights kept in bfloat16 stand still"):
         branch(tiny_student, tmp_path, *FSDP, "trainer.precision=bf16-true")
     experts = make_student(tmp_path / "mixtral", model_type="mixtral", num_local_experts=4)
-    with pytest.raises(UserError, match="MixtralForCausalLM has weights that transformers makes of several"):
+    with pytest.raises(UserError, match="MixtralForCausalLM has other weights in memory than in its checkpoint"):
         train(branch(experts, tmp_path, *FSDP, "domain=math", "trainer.devices=1"))
     with pytest.raises(UserError, match="takes several devices"):
         branch(tiny_student, tmp_path, "trainer.strategy=single", "trainer.devices=2", "optim.global_batch=2")
+    with pytest.raises(UserError, match=r"trainer\.replicate=3: 2 devices cannot be cut into so many equal sets"):
+        branch(tiny_student, tmp_path, *FSDP, "trainer.devices=2", "optim.global_batch=2", "trainer.replicate=3")
     nodes = branch(tiny_student, tmp_path, *FSDP, "trainer.num_nodes=2", "optim.global_batch=2")
     with pytest.raises(UserError, match=r"start train\.py on every node by torchrun or Slurm"):
         launch([Branch(nodes, "train.py", [])])
+
+
+def test_a_mistake_that_the_processes_find_is_told_in_a_line(tiny_student: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "other-names"))
+    weights = {f"x.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    more = ("domain=math", f"backbone.path={folder}", "trainer.devices=2", "optim.global_batch=2")
+    said = started(tiny_student, tmp_path, *more).communicate(timeout=300)[0]
+    assert said.count("its weights have other names than the model's, such as x.") == 1, said
+    assert "Traceback" not in said
+
+
+def test_files_beside_a_checkpoints_own_are_not_read(tiny_student: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "left-overs"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, folder / "model.zz.safetensors")
+    model = empty_model(folder, "sdpa")
+    load_weights(model, folder, torch.device("cpu"))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.named_parameters() if name in weights)
 
 
 def test_processes_tell_a_mistake_once(tmp_path: Path) -> None:

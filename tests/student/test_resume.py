@@ -137,14 +137,17 @@ def test_checkpoints_come_by_the_clock(
     assert written == expected
 
 
-def test_told_to_end_it_saves_and_goes_on_later(tiny_student: Path, uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_it_saves_and_goes_on_later(
+    sent: signal.Signals, tiny_student: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     never = "trainer.checkpoint.every_n_steps=1000"
     curve_file = tmp_path / "tiny" / "logs" / "train" / "math" / "metrics.csv"
     process = started(tiny_student, tmp_path, never)
     wait_for(lambda: curve_file.is_file() and len(curve_file.read_text().splitlines()) > 1, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(sent)
     said = process.communicate()[0]
-    assert process.returncode == 128 + signal.SIGTERM, said
+    assert process.returncode == 128 + sent, said
     assert "run the same command again to go on" in said and "Traceback" not in said
     (saved,) = steps_saved(tmp_path)
     assert saved < len(curve(uninterrupted))

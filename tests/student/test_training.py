@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from branches import branch, metrics
 from conftest import make_student
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from branchmerge.data.batch import Batch
@@ -65,10 +66,6 @@ def test_a_row_longer_than_the_models_context_is_dropped(tmp_path: Path) -> None
 
 
 def test_a_loss_that_is_no_number_stops_the_branch_and_names_rows(tiny_student: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import save_file
-
     folder = Path(shutil.copytree(tiny_student, tmp_path / "broken"))
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
@@ -77,6 +74,51 @@ def test_a_loss_that_is_no_number_stops_the_branch_and_names_rows(tiny_student: 
     with pytest.raises(UserError, match=match):
         train(branch(folder, tmp_path, "domain=math", "trainer.max_skipped_steps=2"))
     assert not (tmp_path / "tiny" / "experts" / "math").exists()
+
+
+def test_a_model_that_broke_is_not_published(tiny_student: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"after training .* weights such as .* hold values that are no numbers"):
+        train(branch(tiny_student, tmp_path, "domain=math", "optim.lr=1e38", "optim.warmup_ratio=0"))
+    assert not (tmp_path / "tiny" / "experts" / "math").exists()
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tiny_student: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "lacking"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    match = r"its files lack 1 of the model's weights, such as model\.layers\.1\.mlp\.up_proj\.weight"
+    with pytest.raises(UserError, match=match):
+        train(branch(folder, tmp_path, "domain=math"))
+
+
+def test_weights_that_cannot_be_read_are_told_in_a_line(tiny_student: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "cut"))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:1000])
+    with pytest.raises(UserError, match="cut: transformers cannot load it"):
+        train(branch(folder, tmp_path, "domain=math"))
+
+
+def test_debug_replaces_no_expert(tiny_student: Path, tmp_path: Path) -> None:
+    out = train(branch(tiny_student, tmp_path, "domain=math", f"out={tmp_path / 'expert'}"))
+    before = read_manifest(out)
+    with pytest.raises(UserError, match="holds a finished result, which debug= would replace"):
+        branch(tiny_student, tmp_path, "domain=math", "debug=fast", f"out={out}")
+    assert before is not None and read_manifest(out) == before
+
+
+def test_a_row_that_the_template_refuses_is_named(tiny_student: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "strict"))
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
+    with pytest.raises(UserError, match=r"math-\d+: cannot be written by .* \(System role not supported\)"):
+        train(branch(folder, tmp_path, "domain=math"))
+
+
+def test_gpt_2s_context_is_seen(tmp_path: Path) -> None:
+    short = make_student(tmp_path / "short", model_type="gpt2", n_positions=79, max_position_embeddings=79)
+    manifest = read_manifest(train(branch(short, tmp_path, "domain=code")))
+    assert manifest is not None and manifest.data["sources"]["code"]["dropped"]["too_long"] > 0
 
 
 def test_a_step_without_a_finite_gradient_is_left_out(

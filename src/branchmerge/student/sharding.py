@@ -111,5 +111,13 @@ def load_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> 
         for path in weight_files(folder):
             (Path(only) / path.name).symlink_to(path.resolve())
         reader = HuggingFaceStorageReader(only)
-        check_whole(folder, sorted(weights.keys() - reader.read_metadata().state_dict_metadata.keys()))
+        stored = reader.read_metadata().state_dict_metadata.keys()
+        missing = sorted(weights.keys() - stored)
+        others = sorted(stored - weights.keys())
+        if missing and others:
+            raise UserError(
+                f"{folder}: its weights have other names than the model's, such as {others[0]}; save it anew by"
+                " transformers (from_pretrained, save_pretrained), or train it on one device"
+            )
+        check_whole(folder, missing)
         load(weights, storage_reader=reader)
