@@ -181,9 +181,11 @@ def remove_left_overs(folder: Path) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "make room on that disk" if full else "change the permissions or the name"
     return UserError(
-        f"{folder.parent}: cannot write {folder.name} there ({error.strerror}); make room or change permissions, or"
-        " give another out= or outputs="
+        f"{folder.parent}: cannot write {folder.name} there ({error.strerror}); {remedy}, or give another out= or"
+        " outputs="
     )
 
 

@@ -54,6 +54,15 @@ def test_any_shape_and_size_gives_finite_numbers_and_leaves_the_inputs_alone(
     assert all(torch.equal(x, y) for x, y in zip((base, *models), before, strict=True))
 
 
+@pytest.mark.parametrize("numbers", [(0.27, 0.04, -0.6, 0.74), (-0.7, -0.33, -1.4, 0.59, -0.002), (1.0, -2.0, 3.0)])
+def test_the_karcher_mean_of_single_numbers_is_finite(numbers: tuple[float, ...]) -> None:
+    """On a line the others are in the same direction or the opposite one, to which no shortest way leads."""
+    merged = OPERATORS["karcher"]()([torch.tensor(number) for number in numbers])
+    most = 1 if sum(number > 0 for number in numbers) > len(numbers) / 2 else -1
+    mean = sum(map(abs, numbers)) / len(numbers)
+    assert merged.item() == pytest.approx(most * mean, rel=1e-6)
+
+
 @EVERY
 @given(seed=st.integers(0, 99), same_base=st.booleans())
 @settings(max_examples=10, deadline=None)

@@ -30,7 +30,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("four_gpus")
-@pytest.mark.parametrize("visible", ["", "4,5,6,7"])
+@pytest.mark.parametrize("visible", [pytest.param("", marks=pytest.mark.slow), "4,5,6,7"])
 def test_members_side_by_side_see_gpus_of_their_own(
     visible: str, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

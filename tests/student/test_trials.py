@@ -21,7 +21,6 @@ MATRICES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "mixtr
 LEAKING: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {},
-    "falcon_h1": {},
 }
 
 

@@ -55,7 +55,8 @@ def log_map(c: Tensor, U: Tensor, w: Tensor) -> Tensor:
     """
     cosines = (U @ c).clamp(-1, 1)
     theta = torch.acos(cosines)
-    stretch = torch.where(theta > STRAIGHT, theta / torch.sin(theta), 1.0)
+    # The point itself and its opposite (in tensors of one number, say) lie in no direction from here: nothing is added.
+    stretch = torch.where(torch.sin(theta) > STRAIGHT, theta / torch.sin(theta), 1.0)
     return w * stretch - (w * stretch * cosines).sum() * c
 
 
