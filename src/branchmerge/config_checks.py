@@ -1,17 +1,14 @@
 """From a composed configuration to a typed one: what types cannot say is refused here, in one line, before any work."""
 
-import json
 import math
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from branchmerge.config import CommonConfig, OptimConfig, TrainConfig, TrainerConfig
 from branchmerge.errors import UserError
-from branchmerge.study import MANIFEST
 
 Schema = TypeVar("Schema", bound=CommonConfig)
 WRONG_PRECISIONS = {
@@ -22,6 +19,12 @@ WRONG_PRECISIONS = {
     "transformer-engine": "its float8 weights are not tested here",
 }
 """Precisions that Lightning knows and that train without an error, and wrongly."""
+PACKAGES = {
+    "logger=tensorboard": ("tensorboard", "tensorboard"),
+    "logger=mlflow": ("mlflow", "mlflow"),
+    "optim.optimizer=adamw_8bit": ("torchao", "adamw-8bit"),
+}
+"""Setting -> package, and the extra of ours that brings it."""
 
 
 def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
@@ -42,15 +45,10 @@ def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Refuse settings that need a package which is not here."""
-    needed = {
-        f"logger={config.logger.kind}": (config.logger.kind, config.logger.kind in ("tensorboard", "mlflow")),
-        "optim.optimizer=adamw_8bit": ("torchao", config.optim.optimizer == "adamw_8bit"),
-    }
-    extras = {"torchao": "adamw-8bit"}
-    for setting, (package, wanted) in needed.items():
-        if wanted and find_spec(package) is None:
-            extra = extras.get(package, package)
+    """Refuse settings that need a package which is not here, with the extra that brings it."""
+    wanted = {f"logger={config.logger.kind}", f"optim.optimizer={config.optim.optimizer}"}
+    for setting, (package, extra) in PACKAGES.items():
+        if setting in wanted and find_spec(package) is None:
             raise UserError(f"{setting}: {package} is not installed; pip install 'branchmerge[{extra}]'")
 
 
@@ -139,17 +137,6 @@ def _check_optim(optim: OptimConfig) -> None:
         raise UserError(f"optim.warmup_ratio={optim.warmup_ratio}: a share of the steps, so at most 1")
 
 
-def _check_debug(out: Path) -> None:
-    """debug= replaces what earlier such runs made, and nothing else."""
-    try:
-        made = json.loads((out / MANIFEST).read_text())
-        by_debug = bool(made["config"].get("redo"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # nothing finished is there; whatever else is, is looked at later
-    if not by_debug:
-        raise UserError(f"out={out}: holds a finished result, which debug= would replace; give another out=")
-
-
 def _check_train(config: TrainConfig) -> None:
     """What cannot be seen from one field alone."""
     every = config.trainer.validate_every_n_steps
@@ -163,8 +150,6 @@ def _check_train(config: TrainConfig) -> None:
     if not config.plan:  # a plan tells of it and goes on
         check_trainer(config.trainer, config.optim.global_batch)
     _check_optim(config.optim)
-    if config.redo and config.out is not None:
-        _check_debug(Path(config.out).expanduser())
     unknown = [part for part in config.domain.parts if part not in config.study.corpus]
     if unknown and config.data.path is None:
         known = ", ".join(config.study.corpus)

@@ -104,7 +104,7 @@ def test_debug_replaces_no_expert(tiny_student: Path, tmp_path: Path) -> None:
     out = train(branch(tiny_student, tmp_path, "domain=math", f"out={tmp_path / 'expert'}"))
     before = read_manifest(out)
     with pytest.raises(UserError, match="holds a finished result, which debug= would replace"):
-        branch(tiny_student, tmp_path, "domain=math", "debug=fast", f"out={out}")
+        train(branch(tiny_student, tmp_path, "domain=math", "debug=fast", f"out={out}"))
     assert before is not None and read_manifest(out) == before
 
 

@@ -32,6 +32,13 @@ from branchmerge.student.context_parallel import RowParts
 PACKED_SDPA = "packed_sdpa"
 
 
+class PackedRowError(ValueError):
+    """What the attention was given is no packed row."""
+
+    def __init__(self, why: str = "") -> None:
+        super().__init__(why or "packed attention takes one row with cu_seq_lens and without attention_mask")
+
+
 def packed_sdpa(
     module: nn.Module,
     query: Tensor,
@@ -58,12 +65,12 @@ def packed_sdpa(
         [1, T, H, E]
 
     Raises:
-        ValueError: on what is no packed row: no cu_seq_lens, a mask, several rows, keys of a cache.
+        PackedRowError: on what is no packed row: no cu_seq_lens, a mask, several rows, keys of a cache.
     """
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
-        raise ValueError("packed attention takes one row with cu_seq_lens and without attention_mask")
+        raise PackedRowError
     if key.shape[2] != query.shape[2]:
-        raise ValueError(f"packed attention takes no cache: {key.shape[2]} keys for {query.shape[2]} queries")
+        raise PackedRowError(f"packed attention takes no cache: {key.shape[2]} keys for {query.shape[2]} queries")
     dropout = dropout if module.training else 0.0
     attend = partial(
         _attend, bounds=cu_seq_lens_q, longest=max_length_q, scale=scaling, window=sliding_window, softcap=softcap,
@@ -205,7 +212,7 @@ def _compiled_flex(compiled: bool) -> Any:
 def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
     """cu_seq_lens tell where a document ends, so transformers shall build no mask; one that is given is refused."""
     if attention_mask is not None:
-        raise ValueError("packed attention takes one row with cu_seq_lens and without attention_mask")
+        raise PackedRowError
 
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)

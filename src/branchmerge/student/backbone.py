@@ -274,8 +274,11 @@ def loading(folder: Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # of many libraries: missing and cut files, unknown kinds, other shapes
-        if "attention implementation" in str(error) or "packed_sdpa" in str(error):  # told by who asked for it
-            raise
+        if "attention implementation" in str(error) or "packed_sdpa" in str(error):
+            raise UserError(
+                f"{folder}: this kind of model cannot train on packed rows, as transformers lets nobody give it an"
+                " attention that knows where documents end; take another kind of model"
+            ) from error
         raise UserError(
             f"{folder}: transformers cannot load it ({type(error).__name__}: {_first_line(error)}); copy or download it"
             " again, or choose another model"

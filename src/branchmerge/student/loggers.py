@@ -8,7 +8,6 @@ from pathlib import Path
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from branchmerge.config import TrainConfig
-from branchmerge.errors import UserError
 from branchmerge.student import ranks
 from branchmerge.study import UNWRITABLE
 
@@ -96,12 +95,7 @@ def _has_wandb_key() -> bool:
 def _tensorboard(folder: Path) -> Logger:
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    try:
-        return TensorBoardLogger(folder, name="", version="tensorboard")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "logger=tensorboard: tensorboard is not installed; pip install 'branchmerge[tensorboard]'"
-        ) from error
+    return TensorBoardLogger(folder, name="", version="tensorboard")
 
 
 def _mlflow(config: TrainConfig, folder: Path) -> Logger:
@@ -110,12 +104,9 @@ def _mlflow(config: TrainConfig, folder: Path) -> Logger:
 
     folder.mkdir(parents=True, exist_ok=True)
     server = config.logger.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    try:
-        return MLFlowLogger(
-            config.study.name,
-            run_name=config.domain.name,
-            tracking_uri=server or f"sqlite:///{folder}/mlflow.db",
-            artifact_location=None if server else str(folder / "mlflow"),
-        )
-    except ModuleNotFoundError as error:
-        raise UserError("logger=mlflow: mlflow is not installed; pip install 'branchmerge[mlflow]'") from error
+    return MLFlowLogger(
+        config.study.name,
+        run_name=config.domain.name,
+        tracking_uri=server or f"sqlite:///{folder}/mlflow.db",
+        artifact_location=None if server else str(folder / "mlflow"),
+    )

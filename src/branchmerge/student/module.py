@@ -16,6 +16,7 @@ from branchmerge.config import OptimConfig
 from branchmerge.data.batch import Batch
 from branchmerge.errors import UserError
 from branchmerge.student import ranks
+from branchmerge.student.between_steps import untouched
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.optim import make_optimizer
 from branchmerge.student.trials import check_apart, choose_loss
@@ -74,7 +75,7 @@ class Student(LightningModule):
             self._spread = None
 
     def on_fit_start(self) -> None:
-        with self.trainer.precision_plugin.val_step_context():
+        with untouched(self.trainer, self):
             check_apart(self.packed, self._compute)
             choose_loss(self.packed, self._compute, self._fused_loss)
 

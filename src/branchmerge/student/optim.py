@@ -8,7 +8,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from branchmerge.config import OptimConfig
-from branchmerge.errors import UserError
 
 
 def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
@@ -46,11 +45,7 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.betas[0], config.betas[1]), "eps": config.eps}
     if config.optimizer == "adamw":
         return AdamW(groups, **settings, fused=True)
-    try:
-        from torchao.optim import AdamW8bit
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "optim.optimizer=adamw_8bit: torchao is not installed; pip install 'branchmerge[adamw-8bit]'"
-        ) from error
+    from torchao.optim import AdamW8bit
+
     optimizer: Optimizer = AdamW8bit(groups, **settings)
     return optimizer

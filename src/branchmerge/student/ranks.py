@@ -149,15 +149,6 @@ def from_all(value: T) -> list[T]:
     return values
 
 
-def from_first(values: list[int]) -> list[int]:
-    """The first process's numbers, for all."""
-    if world() == 1:
-        return values
-    tensor = torch.tensor(values)
-    dist.broadcast(tensor, 0)
-    return [int(value) for value in tensor]
-
-
 def summed(*values: float) -> list[float]:
     """Sums over all processes, in float64."""
     if world() == 1:

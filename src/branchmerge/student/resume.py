@@ -28,8 +28,7 @@ class Resume(Callback):
         self.begin = begin
         self._saved = begin.step if begin else 0
         self._former: dict[int, Any] = {}
-        self._told_to_end = threading.Event()
-        self._signal: int = signal.SIGTERM
+        self._told_to_end: int | None = None  # by this signal
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._started = self._saved_at = time.monotonic()
@@ -52,7 +51,7 @@ class Resume(Callback):
         """Between steps: the one before has been logged."""
         if trainer.global_step == self._saved or index % trainer.accumulate_grad_batches:
             return
-        ending = trainer.strategy.reduce_boolean_decision(self._told_to_end.is_set(), all=False)
+        ending = trainer.strategy.reduce_boolean_decision(self._told_to_end is not None, all=False)
         if ending or trainer.strategy.reduce_boolean_decision(self._is_due(trainer.global_step), all=False):
             self._save(trainer, module)
         if ending:
@@ -60,12 +59,11 @@ class Resume(Callback):
                 f"told to end after step {trainer.global_step} of {self.folder.folder.name}; run the same command again"
                 " to go on"
             )
-            raise SystemExit(128 + self._signal)
+            raise SystemExit(128 + (self._told_to_end or signal.SIGTERM))  # perhaps another process was told
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if self._former:
-            for number, former in self._former.items():
-                signal.signal(number, former)
+        for number, former in self._former.items():
+            signal.signal(number, former)
 
     @property
     def seconds(self) -> float:
@@ -74,8 +72,7 @@ class Resume(Callback):
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
         """The step is finished and saved first; whoever presses Ctrl-C twice does not want to wait for that."""
-        self._signal = number
-        self._told_to_end.set()
+        self._told_to_end = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._former[signal.SIGINT])
             print("\ninterrupted: ending after this step; once more to end at once", flush=True)

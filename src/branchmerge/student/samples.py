@@ -75,7 +75,7 @@ def greedy(student: Student, document: Document, longest: int, end: int) -> list
         batch = make_batch([Document(document.id, tokens, len(tokens))], 1).to(student.device)
         last = torch.tensor([len(tokens) - 1], device=student.device)
         logits = student.packed.compute(partial(packed_logits, positions=last), batch)
-        (token,) = ranks.from_first([int(logits[0].argmax())])
+        token = ranks.by_first(partial(int, logits[0].argmax()))
         if token == end:
             break
         answer.append(token)

@@ -38,10 +38,6 @@ class Sharding:
 
     def mesh(self, device: str, world: int) -> DeviceMesh:
         """The devices, [world], or [replicate, world / replicate]."""
-        if world % self.replicate:
-            raise UserError(
-                f"trainer.replicate={self.replicate}: {world} devices cannot be cut into so many equal sets"
-            )
         if self.replicate == 1:
             return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
         shape = (self.replicate, world // self.replicate)

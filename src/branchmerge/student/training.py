@@ -1,8 +1,7 @@
 """Train one branch: what train.py calls."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from branchmerge.student.module import Student
 from branchmerge.student.resume import Resume
 from branchmerge.student.sharding import Sharding, Spread, empty_model, layers, load_weights, shard
 from branchmerge.student.watch import watchers
-from branchmerge.study import Manifest, Study, is_done, locked, parent_of, publish
+from branchmerge.study import Manifest, Study, is_done, locked, parent_of, publish, read_manifest
 from branchmerge.trajectories.sources import read_branch
 
 
@@ -56,6 +55,7 @@ def train(config: TrainConfig) -> Path:
     with ExitStack() as stack:
         if ranks.is_first():
             stack.enter_context(locked(folder))
+        ranks.by_first(lambda: _check_redo(config, folder))
         if ranks.by_first(lambda: is_done(folder, planned, config.overwrite)) and not config.redo:
             ranks.say(f"{folder}: done already")
             return folder
@@ -80,6 +80,13 @@ def train(config: TrainConfig) -> Path:
         f" {facts['tokens_per_second']:.0f} tokens/s, last loss {facts['last_loss']:.3f}"
     )
     return folder
+
+
+def _check_redo(config: TrainConfig, folder: Path) -> None:
+    """debug= replaces what such runs made, and nothing else."""
+    found = read_manifest(folder) if config.redo else None
+    if found is not None and not found.config.get("redo"):
+        raise UserError(f"out={folder}: holds a finished result, which debug= would replace; give another out=")
 
 
 def _device(config: TrainConfig) -> torch.device:
@@ -161,7 +168,7 @@ def _student(
 ) -> Student:
     """The student, with its weights where one device holds it, else still without."""
     trainer, spread = config.trainer, None
-    with _attention_that_packs(start), backbone.loading(start):
+    with backbone.loading(start):
         model = empty_model(start, attn) if trainer.sharded else backbone.load_model(start, torch.float32, attn)
     if trainer.sharded:
         if joins_weights(model):
@@ -184,20 +191,6 @@ def _student(
     fused = config.backbone.loss == "liger"
     packed = PackedLoss(model, context, trainer.compile)
     return Student(packed, config.optim, steps, trainer.max_skipped_steps, spread, compute, fused)
-
-
-@contextmanager
-def _attention_that_packs(start: Path) -> Iterator[None]:
-    """Some models' attention takes no function from outside, so it would not know where documents end."""
-    try:
-        yield
-    except (ValueError, KeyError) as error:
-        if "attention implementation" in str(error) or attention.PACKED_SDPA in str(error):
-            raise UserError(
-                f"{start}: this kind of model cannot train on packed rows, as transformers lets nobody give it an"
-                " attention that knows where documents end; take another kind of model"
-            ) from error
-        raise
 
 
 def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[str, Any]:

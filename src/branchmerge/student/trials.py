@@ -1,7 +1,8 @@
 """What is tried on a few tokens before training: that documents of a row stay apart; which way to the loss is right.
 
 There are hundreds of kinds of models. Some mix tokens elsewhere than in attention, some scale, cap or shift their
-logits; tried, none of them needs to be known here. All processes of a sharded student do this together.
+logits; tried, none of them needs to be known here. All processes of a sharded student do this together, between two
+steps (`between_steps.untouched`).
 """
 
 import warnings
@@ -17,6 +18,7 @@ from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
 from branchmerge.errors import UserError
 from branchmerge.student import liger_loss, ranks
+from branchmerge.student.attention import PackedRowError
 from branchmerge.student.loss import Loss, PackedLoss, fused_loss, inputs, summed_loss
 
 TOKENS = 16
@@ -35,10 +37,8 @@ def check_apart(packed: PackedLoss, compute: torch.dtype = torch.float32) -> Non
         UserError: with the relative difference of the hidden states; or its attention is not told of documents
     """
     try:
-        after = [_through(packed, _second_document, _row(packed, first, 3)) for first in (1, 2)]
-    except ValueError as error:
-        if "packed attention" not in str(error):
-            raise
+        after = [packed.compute(_second_document, _row(packed, first, 3), whole=False) for first in (1, 2)]
+    except PackedRowError as error:
         raise UserError(
             f"{type(packed.model).__name__}: its layers do not hand on to their attention where documents end, so it"
             " cannot train on packed rows; take another kind of model"
@@ -97,9 +97,9 @@ def _difference(packed: PackedLoss, loss: Loss, tolerance: float) -> str:
     """In what a loss differs from `summed_loss` where logits are large; empty where it does not."""
     row = _row(packed, 1)
     with _amplified(packed.model):
-        expected = _through(packed, summed_loss, row)
+        expected = packed.compute(summed_loss, row, whole=False)
         try:
-            found = _through(packed, loss, row)
+            found = packed.compute(loss, row, whole=False)
         except (AttributeError, TypeError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
     same = torch.isclose(found, expected, rtol=tolerance, equal_nan=True)
@@ -119,18 +119,6 @@ def _amplified(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _through(packed: PackedLoss, function: Loss, row: Batch) -> Tensor:
-    """A function of model and row, called as the loss is: a sharded model is whole only there."""
-    modes = {part: part.training for part in packed.modules()}
-    packed.eval()
-    try:
-        with torch.no_grad():
-            return packed.compute(function, row, whole=False)
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 def _second_document(model: PreTrainedModel, batch: Batch) -> Tensor:
