@@ -59,3 +59,10 @@ def assert_equal_to(reference: Path, outputs: Path, tolerance: float = 1e-5) -> 
         assert [float(row[name]) for row in ours] == pytest.approx(expected, rel=tolerance), name
     for name, tensor in weights(reference).items():
         torch.testing.assert_close(weights(outputs)[name], tensor, rtol=0, atol=tolerance, msg=name)
+
+
+def started(student: Path, outputs: Path, *overrides: str, multirun: bool = False) -> subprocess.Popen[str]:
+    """`python train.py trainer=fsdp`, which starts the processes itself."""
+    here = ("--config-dir", "tests/conf", "study=tiny", f"backbone.path={student}", f"outputs={outputs}")
+    command = [sys.executable, "train.py", *["-m"] * multirun, *here, *FSDP, *overrides]
+    return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
