@@ -130,7 +130,7 @@ def row(tokens: int, documents: int) -> Batch:
     lengths = [tokens * share // sum(shares) for share in shares]
     lengths[-1] += tokens - sum(lengths)
     made = [
-        Document(str(i), tuple(torch.randint(0, VOCAB, (length,), generator=draw).tolist()), 1)
+        Document(str(i), torch.randint(0, VOCAB, (length,), generator=draw).numpy(), 1)
         for i, length in enumerate(lengths)
     ]
     batch = make_batch(made, tokens - documents)

@@ -170,7 +170,7 @@ def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            raise _unwritable(folder, error) from error
+            raise unwritable(folder, error) from error
         raise
 
 
@@ -180,7 +180,8 @@ def remove_left_overs(folder: Path) -> None:
         shutil.rmtree(stale)
 
 
-def _unwritable(folder: Path, error: OSError) -> UserError:
+def unwritable(folder: Path, error: OSError) -> UserError:
+    """What is told where a result cannot be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "make room on that disk" if full else "change the permissions or the name"
     return UserError(
@@ -202,7 +203,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     try:
         remove_left_overs(folder)
         yield

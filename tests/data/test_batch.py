@@ -1,3 +1,4 @@
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,8 +6,8 @@ from hypothesis import strategies as st
 from branchmerge.data.batch import IGNORE, make_batch, supervised_tokens
 from branchmerge.data.template import Document
 
-A = Document("a", (10, 11, 12, 13), prompt_len=2)
-B = Document("b", (20, 21, 22), prompt_len=1)
+A = Document("a", np.array((10, 11, 12, 13)), prompt_len=2)
+B = Document("b", np.array((20, 21, 22)), prompt_len=1)
 
 
 @st.composite
@@ -14,7 +15,7 @@ def rows(draw: st.DrawFn) -> list[Document]:
     """Documents whose tokens are all different, so that a token tells where it stands."""
     lengths = draw(st.lists(st.integers(1, 8), min_size=1, max_size=5))
     return [
-        Document(str(number), tuple(range(100 * number, 100 * number + length)), draw(st.integers(0, length)))
+        Document(str(number), np.arange(100 * number, 100 * number + length), draw(st.integers(0, length)))
         for number, length in enumerate(lengths, start=1)
     ]
 
@@ -51,13 +52,13 @@ def test_supervised_counts_of_row_and_step() -> None:
 
 
 def test_prompt_alone_teaches_nothing() -> None:
-    document = Document("p", (1, 2, 3), prompt_len=3)
+    document = Document("p", np.array((1, 2, 3)), prompt_len=3)
     assert supervised_tokens(document) == make_batch([document], 0).supervised == 0
 
 
 def test_first_token_is_never_learned_even_without_prompt() -> None:
     """Nothing stands before it to predict it from."""
-    document = Document("p", (1, 2, 3), prompt_len=0)
+    document = Document("p", np.array((1, 2, 3)), prompt_len=0)
     assert make_batch([document], 0).labels.tolist() == [[2, 3, IGNORE]]
     assert supervised_tokens(document) == 2
 

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -112,9 +113,11 @@ def test_too_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: PreTrained
     corpus = prepare(config, rows, tokenizer)
     entry = corpus.account["sources"]["math"]
     assert (entry["kept"], entry["truncated"], entry["dropped"]) == (2, 1, {})
-    whole = tokenise(tokenizer, rows["math"][1])
+    _, whole = tokenise(tokenizer, rows["math"])
     assert len(whole) > SEQ_LEN
-    assert corpus.documents[1] == Document("r900", whole.tokens[:SEQ_LEN], whole.prompt_len)
+    cut = corpus.documents[1]
+    assert (cut.id, cut.prompt_len) == ("r900", whole.prompt_len)
+    assert cut.tokens.tolist() == whole.tokens[:SEQ_LEN].tolist()
 
 
 def test_prompt_that_fills_the_row_is_dropped_even_when_cutting(
@@ -130,7 +133,8 @@ def test_prompt_that_fills_the_row_is_dropped_even_when_cutting(
 def test_row_of_exactly_seq_len_tokens_is_kept_whole(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     config = train_config(tmp_path, [right(1)])
     rows = read_branch(config)
-    config.data.seq_len = len(tokenise(tokenizer, rows["math"][0]))
+    (document,) = tokenise(tokenizer, rows["math"])
+    config.data.seq_len = len(document)
     assert prepare(config, rows, tokenizer).account["sources"]["math"]["kept"] == 1
     config.data.seq_len -= 1
     with pytest.raises(UserError):
@@ -155,7 +159,7 @@ def test_totals_count_every_epoch(tmp_path: Path, tokenizer: PreTrainedTokenizer
     assert corpus.account["supervised_tokens"] == 2 * learned
 
 
-DOCUMENTS = [Document(str(number), tuple(range(2 + number)), 1) for number in range(5)]
+DOCUMENTS = [Document(str(number), np.arange(2 + number), 1) for number in range(5)]
 PLAN = Plan((((0, 3), (1,)), ((4,), (2, 0)), ((1,),)))
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from branchmerge.data.template import PREFILL, render_prompt, tokenise
+from branchmerge.data.template import PREFILL, Document, render_prompt, tokenise
 from branchmerge.trajectories.schema import Message, Trajectory
 
 RESPONSE = "<think>\n12 x 7 = 84\n</think>\n\n\\boxed{84}"
@@ -27,41 +27,47 @@ def prefilling(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def document_of(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> Document:
+    (document,) = tokenise(tokenizer, [trajectory])
+    return document
 
 
 def test_document_is_prompt_response_and_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    document = tokenise(tokenizer, TRAJECTORY)
+    document = document_of(tokenizer, TRAJECTORY)
     conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 x 7?"}]
     prompt = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    assert document.tokens[: document.prompt_len] == ids(tokenizer, prompt)
-    assert document.tokens[document.prompt_len :] == (*ids(tokenizer, RESPONSE), tokenizer.eos_token_id)
+    assert document.tokens[: document.prompt_len].tolist() == ids(tokenizer, prompt)
+    assert document.tokens[document.prompt_len :].tolist() == [*ids(tokenizer, RESPONSE), tokenizer.eos_token_id]
     assert document.id == "t"
 
 
 def test_prompt_ids_are_those_of_the_template_itself(tokenizer: PreTrainedTokenizerBase) -> None:
-    document = tokenise(tokenizer, TRAJECTORY)
+    document = document_of(tokenizer, TRAJECTORY)
     conversation = [message.as_dict() for message in TRAJECTORY.prompt]
     rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
-    assert list(document.tokens[: document.prompt_len]) == rendered["input_ids"]
+    assert document.tokens[: document.prompt_len].tolist() == rendered["input_ids"]
 
 
 def test_document_reads_as_the_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert tokenizer.decode(tokenise(tokenizer, TRAJECTORY).tokens) == (
+    assert tokenizer.decode(document_of(tokenizer, TRAJECTORY).tokens) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 12 x 7?<|im_end|>\n"
         f"<|im_start|>assistant\n{RESPONSE}<|im_end|>"
     )
 
 
 def test_length_counts_all_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    document = tokenise(tokenizer, TRAJECTORY)
+    document = document_of(tokenizer, TRAJECTORY)
     assert len(document) == len(document.tokens) == document.prompt_len + len(ids(tokenizer, RESPONSE)) + 1
 
 
 def test_earlier_assistant_turns_belong_to_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     more = (Message("user", "And 12 x 8?"), Message("assistant", "\\boxed{96}"))
-    document = tokenise(tokenizer, Trajectory("t", "math", (*MESSAGES, *more)))
+    document = document_of(tokenizer, Trajectory("t", "math", (*MESSAGES, *more)))
     assert RESPONSE in tokenizer.decode(document.tokens[: document.prompt_len])
     assert tokenizer.decode(document.tokens[document.prompt_len :]) == "\\boxed{96}<|im_end|>"
 
@@ -70,12 +76,12 @@ def test_reasoning_that_the_template_cuts_from_turns_is_kept(tokenizer: PreTrain
     tokenizer.chat_template = str(tokenizer.chat_template).replace(
         "message['content']", "message['content'].split('</think>')[-1]"
     )
-    document = tokenise(tokenizer, TRAJECTORY)
+    document = document_of(tokenizer, TRAJECTORY)
     assert tokenizer.decode(document.tokens[document.prompt_len :]) == f"{RESPONSE}<|im_end|>"
 
 
 def test_reasoning_opened_by_the_template_is_not_opened_twice(prefilling: PreTrainedTokenizerBase) -> None:
-    document = tokenise(prefilling, TRAJECTORY)
+    document = document_of(prefilling, TRAJECTORY)
     prompt = prefilling.decode(document.tokens[: document.prompt_len])
     assert prompt.endswith(f"<|im_start|>assistant\n{PREFILL}")
     assert prefilling.decode(document.tokens).count("<think>") == 1
@@ -86,5 +92,5 @@ def test_reasoning_opened_by_the_template_is_not_opened_twice(prefilling: PreTra
 
 def test_response_without_reasoning_stays_whole_after_an_opened_one(prefilling: PreTrainedTokenizerBase) -> None:
     bare = Trajectory("t", "math", (MESSAGES[1], Message("assistant", "\\boxed{84}")))
-    document = tokenise(prefilling, bare)
+    document = document_of(prefilling, bare)
     assert prefilling.decode(document.tokens[document.prompt_len :]) == "\\boxed{84}<|im_end|>"

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -314,32 +315,59 @@ def has_namespaces() -> str:
     return made.stderr.strip()
 
 
-@pytest.mark.skipif(bool(has_namespaces()), reason=f"no second host: {has_namespaces()}")
-def test_two_hosts_train_one_branch(tiny_student: Path, rows: str, tmp_path: Path) -> None:
-    settings = (*SETTINGS, rows, BATCH)
+@contextmanager
+def two_hosts() -> Iterator[list[str]]:
+    """Names of two network namespaces with a cable between them."""
     name = f"bm{os.getpid()}"
     hosts = [f"{name}a", f"{name}b"]
     commands = [f"netns add {hosts[0]}", f"netns add {hosts[1]}", f"link add {name}0 type veth peer name {name}1"]
     for i, host in enumerate(hosts):
-        commands += [f"link set {name}{i} netns {host}", f"-n {host} addr add 10.231.7.{i + 1}/24 dev {name}{i}",
-                     f"-n {host} link set {name}{i} up", f"-n {host} link set lo up"]  # fmt: skip
+        commands += [f"link set {name}{i} netns {host}", f"-n {host} link set {name}{i} name cable",
+                     f"-n {host} addr add 10.231.7.{i + 1}/24 dev cable", f"-n {host} link set cable up",
+                     f"-n {host} link set lo up"]  # fmt: skip
     try:
         for command in commands:
             subprocess.run(["ip", *command.split()], check=True)
-        arguments = wish(tiny_student, {tmp_path / "hosts": (*settings, "trainer.num_nodes=2")})
-        running = [
-            subprocess.Popen(
-                ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
-                 f"--node-rank={i}", "--nproc-per-node=1", "--master-addr=10.231.7.1", "--master-port=29511",
-                 *arguments],
-                cwd=PROJECT, env={**os.environ, "GLOO_SOCKET_IFNAME": f"{name}{i}", "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for i, host in enumerate(hosts)
-        ]  # fmt: skip
-        said = [process.communicate(timeout=300)[0] for process in running]
-        assert [process.returncode for process in running] == [0, 0], said
+        yield hosts
     finally:
         for host in hosts:
             subprocess.run(["ip", "netns", "del", host], capture_output=True)
+
+
+def on_both(hosts: list[str], before: str, arguments: list[str | Path]) -> list[tuple[int, str]]:
+    """Run `before` in a shell of each host, then one process by torchrun; how they ended and what they said."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+                "--master-addr=10.231.7.1", "--master-port=29511"]  # fmt: skip
+    running = [
+        subprocess.Popen(
+            ["ip", "netns", "exec", host, "sh", "-c", f'{before} exec "$@"', "sh", *torchrun, f"--node-rank={i}",
+             *arguments],
+            cwd=PROJECT, env={**os.environ, "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i, host in enumerate(hosts)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in running]
+    return [(process.returncode, told) for process, told in zip(running, said, strict=True)]
+
+
+@pytest.mark.skipif(bool(has_namespaces()), reason=f"no second host: {has_namespaces()}")
+def test_two_hosts_train_one_branch(tiny_student: Path, rows: str, tmp_path: Path) -> None:
+    settings = (*SETTINGS, rows, BATCH)
+    with two_hosts() as hosts:
+        ended = on_both(hosts, "", wish(tiny_student, {tmp_path / "hosts": (*settings, "trainer.num_nodes=2")}))
+    assert [status for status, _ in ended] == [0, 0], ended
     assert_equal_to(alone(tiny_student, tmp_path / "alone", *settings), tmp_path / "hosts")
+
+
+@pytest.mark.skipif(bool(has_namespaces()), reason=f"no second host: {has_namespaces()}")
+def test_outputs_on_a_disk_of_each_hosts_own_are_refused(tiny_student: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    with two_hosts() as hosts:
+        # What `ip netns exec` runs has its own view of what is mounted where.
+        ended = on_both(
+            hosts, f"mount -t tmpfs none {own} &&", wish(tiny_student, {own: (*SETTINGS, "trainer.num_nodes=2")})
+        )
+    assert all(status for status, _ in ended), ended
+    assert "cannot see; give an outputs= (or out=) on a disk that all nodes share" in ended[0][1], ended

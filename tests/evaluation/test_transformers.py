@@ -90,8 +90,8 @@ def test_the_model_is_fed_the_ids_it_was_trained_on(student: Path) -> None:
     expected = []
     for question in QUESTIONS:
         row = Trajectory("x", "math", (Message("user", question), Message("assistant", f"{PREFILL}hm\n</think>\n\n1")))
-        document = tokenise(load_tokenizer(student), row)
-        expected.append(list(document.tokens[: document.prompt_len]))
+        (document,) = tokenise(load_tokenizer(student), [row])
+        expected.append(document.tokens[: document.prompt_len].tolist())
     assert sorted(fed) == sorted(expected)
     assert [model.encoder.ids(r.messages) for r in requests] == expected
 

@@ -3,6 +3,7 @@
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_student
@@ -20,7 +21,7 @@ LENGTHS = (7, 1, 30, 12)
 def documents() -> list[Document]:
     generator = torch.Generator().manual_seed(5)
     ids = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in LENGTHS]
-    return [Document(f"d{i}", tuple(tokens), 1) for i, tokens in enumerate(ids)]
+    return [Document(f"d{i}", np.array(tokens), 1) for i, tokens in enumerate(ids)]
 
 
 def everywhere(batch: Batch) -> torch.Tensor:
@@ -42,7 +43,7 @@ def test_logits_of_a_packed_row_equal_those_of_the_documents_alone(model_type: s
     packed = make_batch(documents(), 1)
     with torch.no_grad():
         together = packed_logits(model, packed, everywhere(packed))
-        alone = torch.cat([plain(torch.tensor([document.tokens])).logits[0] for document in documents()])
+        alone = torch.cat([plain(torch.tensor(document.tokens)[None]).logits[0] for document in documents()])
     assert float(alone.std()) > 0.5  # the logits are far from zero, so that agreeing means something
     torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
 
@@ -53,7 +54,7 @@ def test_ordinary_attention_over_the_same_row_would_mix_documents(tiny_student: 
     tokens = [token for document in documents() for token in document.tokens]
     with torch.no_grad():
         mixed = model(torch.tensor([tokens])).logits[0]
-        alone = torch.cat([model(torch.tensor([document.tokens])).logits[0] for document in documents()])
+        alone = torch.cat([model(torch.tensor(document.tokens)[None]).logits[0] for document in documents()])
     assert float((mixed - alone)[LENGTHS[0] :].abs().max()) > 0.1
 
 

@@ -26,7 +26,7 @@ SHAPES = ((70, 10), (40, 33), (50, 17), (9, 6))
 def documents() -> list[Document]:
     generator = torch.Generator().manual_seed(6)
     return [
-        Document(f"d{i}", tuple(torch.randint(3, 512, (length,), generator=generator).tolist()), prompt)
+        Document(f"d{i}", torch.randint(3, 512, (length,), generator=generator).numpy(), prompt)
         for i, (length, prompt) in enumerate(SHAPES)
     ]
 
@@ -67,7 +67,7 @@ def test_the_loss_is_the_cross_entropy_of_the_learned_tokens(tiny_student: Path,
     plain = load_model(tiny_student, torch.float32, "eager")
     expected = torch.zeros(())
     for document in documents():
-        tokens = torch.tensor([document.tokens])
+        tokens = torch.tensor(document.tokens)[None]
         logits = plain(tokens).logits[0, document.prompt_len - 1 : -1]
         expected = expected + cross_entropy(logits, tokens[0, document.prompt_len :], reduction="sum")
     torch.testing.assert_close(loss(model, make_batch(documents(), 1)), expected)

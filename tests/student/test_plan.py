@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Script
@@ -160,7 +161,7 @@ def test_flops_are_those_that_torch_counts(tied: bool) -> None:
     work = {"matrices": found.matrices, "head": found.head, "attended": found.attended}
     counted = Workload(1, 1, tokens, tokens, tokens**2, "").flops(work)
     assert counter.get_total_flops() == counted
-    row = make_batch([Document("a", tuple(range(tokens)), 1)], tokens - 1)
+    row = make_batch([Document("a", np.arange(tokens), 1)], tokens - 1)
     pairs = tokens * (tokens + 1) / 2
     assert Workload(1, 1, tokens, tokens - 1, pairs, "").flops(work) == found.flops_of(row)
 

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from branches import branch, metrics
@@ -87,7 +88,7 @@ def test_a_step_that_fails_names_its_rows(
     tiny_student: Path, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A token that the model does not have, in the second row of the second step."""
-    broken = Document("broken-1", (5, 99_999, 7), 1)
+    broken = Document("broken-1", np.array((5, 99_999, 7)), 1)
     number = len(corpus.documents)
     first, second, *_ = corpus.plan.steps
     plan = Plan((first, (second[0], (0, number))))
@@ -107,7 +108,7 @@ def test_samples_are_what_the_model_itself_generates(tiny_student: Path, tmp_pat
     corpus = prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
     document, tokenizer = corpus.documents[0], load_tokenizer(tiny_student)
     assert [row["step"] for row in rows] == [0, 2, 3] and {row["id"] for row in rows} == {document.id}
-    prompt = torch.tensor([document.tokens[: document.prompt_len]])
+    prompt = torch.tensor(document.tokens[: document.prompt_len], dtype=torch.long)[None]
     for checkpoint, row in ((tiny_student, rows[0]), (folder, rows[-1])):
         model = load_model(checkpoint, torch.float32)
         out = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id)
@@ -121,7 +122,7 @@ def test_flops_are_those_that_torch_counts(tiny_student: Path) -> None:
     shapes = Shapes.of(model)
     assert shapes is not None
     length = 40
-    batch = make_batch([Document("a", tuple(range(100, 100 + length)), 1)], 1)
+    batch = make_batch([Document("a", np.arange(100, 100 + length), 1)], 1)
     with FlopCounterMode(display=False) as counted:
         summed_loss(model, batch).backward()
     pairs = length * (length + 1) / 2
@@ -134,8 +135,8 @@ def test_flops_are_those_that_torch_counts(tiny_student: Path) -> None:
 
 def test_two_documents_cost_less_than_one_of_their_length(tiny_student: Path) -> None:
     shapes = Shapes(matrices=1000, head=10, attended=64)
-    one = make_batch([Document("a", tuple(range(20)), 1)], 1)
-    two = make_batch([Document("a", tuple(range(10)), 1), Document("b", tuple(range(10)), 1)], 1)
+    one = make_batch([Document("a", np.arange(20), 1)], 1)
+    two = make_batch([Document("a", np.arange(10), 1), Document("b", np.arange(10), 1)], 1)
     assert shapes.flops_of(one) == 6 * (1000 * 20 + 10 * 19) + 12 * 64 * 210
     assert shapes.flops_of(two) == 6 * (1000 * 20 + 10 * 18) + 12 * 64 * 110
 

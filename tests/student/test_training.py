@@ -108,6 +108,18 @@ def test_debug_replaces_no_expert(tiny_student: Path, tmp_path: Path) -> None:
     assert before is not None and read_manifest(out) == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "tokenizer_config.json"])
+def test_another_shape_template_or_tokenizer_makes_another_expert(
+    name: str, tiny_student: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "student"))
+    train(branch(folder, tmp_path, "domain=math", "optim.max_steps=1"))
+    text = (folder / name).read_text()
+    (folder / name).write_text(text + " " if name.endswith("jinja") else json.dumps(json.loads(text) | {"new": 1}))
+    with pytest.raises(UserError, match=rf"holds a result made otherwise \(backbone\.{name}: "):
+        train(branch(folder, tmp_path, "domain=math", "optim.max_steps=1"))
+
+
 def test_a_row_that_the_template_refuses_is_named(tiny_student: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_student, tmp_path / "strict"))
     (folder / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
@@ -174,7 +186,7 @@ def test_training_is_what_a_plain_loop_computes(tiny_student: Path, tmp_path: Pa
     for number, step in enumerate(corpus.plan.steps):
         summed, count = torch.zeros(()), 0
         for document in (corpus.documents[i] for row in step for i in row):
-            tokens = torch.tensor([document.tokens])
+            tokens = torch.tensor(document.tokens, dtype=torch.long)[None]
             answer = tokens[0, document.prompt_len :]
             logits = model(tokens, use_cache=False).logits[0, document.prompt_len - 1 : -1]
             summed = summed + torch.nn.functional.cross_entropy(logits, answer, reduction="sum")

@@ -30,7 +30,7 @@ def test_packed_attention_on_a_gpu_is_that_of_the_documents_alone(
     with torch.no_grad():
         there = move_data_to_device(packed, torch.device("cuda"))
         together = packed_logits(model, there, everywhere(packed).to("cuda")).float().cpu()
-        alone = torch.cat([plain(torch.tensor([document.tokens])).logits[0] for document in documents()])
+        alone = torch.cat([plain(torch.tensor(document.tokens)[None]).logits[0] for document in documents()])
     error = float((together - alone).norm() / alone.norm())
     assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5)
 

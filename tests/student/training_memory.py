@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,7 +31,7 @@ def train(shape: dict[str, int], tokens: int, checkpointing: bool) -> None:
         model.gradient_checkpointing_enable()
     packed = PackedLoss(model.train())
     optimizer = torch.optim.AdamW(packed.parameters(), lr=1e-5, fused=True)
-    row = make_batch([Document("a", tuple(i % shape["vocab_size"] for i in range(tokens)), 1)], tokens)
+    row = make_batch([Document("a", np.arange(tokens) % shape["vocab_size"], 1)], tokens)
     for _ in range(2):
         (packed(row) / tokens).backward()
         torch.nn.utils.clip_grad_norm_(packed.parameters(), 1.0)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,16 +66,18 @@ def supervised_tokens(document: Document) -> int:
 
 def make_batch(documents: Sequence[Document], supervised_in_step: int) -> Batch:
     """Lay documents out as one packed row."""
-    tokens = [token for document in documents for token in document.tokens]
-    labels: list[int] = []
+    tokens = np.concatenate([document.tokens for document in documents], dtype=np.int64)
+    labels = np.append(tokens[1:], IGNORE)
+    begin = 0
     for document in documents:
-        following = document.tokens[1:]
-        first = max(document.prompt_len, 1) - 1
-        labels += [IGNORE] * first + list(following[first:]) + [IGNORE]
+        end = begin + len(document)
+        labels[begin : begin + max(document.prompt_len, 1) - 1] = IGNORE
+        labels[end - 1] = IGNORE
+        begin = end
     lengths = torch.tensor([len(document) for document in documents])
     return Batch(
-        input_ids=torch.tensor([tokens]),
-        labels=torch.tensor([labels]),
+        input_ids=torch.from_numpy(tokens)[None],
+        labels=torch.from_numpy(labels)[None],
         position_ids=torch.cat([torch.arange(len(document)) for document in documents])[None],
         cu_seq_lens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
         max_length=int(lengths.max()),

@@ -15,9 +15,7 @@ from branchmerge.data.batch import Batch, make_batch, make_idle_batch, supervise
 from branchmerge.data.held_out import hold_out
 from branchmerge.data.packing import Plan, Row, Step, first_documents, make_plan
 from branchmerge.data.template import Document, tokenise
-from branchmerge.data.verdicts import Verdicts
 from branchmerge.errors import UserError
-from branchmerge.student import ranks
 from branchmerge.trajectories import sources
 from branchmerge.trajectories.schema import Trajectory
 from branchmerge.trajectories.selection import select
@@ -103,28 +101,25 @@ def prepare(
     rows: dict[str, list[Trajectory]],
     tokenizer: PreTrainedTokenizerBase,
     context: int | None = None,
-    verdicts: Verdicts | None = None,
 ) -> Corpus:
     """Select, tokenise and plan; every row that is not trained on is counted by reason.
 
     Args:
         context: longest document that the model takes, in tokens; None for no limit but the packed row's.
-        verdicts: of an earlier run, where there was one.
     """
-    verdicts = verdicts or Verdicts()
     longest = min(config.data.seq_len, context or config.data.seq_len)
     account = data_account(config)
-    held_out = hold_out(config, rows, tokenizer, longest, verdicts)
+    held_out = hold_out(config, rows, tokenizer, longest)
     documents: list[Document] = []
-    progress = config.trainer.progress and ranks.is_first()
     for name, part in rows.items():
         trainable = held_out.removed_from(part)
-        selection = select(trainable, config.data.verify, progress, verdicts)
+        selection = select(trainable, config.data.verify, config.trainer.progress)
         if len(trainable) < len(part):
             selection.dropped["held_out"] = len(part) - len(trainable)
         entry = account["sources"][name]
-        bar = tqdm(selection.rows, desc="tokenise", disable=None if progress else True)  # None: as in `select`
-        part_documents = [tokenise(tokenizer, row) for row in bar]
+        hidden = None if config.trainer.progress else True  # None: as in `select`
+        tokenised = tokenise(tokenizer, selection.rows)
+        part_documents = list(tqdm(tokenised, total=len(selection.rows), desc="tokenise", disable=hidden))
         fitting, cut = _fit(part_documents, longest, config.data.too_long)
         if len(fitting) < len(part_documents):
             selection.dropped["too_long"] = len(part_documents) - len(fitting)
@@ -133,24 +128,27 @@ def prepare(
             "truncated": cut, "unverified": selection.unverified,
         }  # fmt: skip
         documents += fitting
-    verdicts.keep()
     if not documents:
         dropped = {name: entry["dropped"] for name, entry in account["sources"].items()}
         raise UserError(
             f"domain={config.domain.name}: no trajectory is left to train on (dropped: {dropped});"
             " check the data, or data.verify and data.seq_len"
         )
-    optim = config.optim
-    lengths = [len(document) for document in documents]
     if config.data.packed_rows is not None:
+        lengths = [len(document) for document in documents]
         few = first_documents(lengths, config.data.seq_len, config.data.packed_rows, config.seed)
-        documents, lengths = [documents[number] for number in few], [lengths[number] for number in few]
-    plan = make_plan(lengths, config.data.seq_len, optim.global_batch, optim.epochs, optim.max_steps, config.seed)
-    corpus = Corpus(documents, plan, account, held_out.documents)
+        documents = [documents[number] for number in few]
+    corpus = Corpus(documents, plan_of(config, documents), account, held_out.documents)
     account |= {"rows": len(documents), "tokens": corpus.tokens, "supervised_tokens": corpus.supervised}
     if held_out.documents:
         account["held_out"] = {part: len(chosen) for part, chosen in held_out.documents.items()}
     return corpus
+
+
+def plan_of(config: TrainConfig, documents: Sequence[Document]) -> Plan:
+    """In which rows and steps the documents come."""
+    lengths, optim = [len(document) for document in documents], config.optim
+    return make_plan(lengths, config.data.seq_len, optim.global_batch, optim.epochs, optim.max_steps, config.seed)
 
 
 def _fit(documents: list[Document], longest: int, too_long: str) -> tuple[list[Document], int]:

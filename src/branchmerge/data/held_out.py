@@ -12,7 +12,7 @@ from branchmerge.data.template import Document, tokenise
 from branchmerge.errors import UserError
 from branchmerge.trajectories import sources
 from branchmerge.trajectories.schema import Message, Trajectory
-from branchmerge.trajectories.selection import Grade, select
+from branchmerge.trajectories.selection import select
 
 
 @dataclass
@@ -51,21 +51,19 @@ def hold_out(
     own: Mapping[str, list[Trajectory]],
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
-    grade: Grade,
 ) -> HeldOut:
     """Choose `data.validation_rows` trajectories of every part.
 
     Args:
         own: the rows that the branch reads anyway.
         longest: tokens of the longest document that is taken.
-        grade: as `verification.verify`.
     """
     held_out = HeldOut()
     if not config.data.validation_rows:
         return held_out
     others = {part: sources.read(source) for part, source in other_sources(config).items()}
     for part, rows in {**own, **others}.items():
-        chosen = _choose(config, part, rows, tokenizer, longest, grade)
+        chosen = _choose(config, part, rows, tokenizer, longest)
         held_out.documents[part] = [document for _, document in chosen]
         held_out.prompts |= {row.prompt for row, _ in chosen}
     return held_out
@@ -77,7 +75,6 @@ def _choose(
     rows: Sequence[Trajectory],
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
-    grade: Grade,
 ) -> list[tuple[Trajectory, Document]]:
     """The first in the order of their hashes that are right, short enough and of different prompts."""
     wanted = config.data.validation_rows
@@ -89,8 +86,8 @@ def _choose(
     chosen: list[tuple[Trajectory, Document]] = []
     for start in range(0, len(candidates), wanted):
         # Graded a few at a time: the rest of another domain's rows is of no use here.
-        right = select(candidates[start : start + wanted], config.data.verify, progress=False, grade=grade).rows
-        documents = [(row, tokenise(tokenizer, row)) for row in right]
+        right = select(candidates[start : start + wanted], config.data.verify, progress=False).rows
+        documents = zip(right, tokenise(tokenizer, right), strict=True)
         chosen += [(row, document) for row, document in documents if len(document) <= longest]
         if len(chosen) >= wanted:
             return chosen[:wanted]

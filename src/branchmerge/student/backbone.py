@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from branchmerge.config import CommonConfig
 from branchmerge.errors import UserError
+from branchmerge.student.export import TOKENIZER_FILES
 from branchmerge.study import MANIFEST, Manifest, Study, file_sha256, is_done, locked, publish, read_manifest
 
 if TYPE_CHECKING:  # imported where a model is loaded: merging only needs to find the folder
@@ -133,6 +134,12 @@ def context_length(folder: Path) -> int | None:
         shape.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
     )
     return next((length for length in lengths if isinstance(length, int)), None)
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """What an expert takes from its backbone besides the weights: SHA-256 of shape, tokenizer and chat template."""
+    files = ("config.json", *TOKENIZER_FILES)
+    return {name: file_sha256(folder / name) for name in files if (folder / name).is_file()}
 
 
 def _of_text(shape: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,14 @@ A training on several devices is one process a device, started by torchrun or Sl
 import ctypes
 import os
 import signal
+import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -25,8 +29,12 @@ PREEMPTED = 128 + signal.SIGTERM
 """Exit status of a training that was told to end and did so in good order."""
 INTERACTIVE = ("bash", "interactive")
 """Names that Slurm gives to jobs of a shell, as Lightning takes them."""
-PATIENCE = timedelta(minutes=30)
-"""How long the others wait for the first process, which writes and reads what they do not."""
+PATIENCE = timedelta(days=7)
+"""How long the others wait for the first process: it may wait for another run, or grade and tokenise for hours."""
+HANGING = timedelta(minutes=30)
+"""How long they wait for each other in training. That one has died is seen at once, as what started it tells."""
+_patient: dist.ProcessGroup | None = None
+"""All processes, over gloo; None: as all talk otherwise"""
 
 
 def is_one_of_several() -> bool:
@@ -72,11 +80,15 @@ def join(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(found.local_rank())
-    dist.init_process_group(backend, rank=found.global_rank(), world_size=found.world_size(), timeout=PATIENCE)
+    dist.init_process_group(backend, rank=found.global_rank(), world_size=found.world_size(), timeout=HANGING)
+    global _patient
+    _patient = dist.new_group(timeout=PATIENCE, backend="gloo")
 
 
 def leave() -> None:
     """The end of what `join` began; without it a process may end while another still waits for it."""
+    global _patient
+    _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -120,7 +132,7 @@ def is_first_to_tell(mistake: str) -> bool:
 def wait() -> None:
     """Until all have come so far."""
     if world() > 1:
-        dist.barrier()
+        dist.barrier(group=_patient)
 
 
 def by_first(work: Callable[[], T]) -> T:
@@ -133,11 +145,44 @@ def by_first(work: Callable[[], T]) -> T:
             told[0] = work()
         except Exception as error:
             told[1] = error
-    dist.broadcast_object_list(told)
+    dist.broadcast_object_list(told, group=_patient)
     if told[1] is not None:
         raise told[1]
     result: T = told[0]
     return result
+
+
+def check_shared(folder: Path) -> None:
+    """Refuse a folder that is another one for some of the processes, as on a disk of each node's own."""
+    if world() == 1:
+        return
+    probe = folder / by_first(lambda: _new_file(folder))
+    blind = sorted({host for host, sees in from_all((socket.gethostname(), _appears(probe))) if not sees})
+    if is_first():
+        probe.unlink(missing_ok=True)
+    if blind:
+        raise UserError(
+            f"{folder}: what the first process writes there, {', '.join(blind)} cannot see; give an outputs= (or out=)"
+            " on a disk that all nodes share"
+        )
+
+
+def _new_file(folder: Path) -> str:
+    """Its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f".seen-by-all-{uuid4().hex}"
+    file.touch()
+    return file.name
+
+
+def _appears(file: Path, seconds: float = 10) -> bool:
+    """Whether a file is there; shared disks may tell of a new one late."""
+    end = time.monotonic() + seconds
+    while not file.is_file():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def from_all(value: T) -> list[T]:
@@ -145,7 +190,7 @@ def from_all(value: T) -> list[T]:
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient)
     return values
 
 

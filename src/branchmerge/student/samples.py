@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
@@ -68,10 +69,10 @@ def greedy(student: Student, document: Document, longest: int, end: int) -> list
 
     All processes of a sharded student do this together, and take the first one's tokens.
     """
-    prompt = document.tokens[: document.prompt_len]
+    prompt = document.tokens[: document.prompt_len].tolist()
     answer: list[int] = []
     while len(answer) < longest:
-        tokens = (*prompt, *answer)
+        tokens = np.array(prompt + answer)
         batch = make_batch([Document(document.id, tokens, len(tokens))], 1).to(student.device)
         last = torch.tensor([len(tokens) - 1], device=student.device)
         logits = student.packed.compute(partial(packed_logits, positions=last), batch)

@@ -13,8 +13,8 @@ from branchmerge import machine
 from branchmerge.config import TrainConfig
 from branchmerge.config_checks import check_devices, check_packages
 from branchmerge.data import held_out
-from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account, prepare
-from branchmerge.data.verdicts import Verdicts
+from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account
+from branchmerge.data.prepared import prepared
 from branchmerge.errors import UserError
 from branchmerge.student import attention, backbone, ranks
 from branchmerge.student.bf16_products import products_in_float32
@@ -28,7 +28,6 @@ from branchmerge.student.resume import Resume
 from branchmerge.student.sharding import Sharding, Spread, empty_model, layers, load_weights, shard
 from branchmerge.student.watch import watchers
 from branchmerge.study import Manifest, Study, is_done, locked, parent_of, publish, read_manifest
-from branchmerge.trajectories.sources import read_branch
 
 
 def train(config: TrainConfig) -> Path:
@@ -44,7 +43,6 @@ def train(config: TrainConfig) -> Path:
     device = _device(config)
     ranks.join(device)
     _check_processes(config)
-    rows = read_branch(config)
     start = ranks.by_first(lambda: backbone.locate(config, config.domain.name))
     shape = backbone.read_config(start)
     backbone.check_heads(shape, config.trainer.context_parallel)
@@ -53,18 +51,15 @@ def train(config: TrainConfig) -> Path:
     folder = _folder(config)
     planned = _plan_manifest(config, start, precision)
     with ExitStack() as stack:
-        if ranks.is_first():
-            stack.enter_context(locked(folder))
+        ranks.by_first(lambda: stack.enter_context(locked(folder)))
         ranks.by_first(lambda: _check_redo(config, folder))
         if ranks.by_first(lambda: is_done(folder, planned, config.overwrite)) and not config.redo:
             ranks.say(f"{folder}: done already")
             return folder
         ranks.say(f"{folder}: training domain {config.domain.name} from {start}")
-        tokenizer = backbone.load_tokenizer(start)
-        backbone.check_tokenizer(tokenizer, start)
         saved = CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
-        verdicts = Verdicts(saved.folder / "verdicts.json")
-        corpus = prepare(config, rows, tokenizer, backbone.context_length(start), verdicts)
+        ranks.check_shared(saved.folder)
+        corpus = prepared(config, start, saved.folder / "corpus")
         if ranks.is_first():
             _tell(corpus)
         with publish(folder, planned) if ranks.is_first() else nullcontext(folder) as partial:
@@ -272,6 +267,7 @@ def _plan_manifest(config: TrainConfig, start: Path, precision: str) -> Manifest
     work = {
         "domain": config.domain.name, "data": {**data, "sources": sources}, "optim": _optim(config),
         "seed": config.seed, "precision": precision, "export_dtype": config.export_dtype,
+        "backbone": backbone.identity(start),
     }  # fmt: skip
     kind = "backbone" if config.domain.name == "warmup" and config.out is None else "expert"
     return Manifest(

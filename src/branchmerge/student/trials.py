@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -131,7 +132,5 @@ def _second_document(model: PreTrainedModel, batch: Batch) -> Tensor:
 def _row(packed: PackedLoss, *seeds: int) -> Batch:
     """Documents of TOKENS tokens, one for each seed."""
     vocabulary = int(packed.model.config.get_text_config().vocab_size)
-    documents = [
-        Document("trial", tuple((torch.arange(TOKENS) * 31 * seed % vocabulary).tolist()), 1) for seed in seeds
-    ]
+    documents = [Document("trial", np.arange(TOKENS) * 31 * seed % vocabulary, 1) for seed in seeds]
     return make_batch(documents, len(seeds) * (TOKENS - 1)).to(packed.model.device)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from branchmerge.config import TrainConfig
+from branchmerge.student import backbone
 from branchmerge.student.flops import Shapes, pairs_of
 from branchmerge.study import write_json
 from branchmerge.trajectories import sources
@@ -48,15 +49,13 @@ def workload(config: TrainConfig, checkpoint: Path | None, folder: Path) -> Work
 
 def _counted(config: TrainConfig, checkpoint: Path, folder: Path) -> Workload:
     """What training itself would do, by its own functions."""
-    tokenizer = [(path.name, path.read_text()) for path in sorted(checkpoint.glob("*token*.json"))]
     rows = [(asdict(source), sources.identity(source)) for source in sources.of_branch(config).values()]
-    facts = [rows, asdict(config.data), asdict(config.optim), config.seed, tokenizer]
+    facts = [rows, asdict(config.data), asdict(config.optim), config.seed, backbone.identity(checkpoint)]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     place = folder / f"rows-{key}.json"
     if place.is_file():
         return Workload(**json.loads(place.read_text()))
     from branchmerge.data.datamodule import prepare
-    from branchmerge.student import backbone
 
     corpus = prepare(
         config, sources.read_branch(config), backbone.load_tokenizer(checkpoint), backbone.context_length(checkpoint)

@@ -1,16 +1,13 @@
 """Choose the trajectories to train on, and account for every row that is dropped."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from branchmerge.trajectories.schema import Trajectory
 from branchmerge.trajectories.verification import CORRECT, UNVERIFIED, verify
-
-Grade = Callable[[Sequence[Trajectory]], Iterator[str]]
-"""As `verify`"""
 
 
 @dataclass
@@ -24,19 +21,18 @@ class Selection:
     """Kept rows that carry no reference, so that nothing could be checked."""
 
 
-def select(rows: Sequence[Trajectory], check: bool, progress: bool, grade: Grade = verify) -> Selection:
+def select(rows: Sequence[Trajectory], check: bool, progress: bool) -> Selection:
     """Drop repeated rows (same prompt, same response) and, if `check`, those that their grader finds wrong.
 
     Args:
         progress: a bar, in a terminal
-        grade: what says of each row whether it is right
     """
     dropped: Counter[str] = Counter()
     distinct = list({(row.prompt, row.response): row for row in rows}.values())
     dropped["duplicate"] = len(rows) - len(distinct)
     kept: list[Trajectory] = []
     unverified = 0
-    verdicts = grade(distinct) if check else (UNVERIFIED for _ in distinct)
+    verdicts = verify(distinct) if check else (UNVERIFIED for _ in distinct)
     hidden = None if progress else True  # None: as long as this is no terminal
     bar = tqdm(zip(distinct, verdicts, strict=True), total=len(distinct), desc="verify", disable=hidden)
     for row, verdict in bar:

@@ -1,0 +1,107 @@
+"""A branch's documents on disk: prepared once by the first process, read by all of them and by the run that goes on.
+
+    checkpoints/<domain>-<fingerprint of the work>/corpus/
+        tokens.int32  the documents one after the other: those to train on, then those held out
+        corpus.json   id, tokens and prompt of each, the account of the rows, the SHA-256 of tokens.int32
+
+The tokens are mapped, not read, so that the processes of a node hold them in memory once. And graders are asked once: a
+program close to its time limit may pass today and fail tomorrow, or on another core; rows that come and go with that
+would give every process a training of its own, and a checkpoint another plan than the one that it was made under.
+"""
+
+import json
+import shutil
+from itertools import accumulate, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from branchmerge.config import TrainConfig
+from branchmerge.data.datamodule import Corpus, plan_of, prepare
+from branchmerge.data.template import Document
+from branchmerge.student import backbone, ranks
+from branchmerge.study import UNWRITABLE, file_sha256, unwritable, write_json
+from branchmerge.trajectories.sources import read_branch
+
+TOKENS, CORPUS = "tokens.int32", "corpus.json"
+
+
+def prepared(config: TrainConfig, start: Path, folder: Path) -> Corpus:
+    """What the branch trains on; all processes call this together.
+
+    Args:
+        start: checkpoint whose tokenizer it is
+        folder: where it is kept, for this very work alone
+    """
+    ranks.by_first(lambda: _prepare(config, start, folder))
+    return read(config, folder)
+
+
+def _prepare(config: TrainConfig, start: Path, folder: Path) -> None:
+    if _is_whole(folder):
+        return
+    rows = read_branch(config)
+    tokenizer = backbone.load_tokenizer(start)
+    backbone.check_tokenizer(tokenizer, start)
+    write(prepare(config, rows, tokenizer, backbone.context_length(start)), folder)
+
+
+def write(corpus: Corpus, folder: Path) -> None:
+    """Whole or not at all; raises UserError where there is no room."""
+    documents = [*corpus.documents, *(one for part in corpus.held_out.values() for one in part)]
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        for left in (partial, folder):
+            shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with (partial / TOKENS).open("wb") as file:
+            for document in documents:
+                file.write(document.tokens.astype("<i4").tobytes())
+        facts = {
+            "sha256": file_sha256(partial / TOKENS),
+            "documents": [(document.id, len(document), document.prompt_len) for document in documents],
+            "held_out": {part: len(chosen) for part, chosen in corpus.held_out.items()},
+            "account": corpus.account,
+        }
+        write_json(partial / CORPUS, facts)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno not in UNWRITABLE:
+            raise
+        raise unwritable(folder, error) from error
+
+
+def read(config: TrainConfig, folder: Path) -> Corpus:
+    """What `write` wrote there for this configuration."""
+    facts = _facts(folder)
+    tokens = np.asarray(np.memmap(folder / TOKENS, dtype="<i4", mode="r"))
+    borders = accumulate((length for _, length, _ in facts["documents"]), initial=0)
+    documents = [
+        Document(name, tokens[begin:end], prompt_len)
+        for (name, _, prompt_len), (begin, end) in zip(facts["documents"], pairwise(borders), strict=True)
+    ]
+    counts: dict[str, int] = facts["held_out"]
+    trained = len(documents) - sum(counts.values())
+    rest = iter(documents[trained:])
+    held_out = {part: list(islice(rest, count)) for part, count in counts.items()}
+    documents = documents[:trained]
+    return Corpus(documents, plan_of(config, documents), facts["account"], held_out)
+
+
+def _is_whole(folder: Path) -> bool:
+    if not folder.exists():
+        return False
+    try:
+        whole = _facts(folder)["sha256"] == file_sha256(folder / TOKENS)
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        print(f"warning: {folder}: not whole; preparing the rows again", flush=True)
+    return whole
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / CORPUS).read_text(encoding="utf-8"))
+    return facts

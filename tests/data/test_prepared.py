@@ -1,0 +1,89 @@
+"""A branch's documents on disk: the same when read again, prepared once, whole or not there."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+from branches import branch
+
+from branchmerge.config import TrainConfig
+from branchmerge.data.datamodule import Corpus, prepare
+from branchmerge.data.prepared import CORPUS, TOKENS, prepared, read, write
+from branchmerge.errors import UserError
+from branchmerge.student.backbone import load_tokenizer
+from branchmerge.trajectories.sources import read_branch
+
+
+@pytest.fixture
+def config(tiny_student: Path, tmp_path: Path) -> TrainConfig:
+    return branch(tiny_student, tmp_path, "domain=math", "data.validation_rows=2", "optim.epochs=2")
+
+
+@pytest.fixture
+def corpus(config: TrainConfig, tiny_student: Path) -> Corpus:
+    return prepare(config, read_branch(config), load_tokenizer(tiny_student))
+
+
+def said(corpus: Corpus) -> tuple[object, ...]:
+    """All that there is in it."""
+    parts = {"": corpus.documents, **corpus.held_out}
+    listed = {part: [(d.id, d.tokens.tolist(), d.prompt_len) for d in documents] for part, documents in parts.items()}
+    return list(parts), listed, corpus.plan, corpus.account
+
+
+def test_what_is_read_is_what_was_written(config: TrainConfig, corpus: Corpus, tmp_path: Path) -> None:
+    assert len(corpus.held_out) == 3 and len(corpus.documents) > 10
+    write(corpus, tmp_path / "corpus")
+    assert said(read(config, tmp_path / "corpus")) == said(corpus)
+
+
+def test_a_token_takes_four_bytes_which_are_mapped(config: TrainConfig, corpus: Corpus, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    write(corpus, folder)
+    kept = [*corpus.documents, *(one for part in corpus.held_out.values() for one in part)]
+    assert (folder / TOKENS).stat().st_size == 4 * sum(map(len, kept))
+    assert str(folder / TOKENS) not in Path("/proc/self/maps").read_text()
+    documents = read(config, folder).documents
+    assert str(folder / TOKENS) in Path("/proc/self/maps").read_text()
+    assert not any(document.tokens.flags.owndata for document in documents)
+
+
+def test_rows_are_asked_for_once(tiny_student: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "What is 6 x 7?"}, {"role": "assistant", "content": "\\boxed{42}"}]
+    rows.write_text(json.dumps({"messages": turns, "reference": {"grader": "math", "answer": "42"}}) + "\n")
+    config = branch(tiny_student, tmp_path, "domain=math", f"data.path={rows}", "optim.global_batch=1")
+    first = prepared(config, tiny_student, tmp_path / "corpus")
+    rows.unlink()
+    assert said(prepared(config, tiny_student, tmp_path / "corpus")) == said(first)
+
+
+@pytest.mark.parametrize("harm", ["a token", "half the tokens", "no account", "a broken account"])
+def test_what_is_not_whole_is_made_again(
+    harm: str, config: TrainConfig, tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corpus"
+    first = said(prepared(config, tiny_student, folder))
+    tokens = (folder / TOKENS).read_bytes()
+    if harm == "a token":
+        (folder / TOKENS).write_bytes(bytes([tokens[0] ^ 1]) + tokens[1:])
+    elif harm == "half the tokens":
+        (folder / TOKENS).write_bytes(tokens[: len(tokens) // 2])
+    elif harm == "no account":
+        (folder / CORPUS).unlink()
+    else:
+        (folder / CORPUS).write_text("{")
+    assert said(prepared(config, tiny_student, folder)) == first
+    assert f"{folder}: not whole" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_told_in_a_line_and_leaves_nothing(corpus: Corpus, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write corpus there .*make room"):
+            write(corpus, tmp_path / "corpus")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.glob("*corpus*"))
