@@ -13,8 +13,10 @@ import pytest
 import torch
 from branches import PROJECT, branch, metrics
 
-from branchmerge.student import checkpoints
+from branchmerge.errors import UserError
+from branchmerge.student import checkpoints, training
 from branchmerge.student.checkpoints import CheckpointFolder
+from branchmerge.student.export import export
 from branchmerge.student.training import train
 from branchmerge.study import Manifest, read_manifest, weights_sha256
 
@@ -226,6 +228,39 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
         assert found is not None and found.step == 2
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)  # torch may still hold the file that it gave up
+
+
+def test_a_disk_without_room_for_the_expert_is_refused_first(tiny_student: Path, tmp_path: Path) -> None:
+    outputs = tmp_path / "small"
+    outputs.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "none", outputs], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a disk in memory: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(UserError, match=r"the expert will take .* GB, the disk has .* GB left; make room"):
+            train(branch(tiny_student, outputs, "domain=math"))
+    finally:
+        subprocess.run(["umount", "--lazy", outputs], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_after_the_last_step_waits_until_all_is_published(
+    number: signal.Signals, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_meanwhile(*args: Any) -> None:
+        os.kill(os.getpid(), number)
+        export(*args)
+
+    monkeypatch.setattr(training, "export", told_meanwhile)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        train(branch(tiny_student, tmp_path, "domain=math", "optim.max_steps=1"))
+    assert ended.value.code == 128 + number
+    assert read_manifest(tmp_path / "tiny" / "experts" / "math") is not None
+    assert not list((tmp_path / "tiny").rglob("*.partial"))
+    assert signal.getsignal(number) == before
 
 
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_weights_that_cannot_be_read_are_told_in_a_line(tiny_student: Path, tmp_
     folder = Path(shutil.copytree(tiny_student, tmp_path / "cut"))
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:1000])
-    with pytest.raises(UserError, match="cut: transformers cannot load it"):
+    with pytest.raises(UserError, match=r"cut/model\.safetensors: not a readable safetensors file"):
         train(branch(folder, tmp_path, "domain=math"))
 
 

@@ -1,8 +1,11 @@
 """Write a trained student as a Hugging Face checkpoint whose tokenizer is the backbone's, byte for byte."""
 
 import shutil
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from branchmerge.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +47,20 @@ def export(
     copy_tokenizer(backbone, out)
 
 
+def check_room(backbone: Path, out: Path, dtype: "torch.dtype") -> None:
+    """Refuse a place whose disk has no room for an expert, before it is trained."""
+    from branchmerge.merge.checkpoint import Reader
+
+    with Reader(backbone) as reader:
+        needed = dtype.itemsize * sum(prod(info.shape) for info in reader.tensors.values())
+    free = shutil.disk_usage(out.parent).free
+    if free < needed:
+        raise UserError(
+            f"{out.parent}: the expert will take {needed / 1e9:.2g} GB, the disk has {free / 1e9:.2g} GB left; make"
+            " room, or give another out= or outputs="
+        )
+
+
 def weights_of(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
     """All weights of a checkpoint by their names; one that two layers share only once, by the name of the first."""
     seen: set[int] = set()
@@ -75,7 +92,6 @@ def check_finite(model: "PreTrainedModel", where: str) -> None:
     import torch
     from torch.distributed.tensor import DTensor
 
-    from branchmerge.errors import UserError
     from branchmerge.student import ranks
 
     local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}

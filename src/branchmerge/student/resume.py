@@ -1,9 +1,6 @@
 """Save a branch as it trains, stop it when the machine is taken away, and go on from where it was."""
 
-import signal
-import threading
 import time
-from types import FrameType
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -12,6 +9,7 @@ from torch.optim import Optimizer
 from branchmerge.config import CheckpointConfig
 from branchmerge.student import ranks
 from branchmerge.student.checkpoints import Checkpoint, CheckpointFolder, load_state, save_state
+from branchmerge.student.ending import Ending
 from branchmerge.student.module import Student
 
 
@@ -22,20 +20,18 @@ class Resume(Callback):
     those of optimizer steps go on.
     """
 
-    def __init__(self, folder: CheckpointFolder, config: CheckpointConfig, begin: Checkpoint | None) -> None:
+    def __init__(
+        self, folder: CheckpointFolder, config: CheckpointConfig, begin: Checkpoint | None, ending: Ending
+    ) -> None:
         self.folder = folder
         self.config = config
         self.begin = begin
         self._saved = begin.step if begin else 0
-        self._former: dict[int, Any] = {}
-        self._told_to_end: int | None = None  # by this signal
+        self.ending = ending
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._started = self._saved_at = time.monotonic()
-        if threading.current_thread() is threading.main_thread():
-            self._former = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._take_note)}
-            if ranks.world() == 1:  # of several, whoever started them is told too, and tells them in its way
-                self._former[signal.SIGINT] = signal.signal(signal.SIGINT, self._take_note)
+        self.ending.listen()
         if self.begin is None:
             return
         loop = trainer.fit_loop.epoch_loop
@@ -51,7 +47,7 @@ class Resume(Callback):
         """Between steps: the one before has been logged."""
         if trainer.global_step == self._saved or index % trainer.accumulate_grad_batches:
             return
-        ending = trainer.strategy.reduce_boolean_decision(self._told_to_end is not None, all=False)
+        ending = trainer.strategy.reduce_boolean_decision(self.ending.signal is not None, all=False)
         if ending or trainer.strategy.reduce_boolean_decision(self._is_due(trainer.global_step), all=False):
             self._save(trainer, module)
         if ending:
@@ -59,23 +55,12 @@ class Resume(Callback):
                 f"told to end after step {trainer.global_step} of {self.folder.folder.name}; run the same command again"
                 " to go on"
             )
-            raise SystemExit(128 + (self._told_to_end or signal.SIGTERM))  # perhaps another process was told
-
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        for number, former in self._former.items():
-            signal.signal(number, former)
+            raise SystemExit(self.ending.status)
 
     @property
     def seconds(self) -> float:
         """Of training so far, those of earlier runs included."""
         return (self.begin.seconds if self.begin else 0.0) + time.monotonic() - self._started
-
-    def _take_note(self, number: int, frame: FrameType | None) -> None:
-        """The step is finished and saved first; whoever presses Ctrl-C twice does not want to wait for that."""
-        self._told_to_end = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, self._former[signal.SIGINT])
-            print("\ninterrupted: ending after this step; once more to end at once", flush=True)
 
     def _is_due(self, step: int) -> bool:
         every, minutes = self.config.every_n_steps, self.config.every_n_minutes

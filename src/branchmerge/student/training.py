@@ -20,7 +20,8 @@ from branchmerge.student import attention, backbone, ranks
 from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.context_parallel import ContextGroup, rows_of
-from branchmerge.student.export import check_finite, export, joins_weights
+from branchmerge.student.ending import Ending
+from branchmerge.student.export import check_finite, check_room, export, joins_weights
 from branchmerge.student.loggers import make_loggers
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
@@ -59,21 +60,24 @@ def train(config: TrainConfig) -> Path:
         ranks.say(f"{folder}: training domain {config.domain.name} from {start}")
         saved = CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
         ranks.check_shared(saved.folder)
+        ranks.by_first(lambda: check_room(start, folder, getattr(torch, config.export_dtype)))
         corpus = prepared(config, start, saved.folder / "corpus")
         if ranks.is_first():
             _tell(corpus)
+        # To publish takes less time than a checkpoint would, so a signal to end waits for that.
+        ending = stack.enter_context(Ending())
         with publish(folder, planned) if ranks.is_first() else nullcontext(folder) as partial:
-            student, facts = _fit(config, start, device, precision, corpus, saved)
+            student, facts = _fit(config, start, device, precision, corpus, saved, ending)
             planned.data = corpus.account
             planned.training = facts
             check_finite(student.model, f"{folder}: after training")
             export(student.model, start, partial, getattr(torch, config.export_dtype))
         saved.remove()
-    ranks.wait()  # until it is published
-    ranks.say(
-        f"{folder}: {facts['steps']} steps, {facts['tokens']} tokens, {facts['seconds']:.0f} s,"
-        f" {facts['tokens_per_second']:.0f} tokens/s, last loss {facts['last_loss']:.3f}"
-    )
+        ranks.wait()  # until it is published
+        ranks.say(
+            f"{folder}: {facts['steps']} steps, {facts['tokens']} tokens, {facts['seconds']:.0f} s,"
+            f" {facts['tokens_per_second']:.0f} tokens/s, last loss {facts['last_loss']:.3f}"
+        )
     return folder
 
 
@@ -105,7 +109,13 @@ def _check_processes(config: TrainConfig) -> None:
 
 
 def _fit(
-    config: TrainConfig, start: Path, device: torch.device, precision: str, corpus: Corpus, saved: CheckpointFolder
+    config: TrainConfig,
+    start: Path,
+    device: torch.device,
+    precision: str,
+    corpus: Corpus,
+    saved: CheckpointFolder,
+    ending: Ending,
 ) -> tuple[Student, dict[str, Any]]:
     """Load the backbone, train it over the plan, return it with the facts for the manifest.
 
@@ -125,7 +135,7 @@ def _fit(
     share, shares = rows_of(context)
     student = _student(config, start, compute, attn, steps, context)
     logs = _logs(config)
-    resume = Resume(saved, config.trainer.checkpoint, begin)
+    resume = Resume(saved, config.trainer.checkpoint, begin, ending)
     trainer = Trainer(
         **_devices(config, device, precision),
         max_epochs=1,  # the plan holds all epochs, one after the other
@@ -144,6 +154,7 @@ def _fit(
     data = TrajectoryData(corpus, first_step, share, shares, config.data.workers)
     with _products(precision, device):
         trainer.fit(student, datamodule=data)
+    ending.listen()
     seconds = resume.seconds
     if trainer.interrupted:
         raise KeyboardInterrupt
