@@ -105,6 +105,9 @@ def spread(
         folder / "watched": WATCHED, folder / "unwatched": UNWATCHED,
         folder / "coins": ("domain=math", "data.seq_len=80", "optim.global_batch=2", "optim.max_steps=null", coins),
     }  # fmt: skip
+    groups["torchrun", 4][folder / "copies of shards"] = (
+        *SETTINGS, rows, BATCH, f"backbone.path={untied}", *WAYS["copies"],
+    )  # fmt: skip
     groups["torchrun", 1][folder / "bf16 of one"] = (*PRECISE, rows, BF16)
     groups["srun", 2] = {folder / "slurm": (*SETTINGS, rows, BATCH)}
     run_groups(tiny_student, groups)
@@ -164,9 +167,9 @@ def test_processes_that_slurm_started_find_each_other(
 
 
 def test_no_way_of_spreading_changes_a_branch(untied: Path, rows: str, spread: Path, tmp_path: Path) -> None:
-    """Untied weights, recomputed activations, copies of the shards, weights on the CPU, workers."""
+    """Untied weights, recomputed activations, copies of weights and of shards, weights on the CPU, workers."""
     alone(untied, tmp_path, *SETTINGS, rows, BATCH)
-    for name in WAYS:
+    for name in (*WAYS, "copies of shards"):
         assert_equal_to(tmp_path, spread / name)
     manifest = read_manifest(spread / "copies" / "tiny" / "experts" / "math")
     assert manifest is not None and len(manifest.training["devices"]) == 2
@@ -370,4 +373,4 @@ def test_outputs_on_a_disk_of_each_hosts_own_are_refused(tiny_student: Path, tmp
             hosts, f"mount -t tmpfs none {own} &&", wish(tiny_student, {own: (*SETTINGS, "trainer.num_nodes=2")})
         )
     assert all(status for status, _ in ended), ended
-    assert "cannot see; give an outputs= (or out=) on a disk that all nodes share" in ended[0][1], ended
+    assert "give an outputs= (or out=) on a disk that all nodes share" in ended[0][1], ended

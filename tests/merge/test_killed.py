@@ -20,7 +20,7 @@ from branchmerge.study import read_manifest, weights_sha256
 SERVER = textwrap.dedent(
     """
     # For each line read, fork children that merge: imports take seconds, and are paid once.
-    import os, signal, sys, tempfile, time
+    import os, signal, sys, tempfile, threading, time
     from dataclasses import dataclass
     from pathlib import Path
     import torch
@@ -28,6 +28,9 @@ SERVER = textwrap.dedent(
     from branchmerge.merge.operators.linear import Linear
     from branchmerge.merge.threads import workers
     from branchmerge.merge.tree import parse
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # forked processes share its usual one, also when one that holds it is killed
 
     STEPS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.copyfile", "shutil.rmtree")
     folders = {Path(folder).name: Path(folder) for folder in sys.argv[1:]}

@@ -5,14 +5,17 @@ import html
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from branches import metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wandb.proto.wandb_internal_pb2 import Record
 
 from branchmerge.study import read_manifest
 
@@ -240,11 +243,49 @@ def test_kill_9_in_a_branch_leaves_nothing_finished_and_the_same_command_goes_on
     assert not list(expert.parent.glob(".math.partial*"))
 
 
-def test_wandb_without_a_key_is_offline_and_asks_nothing(tiny_student: Path, tmp_path: Path) -> None:
-    hidden = {"HOME": str(tmp_path / "home"), "WANDB_API_KEY": "", "WANDB_MODE": ""}
+def records_of_wandb(run: Path) -> Iterator[bytes]:
+    """What a run's file holds, which `wandb sync` would upload: LevelDB's log format after a header of 7 bytes."""
+    data, at, parts = run.read_bytes(), 7, b""
+    while at < len(data):
+        in_block = 32_768 - at % 32_768
+        if in_block < 7:
+            at += in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last of several parts
+            yield parts
+            parts = b""
+
+
+def losses_of_wandb(run: Path) -> list[float]:
+    losses = []
+    for data in records_of_wandb(run):
+        record = Record()
+        record.ParseFromString(data)
+        found = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        losses += [float(found["loss"])] if "loss" in found else []
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("key", "server", "said"),
+    [
+        ("", "", ""),
+        ("0" * 40, "http://127.0.0.1:9", "warning: W&B: "),  # where nobody listens
+    ],
+)
+def test_wandb_without_a_key_or_a_server_is_offline_and_asks_nothing(
+    key: str, server: str, said: str, tiny_student: Path, tmp_path: Path
+) -> None:
+    hidden = {"HOME": str(tmp_path / "home"), "WANDB_API_KEY": key, "WANDB_MODE": "", "WANDB_INIT_TIMEOUT": "5"}
+    hidden |= {"WANDB_BASE_URL": server} if server else {}
     own = (f"backbone.path={tiny_student}", "domain=code", "logger=wandb")
     done = run_script("train", tiny_student, tmp_path, *own, **hidden)
     assert done.returncode == 0, done.stderr
+    assert ("warning: W&B: " in done.stdout) == bool(said)
     logs = tmp_path / "tiny" / "logs" / "train" / "code"
-    assert list(logs.glob("wandb/offline-run-*/*.wandb"))
-    assert (logs / "metrics.csv").is_file()
+    (run,) = logs.glob("wandb/offline-run-*/*.wandb")
+    losses = [float(row["loss"]) for row in metrics(tmp_path, "code")]
+    assert len(losses) > 1 and losses_of_wandb(run) == pytest.approx(losses)

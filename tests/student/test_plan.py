@@ -147,6 +147,12 @@ def test_what_was_simulated_is_kept_and_told_apart(plans: Path, capsys: pytest.C
     assert len(before) >= len(SIMULATED)  # more where slow tests have been
 
 
+def test_a_model_without_a_step_is_told_in_a_line(tmp_path: Path) -> None:
+    mixture = Setting({**TINY, "model_type": "mixtral"}, world=2, seq_len=64)
+    with pytest.raises(UserError, match="cannot be simulated: MixtralForCausalLM has other weights in memory"):
+        forecast([mixture], tmp_path)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_are_those_that_torch_counts(tied: bool) -> None:
     """Eager attention computes masked pairs too, which are not counted as work: twice the pairs, less the diagonal."""

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # imported where a model is loaded: merging only needs to fin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GGUF = "gguf:"
+OTHER_FORMATS = ["original/*", "onnx/*", "consolidated*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite"]
+"""The same weights once more, which some repositories of the hub carry"""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -81,7 +83,7 @@ def _resolve(config: CommonConfig, name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=config.backbone.revision))
+        return Path(snapshot_download(name, revision=config.backbone.revision, ignore_patterns=OTHER_FORMATS))
     except Exception as error:
         raise UserError(
             f"{name}: no such folder, and not to be had from the Hugging Face hub"

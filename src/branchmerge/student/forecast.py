@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+from branchmerge.errors import UserError
 from branchmerge.study import write_json
 
 KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits")
@@ -109,12 +111,21 @@ def _key(setting: Setting) -> str:
 def _simulate(missing: dict[Path, Setting]) -> None:
     """One process for all; each answer is kept as soon as it is there."""
     command = [sys.executable, "-m", "branchmerge.student.simulation"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        TemporaryFile("w+") as traces,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=traces, text=True) as process,
+    ):
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps([asdict(setting) for setting in missing.values()]))
         process.stdin.close()
         for place, setting in missing.items():
             line = process.stdout.readline()
-            if not line:
-                raise RuntimeError(f"the simulation of {setting} failed, see above")
-            write_json(place, {"setting": asdict(setting), "memory": json.loads(line)})
+            answer = json.loads(line or '{"error": "its process died"}')
+            if "error" in answer:
+                process.kill()
+                process.wait()
+                traces.seek(0)
+                trace = RuntimeError(traces.read())
+                kind, why = setting.shape.get("model_type"), answer["error"]
+                raise UserError(f"plan=true: a step of this model ({kind}) cannot be simulated: {why}") from trace
+            write_json(place, {"setting": asdict(setting), "memory": answer})

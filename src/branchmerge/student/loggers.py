@@ -67,19 +67,37 @@ def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
 
 
 def _wandb(config: TrainConfig, folder: Path) -> Logger:
-    """W&B, offline unless there is a key, so that it never asks; `wandb sync` uploads an offline run later."""
-    from lightning.pytorch.loggers import WandbLogger
+    """W&B, offline without a key, so that it never asks, and where it cannot be reached.
+
+    `wandb sync` uploads an offline run later.
+    """
+    from wandb.errors import Error as WandbError
 
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-    os.environ["WANDB_MODE"] = mode
     folder.mkdir(parents=True, exist_ok=True)
-    return WandbLogger(
+    try:
+        return _wandb_run(config, folder, mode)
+    except WandbError as error:
+        said = " ".join(str(error).split())
+        ranks.say(f"warning: W&B: {said}; the curve is kept in {folder}/wandb, for wandb sync to upload later")
+        return _wandb_run(config, folder, "offline")
+
+
+def _wandb_run(config: TrainConfig, folder: Path, mode: str) -> Logger:
+    """Begun at once, so that what is wrong with it is seen."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    os.environ["WANDB_MODE"] = mode
+    logger = WandbLogger(
         project=config.logger.project,
         entity=config.logger.entity,
         name=f"{config.study.name}-{config.domain.name}",
         save_dir=folder,
         offline=mode == "offline",
+        mode=mode,  # told, as W&B does not look into the environment again
     )
+    assert logger.experiment is not None
+    return logger
 
 
 def _has_wandb_key() -> bool:

@@ -224,6 +224,7 @@ def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workloa
     notes = []
     try:
         check_trainer(config.trainer, config.optim.global_batch)
+        backbone.check_rows(asked.shape, config.data.seq_len)
     except UserError as error:
         notes.append(f"training would be refused: {error}")
     if work is None:

@@ -157,14 +157,18 @@ def check_shared(folder: Path) -> None:
     if world() == 1:
         return
     probe = folder / by_first(lambda: _new_file(folder))
-    blind = sorted({host for host, sees in from_all((socket.gethostname(), _appears(probe))) if not sees})
-    if is_first():
-        probe.unlink(missing_ok=True)
+    try:
+        check_seen(probe, "give an outputs= (or out=) on a disk that all nodes share")
+    finally:
+        if is_first():
+            probe.unlink(missing_ok=True)
+
+
+def check_seen(path: Path, remedy: str) -> None:
+    """Refuse what some of the processes do not see."""
+    blind = sorted({host for host, sees in from_all((socket.gethostname(), _appears(path))) if not sees})
     if blind:
-        raise UserError(
-            f"{folder}: what the first process writes there, {', '.join(blind)} cannot see; give an outputs= (or out=)"
-            " on a disk that all nodes share"
-        )
+        raise UserError(f"{path}: is there for the first process, but not on {', '.join(blind)}; {remedy}")
 
 
 def _new_file(folder: Path) -> str:
@@ -175,10 +179,10 @@ def _new_file(folder: Path) -> str:
     return file.name
 
 
-def _appears(file: Path, seconds: float = 10) -> bool:
-    """Whether a file is there; shared disks may tell of a new one late."""
+def _appears(path: Path, seconds: float = 10) -> bool:
+    """Whether it is there; shared disks may tell of a new file late."""
     end = time.monotonic() + seconds
-    while not file.is_file():
+    while not path.exists():
         if time.monotonic() > end:
             return False
         time.sleep(0.2)

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from branchmerge.errors import UserError
 from branchmerge.merge.shards import weight_files
 from branchmerge.student.backbone import check_whole
-from branchmerge.student.export import weights_of
+from branchmerge.student.export import joins_weights, weights_of
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,15 @@ def layers(model: nn.Module) -> nn.ModuleList:
             if isinstance(found, nn.ModuleList):
                 return found
     raise UserError(f"{type(model).__name__} has no list of decoder layers, so it cannot be sharded by layer")
+
+
+def check_shardable(model: PreTrainedModel) -> None:
+    """Refuse a model of which a device could not read its share alone."""
+    if joins_weights(model):
+        raise UserError(
+            f"{type(model).__name__} has other weights in memory than in its checkpoint, so a device cannot read its"
+            " share alone; train it on one device (trainer.strategy=single)"
+        )
 
 
 def shard(root: nn.Module, model: PreTrainedModel, sharding: Sharding, mesh: DeviceMesh) -> None:

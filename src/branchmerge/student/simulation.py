@@ -15,6 +15,7 @@ Shapes: H heads, G key/value heads, T tokens, E head size.
 import json
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -31,13 +32,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, PreTrainedModel
 
 from branchmerge.data.batch import Batch
+from branchmerge.errors import UserError
 from branchmerge.student import attention, chunked_loss
 from branchmerge.student.context_parallel import ContextGroup
 from branchmerge.student.flops import Shapes
 from branchmerge.student.forecast import KINDS, SHARES, Memory, Setting
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.memory_log import MemoryLog, Piece, peak
-from branchmerge.student.sharding import Sharding, empty_model, give_memory, layers, shard
+from branchmerge.student.sharding import Sharding, check_shardable, empty_model, give_memory, layers, shard
 
 FEW, MORE = 4, 6
 """Layers of the two models that a deeper one is reckoned from."""
@@ -105,6 +107,7 @@ def _spans(setting: Setting, model: PreTrainedModel) -> tuple[list[Span], Span]:
         dist.init_process_group("fake", rank=0, world_size=setting.world, store=FakeStore())
     packed = PackedLoss(model, ContextGroup.join(setting.context))
     if setting.sharded:
+        check_shardable(model)
         compute = torch.bfloat16 if setting.bf16 else torch.float32
         sharding = Sharding(compute, setting.replicate, setting.cpu_offload)
         shard(packed, model, sharding, sharding.mesh("cpu", setting.world))
@@ -209,6 +212,16 @@ def _as_on_a_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None,
     return torch.cat([out], dim=2).transpose(1, 2).contiguous()
 
 
+def _answer(setting: Setting) -> dict[str, Any]:
+    """The memory of a step, or why there is none; there are many kinds of models."""
+    try:
+        return asdict(simulate(setting))
+    except Exception as error:
+        traceback.print_exc()
+        said = " ".join(str(error).split())
+        return {"error": said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"}
+
+
 if __name__ == "__main__":
     for asked in json.load(sys.stdin):
-        print(json.dumps(asdict(simulate(Setting(**asked)))), flush=True)
+        print(json.dumps(_answer(Setting(**asked))), flush=True)

@@ -21,12 +21,12 @@ from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.context_parallel import ContextGroup, rows_of
 from branchmerge.student.ending import Ending
-from branchmerge.student.export import check_finite, check_room, export, joins_weights
+from branchmerge.student.export import check_finite, check_room, export
 from branchmerge.student.loggers import make_loggers
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
 from branchmerge.student.resume import Resume
-from branchmerge.student.sharding import Sharding, Spread, empty_model, layers, load_weights, shard
+from branchmerge.student.sharding import Sharding, Spread, check_shardable, empty_model, layers, load_weights, shard
 from branchmerge.student.watch import watchers
 from branchmerge.study import Manifest, Study, is_done, locked, parent_of, publish, read_manifest
 
@@ -45,6 +45,7 @@ def train(config: TrainConfig) -> Path:
     ranks.join(device)
     _check_processes(config)
     start = ranks.by_first(lambda: backbone.locate(config, config.domain.name))
+    ranks.check_seen(start, "give a backbone.path= on a disk that all nodes share (for one of the hub: share HF_HOME)")
     shape = backbone.read_config(start)
     backbone.check_heads(shape, config.trainer.context_parallel)
     backbone.check_rows(shape, config.data.seq_len)
@@ -92,7 +93,15 @@ def _device(config: TrainConfig) -> torch.device:
     """The one that this process trains on."""
     device = machine.device_of(config.trainer.accelerator)
     found = ranks.environment() if config.trainer.sharded else None
-    return torch.device("cuda", found.local_rank()) if device.type == "cuda" and found is not None else device
+    if device.type != "cuda" or found is None:
+        return device
+    number, there = found.local_rank(), torch.cuda.device_count()
+    if number >= there:
+        raise UserError(
+            f"process {number} of this node (from 0) finds {there} CUDA devices; start one process a device, and let"
+            " each see all of them (Slurm: --gpus-per-node, not --gpus-per-task)"
+        )
+    return torch.device("cuda", number)
 
 
 def _check_processes(config: TrainConfig) -> None:
@@ -177,11 +186,7 @@ def _student(
     with backbone.loading(start):
         model = empty_model(start, attn) if trainer.sharded else backbone.load_model(start, torch.float32, attn)
     if trainer.sharded:
-        if joins_weights(model):
-            raise UserError(
-                f"{start}: {type(model).__name__} has other weights in memory than in its checkpoint, so a device"
-                " cannot read its share alone; train it on one device (trainer.strategy=single)"
-            )
+        check_shardable(model)
         sharding = Sharding(compute, trainer.replicate, trainer.cpu_offload)
 
         def spread(packed: PackedLoss, device: torch.device) -> None:

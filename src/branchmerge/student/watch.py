@@ -1,5 +1,6 @@
 """Everything that is seen of a branch while it trains, as callbacks of its Trainer."""
 
+import math
 from pathlib import Path
 
 from lightning import Callback
@@ -7,7 +8,7 @@ from lightning import Callback
 from branchmerge.config import TrainConfig
 from branchmerge.data.datamodule import Corpus
 from branchmerge.data.template import Document
-from branchmerge.student.backbone import load_tokenizer
+from branchmerge.student.backbone import context_length, load_tokenizer
 from branchmerge.student.progress import StepProgress
 from branchmerge.student.samples import Samples
 from branchmerge.student.step_rows import StepRows
@@ -25,8 +26,9 @@ def watchers(config: TrainConfig, corpus: Corpus, start: Path, logs: Path) -> li
     if corpus.held_out:
         found.append(Validation(corpus.held_out, config.data.seq_len, trainer.validate_every_n_steps))
     if trainer.sample_every_n_steps is not None:
-        tokenizer = load_tokenizer(start)
-        found.append(Samples(tokenizer, _sampled(corpus), trainer.sample_every_n_steps, trainer.sample_tokens, logs))
+        tokenizer, document = load_tokenizer(start), _sampled(corpus)
+        longest = min(trainer.sample_tokens, (context_length(start) or math.inf) - document.prompt_len)
+        found.append(Samples(tokenizer, document, trainer.sample_every_n_steps, int(longest), logs))
     found.append(StepRows(config.data.seq_len))  # after those that look at the student between steps, on other rows
     if trainer.progress:
         found.append(StepProgress(config.domain.name))
