@@ -16,6 +16,7 @@ import pytest
 from branches import metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb.proto.wandb_internal_pb2 import Record
+from warm import Warm
 
 from branchmerge.study import read_manifest
 
@@ -27,15 +28,28 @@ def arguments(name: str, student: Path, outputs: Path, *overrides: str) -> list[
     flags = [override for override in overrides if override.startswith("-")]
     own = ["study=tiny", f"backbone.pretrained={student}", f"outputs={outputs}"]
     rest = [override for override in overrides if not override.startswith("-")]
-    return [sys.executable, f"{name}.py", "--config-dir", "tests/conf", *flags, *own, *rest]
+    return [f"{name}.py", "--config-dir", "tests/conf", *flags, *own, *rest]
+
+
+@pytest.fixture(scope="module")
+def run_warm() -> Iterator[Run]:
+    """`run_script` without what importing takes, for what does not depend on a fresh process."""
+    warm = Warm()
+
+    def run(name: str, student: Path, outputs: Path, *overrides: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return warm.run(*arguments(name, student, outputs, *overrides), **env)
+
+    yield run
+    warm.end()
 
 
 def run_script(
     name: str, student: Path, outputs: Path, *overrides: str, **env: str
 ) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments(name, student, outputs, *overrides)]
     return subprocess.run(
-        arguments(name, student, outputs, *overrides), cwd=PROJECT, capture_output=True, text=True, timeout=300,
-        stdin=subprocess.DEVNULL, env={**os.environ, **env},
+        command, cwd=PROJECT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+        env={**os.environ, **env},
     )  # fmt: skip
 
 
@@ -113,20 +127,22 @@ def test_scores_samples_and_report_agree(finished: tuple[Path, dict[str, str]]) 
     assert said["evaluate"].splitlines()[-1] == f"report: {study / 'report' / 'index.html'}"
 
 
-def test_a_second_call_skips_what_is_done(finished: tuple[Path, dict[str, str]], tiny_student: Path) -> None:
+def test_a_second_call_skips_what_is_done(
+    finished: tuple[Path, dict[str, str]], tiny_student: Path, run_warm: Run
+) -> None:
     outputs = finished[0]
     weights = sorted(outputs.rglob("*.safetensors"))
     before = [path.stat().st_mtime_ns for path in weights]
-    again = run_script("train", tiny_student, outputs, "-m", "domain=math,code,science")
+    again = run_warm("train", tiny_student, outputs, "-m", "domain=math,code,science")
     assert again.returncode == 0 and again.stdout.count("done already") == 6  # a backbone and a branch, three times
-    scored = run_script("evaluate", tiny_student, outputs, "benchmark.limit=4")
+    scored = run_warm("evaluate", tiny_student, outputs, "benchmark.limit=4")
     assert scored.returncode == 0 and "scoring" not in scored.stdout
     assert sorted(outputs.rglob("*.safetensors")) == weights
     assert [path.stat().st_mtime_ns for path in weights] == before
 
 
 def test_checkpoints_and_rows_of_ones_own(
-    finished: tuple[Path, dict[str, str]], tiny_student: Path, tmp_path: Path
+    finished: tuple[Path, dict[str, str]], tiny_student: Path, tmp_path: Path, run_warm: Run
 ) -> None:
     """README's last example: any folder as backbone, any JSONL as data, any folder for the result, then merged."""
     outputs = finished[0]
@@ -135,16 +151,16 @@ def test_checkpoints_and_rows_of_ones_own(
     rows.write_text(json.dumps({"messages": turns}) + "\n")
     mine = tmp_path / "mine"
     own = (f"backbone.path={tiny_student}", f"data.path={rows}", f"out={mine}", "domain=math")
-    trained = run_script("train", tiny_student, outputs, *own)
+    trained = run_warm("train", tiny_student, outputs, *own)
     assert trained.returncode == 0, trained.stderr
     manifest = read_manifest(mine)
     assert manifest is not None and manifest.data["sources"]["data.path"]["unverified"] == 1
     fused = tmp_path / "fused"
     expert = outputs / "tiny" / "experts" / "math"
-    merged = run_script("merge", tiny_student, outputs, f"tree=[{mine},{expert}]", f"out={fused}")
+    merged = run_warm("merge", tiny_student, outputs, f"tree=[{mine},{expert}]", f"out={fused}")
     assert merged.returncode == 0, merged.stderr
     report = tmp_path / "report"
-    scored = run_script("evaluate", tiny_student, outputs, f"models=[{fused}]", "benchmark.limit=2", f"out={report}")
+    scored = run_warm("evaluate", tiny_student, outputs, f"models=[{fused}]", "benchmark.limit=2", f"out={report}")
     assert scored.returncode == 0, scored.stderr
     assert "others/fused-" in (report / "report.md").read_text()
 
@@ -165,38 +181,40 @@ def test_checkpoints_and_rows_of_ones_own(
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    name: str, overrides: list[str], said: str, tiny_student: Path, tmp_path: Path
+    name: str, overrides: list[str], said: str, tiny_student: Path, tmp_path: Path, run_warm: Run
 ) -> None:
-    failed = run_script(name, tiny_student, tmp_path / "outputs", *overrides)
+    failed = run_warm(name, tiny_student, tmp_path / "outputs", *overrides)
     assert failed.returncode != 0
     errors = [line for line in failed.stderr.splitlines() if line.strip()]
     assert len(errors) == 1 and errors[0].startswith("error: ") and said in errors[0]
     assert not list((tmp_path / "outputs").rglob("manifest.json"))
 
 
-def test_a_malformed_row_names_file_and_line_before_anything_is_trained(tiny_student: Path, tmp_path: Path) -> None:
+def test_a_malformed_row_names_file_and_line_before_anything_is_trained(
+    tiny_student: Path, tmp_path: Path, run_warm: Run
+) -> None:
     rows = tmp_path / "rows.jsonl"
     good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     rows.write_text(json.dumps(good) + "\n" + json.dumps({"messages": good["messages"][:1]}) + "\n")
     own = ("domain=math", f"data.path={rows}", f"backbone.path={tiny_student}")
-    failed = run_script("train", tiny_student, tmp_path / "outputs", *own)
+    failed = run_warm("train", tiny_student, tmp_path / "outputs", *own)
     assert failed.returncode == 1
     assert f"{rows}:2: " in failed.stderr and "no assistant turn" in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
-def test_full_error_shows_the_traceback(tiny_student: Path, tmp_path: Path) -> None:
-    failed = run_script("merge", tiny_student, tmp_path, "tree=[math]", HYDRA_FULL_ERROR="1")
+def test_full_error_shows_the_traceback(tiny_student: Path, tmp_path: Path, run_warm: Run) -> None:
+    failed = run_warm("merge", tiny_student, tmp_path, "tree=[math]", HYDRA_FULL_ERROR="1")
     assert failed.returncode == 1 and "Traceback" in failed.stderr and "two or more" in failed.stderr
 
 
 def test_a_failed_member_of_a_multirun_fails_the_whole_and_spares_the_others(
-    tiny_student: Path, tmp_path: Path
+    tiny_student: Path, tmp_path: Path, run_warm: Run
 ) -> None:
     outputs = tmp_path / "outputs"
     missing = f"study.corpus.code.path={tmp_path / 'gone.jsonl'}"
     own = (f"backbone.path={tiny_student}", "-m", "domain=code,math", missing)
-    failed = run_script("train", tiny_student, outputs, *own)
+    failed = run_warm("train", tiny_student, outputs, *own)
     assert failed.returncode == 1
     assert "gone.jsonl: no such file" in failed.stderr and "Traceback" not in failed.stderr
     assert read_manifest(outputs / "tiny" / "experts" / "math") is not None
@@ -204,7 +222,9 @@ def test_a_failed_member_of_a_multirun_fails_the_whole_and_spares_the_others(
 
 
 def test_branches_side_by_side_make_the_backbone_once(tiny_student: Path, tmp_path: Path) -> None:
-    commands = [arguments("train", tiny_student, tmp_path, f"domain={domain}") for domain in ("math", "code")]
+    commands = [
+        [sys.executable, *arguments("train", tiny_student, tmp_path, f"domain={domain}")] for domain in ("math", "code")
+    ]
     both = [
         subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for command in commands
@@ -221,11 +241,11 @@ def test_branches_side_by_side_make_the_backbone_once(tiny_student: Path, tmp_pa
 
 
 def test_kill_9_in_a_branch_leaves_nothing_finished_and_the_same_command_goes_on(
-    tiny_student: Path, tmp_path: Path
+    tiny_student: Path, tmp_path: Path, run_warm: Run
 ) -> None:
     # A budget that lasts for minutes, so that the kill surely comes in the middle of training.
     long = ("domain=math", "optim.epochs=2000", "optim.max_steps=20000")
-    command = arguments("train", tiny_student, tmp_path, *long)
+    command = [sys.executable, *arguments("train", tiny_student, tmp_path, *long)]
     branch = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     curve = tmp_path / "tiny" / "logs" / "train" / "math" / "metrics.csv"
     deadline = time.monotonic() + 120
@@ -237,7 +257,7 @@ def test_kill_9_in_a_branch_leaves_nothing_finished_and_the_same_command_goes_on
     expert = tmp_path / "tiny" / "experts" / "math"
     assert not expert.exists()
     assert read_manifest(tmp_path / "tiny" / "backbone") is not None  # the warm-up was finished and stays
-    again = run_script("train", tiny_student, tmp_path, "domain=math")
+    again = run_warm("train", tiny_student, tmp_path, "domain=math")
     assert again.returncode == 0 and "backbone: done already" in again.stdout
     assert read_manifest(expert) is not None
     assert not list(expert.parent.glob(".math.partial*"))
@@ -279,7 +299,7 @@ def losses_of_wandb(run: Path) -> list[float]:
 def test_wandb_without_a_key_or_a_server_is_offline_and_asks_nothing(
     key: str, server: str, said: str, tiny_student: Path, tmp_path: Path
 ) -> None:
-    hidden = {"HOME": str(tmp_path / "home"), "WANDB_API_KEY": key, "WANDB_MODE": "", "WANDB_INIT_TIMEOUT": "5"}
+    hidden = {"HOME": str(tmp_path / "home"), "WANDB_API_KEY": key, "WANDB_MODE": "", "WANDB_INIT_TIMEOUT": "1"}
     hidden |= {"WANDB_BASE_URL": server} if server else {}
     own = (f"backbone.path={tiny_student}", "domain=code", "logger=wandb")
     done = run_script("train", tiny_student, tmp_path, *own, **hidden)
