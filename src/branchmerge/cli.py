@@ -26,6 +26,10 @@ _TOGETHER: dict[Callable[[list[Any]], object], list[Any]] = {}
 """What the members of a multirun left to be done at its end."""
 
 
+_BEGUN: list[bool] = []
+"""Not empty once a job began; what fails before is Hydra's, which makes a folder for its log below outputs."""
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a `hydra.main` function; a user's mistake ends in one line, a bug in a traceback.
 
@@ -45,6 +49,10 @@ def run(main: Callable[[], None]) -> None:
         if os.environ[SHOW] not in ("", "0"):
             raise
         _end(error)
+    except OSError as error:
+        if _BEGUN or os.environ[SHOW] not in ("", "0"):
+            raise
+        _end(UserError(f"{error.filename}: cannot be made or read ({error.strerror}); give an outputs= of your own"))
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")
     finally:
@@ -59,6 +67,7 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
     @functools.wraps(task)
     def wrapped(cfg: DictConfig) -> None:
+        _BEGUN.append(True)
         try:
             task(cfg)
         except (UserError, OmegaConfBaseException) as error:

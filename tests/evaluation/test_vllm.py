@@ -81,6 +81,22 @@ def test_greedy_responses_are_those_of_transformers(server: VLLM, student: Path)
 
 @needs_vllm
 @pytest.mark.slow
+def test_an_untied_expert_in_bfloat16_is_served_too(student_factory: Callable[..., Path], tmp_path: Path) -> None:
+    """Of another kind than `student`; computed in float32 by both, so that rounding decides nothing."""
+    start = student_factory(tmp_path / "qwen2", model_type="qwen2", hidden_size=128, tie_word_embeddings=False)
+    expert = train(branch(start, tmp_path, "domain=math", "export_dtype=bfloat16"))
+    requests = asked(Sampling(max_new_tokens=12))
+    ours = responses(Transformers(BackendConfig(dtype="float32", device="cpu"), expert), requests)
+    server = serve(expert)
+    try:
+        theirs = responses(server, requests)
+    finally:
+        server.close()
+    assert {key: replace(said, text=said.text.rstrip("\ufffd")) for key, said in ours.items()} == theirs
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_samples_differ_and_come_again_by_their_seeds(server: VLLM) -> None:
     requests = asked(Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95), samples=4)
     first = responses(server, requests)

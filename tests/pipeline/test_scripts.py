@@ -178,6 +178,7 @@ def test_checkpoints_and_rows_of_ones_own(
         ("evaluate", ["benchmark=aime"], "benchmark=aime: there is no conf/benchmark/aime.yaml"),
         ("train", ["domain=math", "backbone.path=/no/such/model"], "/no/such/model: no such folder"),
         ("train", ["domain=math", "data.path=/no/rows.jsonl"], "/no/rows.jsonl: no such file"),
+        ("train", ["domain=math", "outputs=/proc/none"], "/proc/none: cannot be made or read (No such file or"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
