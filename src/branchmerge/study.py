@@ -17,7 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,8 @@ def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
     `overwrite` does not reach a folder that branchmerge did not make.
     """
     found = read_manifest(folder)
+    if found is not None and "backbone" not in found.work:  # experts from before it was recorded are what they are
+        planned = replace(planned, work={key: value for key, value in planned.work.items() if key != "backbone"})
     if found is None:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"{folder} exists and is no result of branchmerge; give another out=, or empty it yourself")

@@ -35,7 +35,8 @@ def said(corpus: Corpus) -> tuple[object, ...]:
 def test_what_is_read_is_what_was_written(config: TrainConfig, corpus: Corpus, tmp_path: Path) -> None:
     assert len(corpus.held_out) == 3 and len(corpus.documents) > 10
     write(corpus, tmp_path / "corpus")
-    assert said(read(config, tmp_path / "corpus")) == said(corpus)
+    found = read(config, tmp_path / "corpus")
+    assert said(found) == said(corpus) and found.fingerprint
 
 
 def test_a_token_takes_four_bytes_which_are_mapped(config: TrainConfig, corpus: Corpus, tmp_path: Path) -> None:
@@ -54,28 +55,46 @@ def test_rows_are_asked_for_once(tiny_student: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "What is 6 x 7?"}, {"role": "assistant", "content": "\\boxed{42}"}]
     rows.write_text(json.dumps({"messages": turns, "reference": {"grader": "math", "answer": "42"}}) + "\n")
     config = branch(tiny_student, tmp_path, "domain=math", f"data.path={rows}", "optim.global_batch=1")
-    first = prepared(config, tiny_student, tmp_path / "corpus")
+    first = prepared(config, tiny_student, tmp_path / "corpus", begun=False)
     rows.unlink()
-    assert said(prepared(config, tiny_student, tmp_path / "corpus")) == said(first)
+    assert said(prepared(config, tiny_student, tmp_path / "corpus", begun=False)) == said(first)
 
 
-@pytest.mark.parametrize("harm", ["a token", "half the tokens", "no account", "a broken account"])
+@pytest.mark.parametrize("harm", ["a token", "half the tokens", "no account", "a broken account", "another format"])
 def test_what_is_not_whole_is_made_again(
     harm: str, config: TrainConfig, tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "corpus"
-    first = said(prepared(config, tiny_student, folder))
+    first = said(prepared(config, tiny_student, folder, begun=False))
     tokens = (folder / TOKENS).read_bytes()
     if harm == "a token":
         (folder / TOKENS).write_bytes(bytes([tokens[0] ^ 1]) + tokens[1:])
     elif harm == "half the tokens":
         (folder / TOKENS).write_bytes(tokens[: len(tokens) // 2])
+    elif harm == "another format":
+        (folder / CORPUS).write_text((folder / CORPUS).read_text().replace('"format": 1', '"format": 0'))
     elif harm == "no account":
         (folder / CORPUS).unlink()
     else:
         (folder / CORPUS).write_text("{")
-    assert said(prepared(config, tiny_student, folder)) == first
+    assert said(prepared(config, tiny_student, folder, begun=False)) == first
     assert f"{folder}: not whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_other_versions_prepare_anew_unless_there_are_checkpoints(
+    begun: bool, config: TrainConfig, tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corpus"
+    prepared(config, tiny_student, folder, begun=False)
+    facts = json.loads((folder / CORPUS).read_text())
+    facts["packages"]["transformers"] = "4.0"
+    (folder / CORPUS).write_text(json.dumps(facts))
+    capsys.readouterr()
+    prepared(config, tiny_student, folder, begun)
+    assert ("rows as an earlier run prepared them" in capsys.readouterr().out) is begun
+    now = json.loads((folder / CORPUS).read_text())["packages"]["transformers"]
+    assert (now == "4.0") is begun
 
 
 def test_a_full_disk_is_told_in_a_line_and_leaves_nothing(corpus: Corpus, tmp_path: Path) -> None:

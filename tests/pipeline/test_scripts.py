@@ -168,14 +168,11 @@ def test_checkpoints_and_rows_of_ones_own(
 @pytest.mark.parametrize(
     ("name", "overrides", "said"),
     [
-        ("train", ["domain=maths"], "domain=maths: there is no conf/domain/maths.yaml; choose one of code, math"),
         ("train", ["optim.learning_rate=1"], "Key 'learning_rate' not in 'OptimConfig'"),
         ("train", ["-m", "domain=math,cod"], "domain=cod: there is no conf/domain/cod.yaml"),
-        ("merge", ["operator=ties2"], "operator=ties2: there is no conf/operator/ties2.yaml; choose one of arcee"),
         ("merge", [], "there is no expert 'code'"),
         ("merge", ["tree=[math]"], "two or more"),
         ("evaluate", ["models=[merged/ties]"], "merged/ties is not finished"),
-        ("evaluate", ["benchmark=aime"], "benchmark=aime: there is no conf/benchmark/aime.yaml"),
         ("train", ["domain=math", "backbone.path=/no/such/model"], "/no/such/model: no such folder"),
         ("train", ["domain=math", "data.path=/no/rows.jsonl"], "/no/rows.jsonl: no such file"),
         ("train", ["domain=math", "outputs=/proc/none"], "/proc/none: cannot be made or read (No such file or"),
@@ -189,6 +186,22 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     errors = [line for line in failed.stderr.splitlines() if line.strip()]
     assert len(errors) == 1 and errors[0].startswith("error: ") and said in errors[0]
     assert not list((tmp_path / "outputs").rglob("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "said"),
+    [
+        ("train", "domain=maths", "domain=maths: there is no conf/domain/maths.yaml; choose one of code, math"),
+        ("merge", "operator=ties2", "operator=ties2: there is no conf/operator/ties2.yaml; choose one of arcee"),
+        ("evaluate", "benchmark=aime", "benchmark=aime: there is no conf/benchmark/aime.yaml"),
+    ],
+)
+def test_a_fresh_process_says_nothing_but_the_mistake(
+    name: str, override: str, said: str, tiny_student: Path, tmp_path: Path
+) -> None:
+    failed = run_script(name, tiny_student, tmp_path, override)
+    assert failed.returncode == 1 and failed.stdout == ""
+    assert failed.stderr.count("\n") == 1 and failed.stderr.startswith("error: ") and said in failed.stderr
 
 
 def test_a_malformed_row_names_file_and_line_before_anything_is_trained(

@@ -21,6 +21,7 @@ from branchmerge.data.template import Document
 from branchmerge.student import attention
 from branchmerge.student.backbone import load_model, load_tokenizer
 from branchmerge.student.flops import Shapes, peak_of
+from branchmerge.student.loggers import RUN_ID, loggers_of
 from branchmerge.student.loss import PackedLoss, summed_loss
 from branchmerge.student.module import Student
 from branchmerge.student.progress import StepProgress, utilisation
@@ -47,6 +48,22 @@ def fitted(student: Path, corpus: Corpus, folder: Path, *callbacks: Callback) ->
 def corpus(tiny_student: Path, tmp_path: Path) -> Corpus:
     settings = branch(tiny_student, tmp_path, "domain=math")
     return prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
+
+
+def test_branches_of_one_process_have_wandb_runs_of_their_own_and_go_on_in_them(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for domain in ("math", "code"):
+        train(branch(tiny_student, tmp_path, f"domain={domain}", "logger=wandb", "optim.max_steps=1"))
+        logs = tmp_path / "tiny" / "logs" / "train" / domain
+        (run,) = logs.glob("wandb/offline-run-*/*.wandb")
+        assert run.name == f"run-{(logs / RUN_ID).read_text()}.wandb"
+    ids = []
+    for first_step in (0, 2, 0):
+        with loggers_of(branch(tiny_student, tmp_path, "domain=math", "logger=wandb"), logs, first_step):
+            ids.append((logs / RUN_ID).read_text())
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_a_log_gets_the_first_step_the_last_one_and_few_between(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from branches import PROJECT, branch, metrics
+from lightning import Callback
 
 from branchmerge.errors import UserError
 from branchmerge.student import checkpoints, training
@@ -204,6 +205,18 @@ def test_one_that_is_not_whole_is_passed_over(harm: str, tmp_path: Path, capsys:
     assert found is not None and found.step == 4
 
 
+def test_a_checkpoint_of_other_rows_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_with(tmp_path, 2)
+    folder.rows = "ab"
+    assert folder.write(4, 4.0, 0, lambda partial: torch.save(4, partial / "state.pt"))
+    found = folder.newest()
+    assert found is not None and found.step == 4
+    folder.rows = "cd"
+    found = folder.newest()
+    assert found is not None and found.step == 2  # from before they were recorded
+    assert "made of other rows than those that were prepared now" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("writer", ["torch.save", "shards"])
 def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
     writer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -249,9 +262,9 @@ def test_a_disk_without_room_for_the_expert_is_refused_first(tiny_student: Path,
 def test_a_signal_that_comes_after_the_last_step_waits_until_all_is_published(
     number: signal.Signals, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told_meanwhile(*args: Any) -> None:
+    def told_meanwhile(*args: Any) -> str:
         os.kill(os.getpid(), number)
-        export(*args)
+        return export(*args)
 
     monkeypatch.setattr(training, "export", told_meanwhile)
     before = signal.getsignal(number)
@@ -261,6 +274,24 @@ def test_a_signal_that_comes_after_the_last_step_waits_until_all_is_published(
     assert read_manifest(tmp_path / "tiny" / "experts" / "math") is not None
     assert not list((tmp_path / "tiny").rglob("*.partial"))
     assert signal.getsignal(number) == before
+
+
+def test_ctrl_c_twice_after_the_last_step_ends_at_once(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_in_step_and_meanwhile(*args: Any) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        return export(*args)
+
+    class InLastStep(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training, "export", told_in_step_and_meanwhile)
+    monkeypatch.setattr(training, "watchers", lambda *_: [InLastStep()])
+    with pytest.raises(KeyboardInterrupt):
+        train(branch(tiny_student, tmp_path, "domain=math", "optim.max_steps=1", "optim.global_batch=1"))
+    assert not (tmp_path / "tiny" / "experts" / "math").exists()
 
 
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:

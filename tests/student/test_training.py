@@ -120,6 +120,18 @@ def test_another_shape_template_or_tokenizer_makes_another_expert(
         train(branch(folder, tmp_path, "domain=math", "optim.max_steps=1"))
 
 
+def test_an_expert_from_before_its_backbones_files_were_recorded_stays(
+    tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = branch(tiny_student, tmp_path, "domain=math", "optim.max_steps=1")
+    manifest = train(settings) / "manifest.json"
+    before = json.loads(manifest.read_text())
+    del before["work"]["backbone"]
+    manifest.write_text(json.dumps(before))
+    train(settings)
+    assert "done already" in capsys.readouterr().out and json.loads(manifest.read_text()) == before
+
+
 def test_a_row_that_the_template_refuses_is_named(tiny_student: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_student, tmp_path / "strict"))
     (folder / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")

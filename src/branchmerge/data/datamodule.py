@@ -57,6 +57,8 @@ class Corpus:
     account: dict[str, Any]
     held_out: dict[str, list[Document]] = field(default_factory=dict)
     """By part; not trained on"""
+    fingerprint: str = ""
+    """Of the tokens, where they are kept"""
 
     @property
     def tokens(self) -> int:

@@ -2,7 +2,7 @@
 
     checkpoints/<domain>-<fingerprint of the work>/corpus/
         tokens.int32  the documents one after the other: those to train on, then those held out
-        corpus.json   id, tokens and prompt of each, the account of the rows, the SHA-256 of tokens.int32
+        corpus.json   id, tokens and prompt of each, the account of the rows, the SHA-256 of tokens.int32, versions
 
 The tokens are mapped, not read, so that the processes of a node hold them in memory once. And graders are asked once: a
 program close to its time limit may pass today and fail tomorrow, or on another core; rows that come and go with that
@@ -10,6 +10,7 @@ would give every process a training of its own, and a checkpoint another plan th
 """
 
 import json
+import os
 import shutil
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -21,25 +22,29 @@ from branchmerge.config import TrainConfig
 from branchmerge.data.datamodule import Corpus, plan_of, prepare
 from branchmerge.data.template import Document
 from branchmerge.student import backbone, ranks
-from branchmerge.study import UNWRITABLE, file_sha256, unwritable, write_json
+from branchmerge.study import UNWRITABLE, file_sha256, package_versions, unwritable, write_text
 from branchmerge.trajectories.sources import read_branch
 
 TOKENS, CORPUS = "tokens.int32", "corpus.json"
+FORMAT = 1
 
 
-def prepared(config: TrainConfig, start: Path, folder: Path) -> Corpus:
+def prepared(config: TrainConfig, start: Path, folder: Path, begun: bool) -> Corpus:
     """What the branch trains on; all processes call this together.
 
     Args:
         start: checkpoint whose tokenizer it is
         folder: where it is kept, for this very work alone
+        begun: there are checkpoints that were made with what is kept, so it stays also where versions have changed
     """
-    ranks.by_first(lambda: _prepare(config, start, folder))
+    ranks.by_first(lambda: _prepare(config, start, folder, begun))
+    ranks.check_seen(folder / CORPUS, "give an outputs= (or out=) on a disk that all nodes share")
     return read(config, folder)
 
 
-def _prepare(config: TrainConfig, start: Path, folder: Path) -> None:
-    if _is_whole(folder):
+def _prepare(config: TrainConfig, start: Path, folder: Path, begun: bool) -> None:
+    if _is_whole(folder) and (begun or _facts(folder)["packages"] == package_versions()):
+        print(f"{folder}: rows as an earlier run prepared them; delete it to have them graded again", flush=True)
         return
     rows = read_branch(config)
     tokenizer = backbone.load_tokenizer(start)
@@ -58,19 +63,23 @@ def write(corpus: Corpus, folder: Path) -> None:
         with (partial / TOKENS).open("wb") as file:
             for document in documents:
                 file.write(document.tokens.astype("<i4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         facts = {
+            "format": FORMAT,
+            "packages": package_versions(),
             "sha256": file_sha256(partial / TOKENS),
             "documents": [(document.id, len(document), document.prompt_len) for document in documents],
             "held_out": {part: len(chosen) for part, chosen in corpus.held_out.items()},
             "account": corpus.account,
         }
-        write_json(partial / CORPUS, facts)
+        write_text(partial / CORPUS, json.dumps(facts))
         partial.rename(folder)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno not in UNWRITABLE:
-            raise
-        raise unwritable(folder, error) from error
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise unwritable(folder, error) from error
+        raise
 
 
 def read(config: TrainConfig, folder: Path) -> Corpus:
@@ -87,14 +96,15 @@ def read(config: TrainConfig, folder: Path) -> Corpus:
     rest = iter(documents[trained:])
     held_out = {part: list(islice(rest, count)) for part, count in counts.items()}
     documents = documents[:trained]
-    return Corpus(documents, plan_of(config, documents), facts["account"], held_out)
+    return Corpus(documents, plan_of(config, documents), facts["account"], held_out, facts["sha256"])
 
 
 def _is_whole(folder: Path) -> bool:
     if not folder.exists():
         return False
     try:
-        whole = _facts(folder)["sha256"] == file_sha256(folder / TOKENS)
+        facts = _facts(folder)
+        whole = facts["format"] == FORMAT and facts["sha256"] == file_sha256(folder / TOKENS)
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:

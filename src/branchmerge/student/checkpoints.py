@@ -58,6 +58,7 @@ class _Record:
     seconds: float
     sha256: dict[str, str]
     skipped: int = 0
+    rows: str = ""
 
 
 class CheckpointFolder:
@@ -67,14 +68,19 @@ class CheckpointFolder:
         work = json.dumps(planned.identity(), sort_keys=True)
         self.folder = root / f"{planned.name}-{hashlib.sha256(work.encode()).hexdigest()[:12]}"
         self.keep_last = keep_last
+        self.rows = ""
+        """Fingerprint of the rows that they are made of; none is good for others"""
+
+    def has_some(self) -> bool:
+        return any(self.folder.glob("step-*"))
 
     def newest(self) -> Checkpoint | None:
         """The last one that is whole; says which are not."""
         for folder in ranks.by_first(lambda: sorted(self.folder.glob("step-*"), reverse=True)):
-            found, why = _read(folder)
+            found, why = _read(folder, self.rows)
             if found is not None:
                 return found
-            ranks.say(f"warning: {folder}: not whole ({why}); going on from the one before")
+            ranks.say(f"warning: {folder}: {why}; going on from the one before")
         return None
 
     def write(self, step: int, seconds: float, skipped: int, save: Callable[[Path], None]) -> bool:
@@ -131,7 +137,7 @@ class CheckpointFolder:
         _sync([partial / name for name in files])
         everyones = {name: digest for part in ranks.from_all(digests) for name, digest in part.items()}
         if ranks.is_first():
-            write_json(partial / DONE, asdict(_Record(step, seconds, everyones, skipped)))
+            write_json(partial / DONE, asdict(_Record(step, seconds, everyones, skipped, self.rows)))
             _sync([partial / DONE, partial])
             if final.exists():  # one that was not whole
                 shutil.rmtree(final)
@@ -143,7 +149,7 @@ class CheckpointFolder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _read(folder: Path) -> tuple[Checkpoint | None, str]:
+def _read(folder: Path, rows: str) -> tuple[Checkpoint | None, str]:
     """Check a checkpoint byte by byte, each process a part of it; the reason where it is not whole."""
     record, why = None, ""
     try:
@@ -152,7 +158,9 @@ def _read(folder: Path) -> tuple[Checkpoint | None, str]:
             if file_sha256(folder / name) != record.sha256[name]:
                 raise ValueError(f"{name} has changed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = str(error)
+        why = f"not whole ({error})"
+    if record is not None and record.rows not in ("", rows):
+        why = "made of other rows than those that were prepared now"
     why = next(filter(None, ranks.from_all(why)), "")
     if why or record is None:
         return None, why

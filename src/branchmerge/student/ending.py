@@ -29,7 +29,8 @@ class Ending:
     def listen(self) -> None:
         """Called again after a Trainer's work, which takes handlers away."""
         for number in self._former:
-            signal.signal(number, self._take_note)
+            if number != self.signal:  # one that came is noted, and the next Ctrl-C ends at once
+                signal.signal(number, self._take_note)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from branchmerge.errors import UserError
+from branchmerge.study import fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -20,10 +21,13 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 def export(
     model: "PreTrainedModel", backbone: Path, out: Path, dtype: "torch.dtype", max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
+) -> str:
     """Save the weights in `dtype`, with the backbone's tokenizer and chat template.
 
     All processes of a sharded student call this together, and the first one writes; a tensor at a time is whole.
+
+    Returns:
+        The fingerprint of the weights' files (`study.weights_sha256`), empty where nothing was written
     """
     import torch
 
@@ -35,7 +39,7 @@ def export(
     if not ranks.is_first():
         for tensor in weights.values():
             _whole(tensor)
-        return
+        return ""
     stored = as_array(torch.empty(0, dtype=dtype)).dtype
     infos = {name: TensorInfo(stored, tuple(tensor.shape)) for name, tensor in weights.items()}
     with Writer(out, infos, max_shard_bytes) as writer:
@@ -45,14 +49,23 @@ def export(
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(out)
     copy_tokenizer(backbone, out)
+    return fingerprint(writer.sha256)
 
 
 def check_room(backbone: Path, out: Path, dtype: "torch.dtype") -> None:
     """Refuse a place whose disk has no room for an expert, before it is trained."""
-    from branchmerge.merge.checkpoint import Reader
+    from safetensors import SafetensorError, safe_open
 
-    with Reader(backbone) as reader:
-        needed = dtype.itemsize * sum(prod(info.shape) for info in reader.tensors.values())
+    from branchmerge.merge.shards import weight_files
+
+    numbers = 0
+    for path in weight_files(backbone):
+        try:
+            with safe_open(path, framework="np") as file:
+                numbers += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+    needed = dtype.itemsize * numbers
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise UserError(

@@ -120,7 +120,7 @@ def _simulate(missing: dict[Path, Setting]) -> None:
         process.stdin.close()
         for place, setting in missing.items():
             line = process.stdout.readline()
-            answer = json.loads(line or '{"error": "its process died"}')
+            answer = json.loads(line) if line else {"error": f"its process ended ({process.wait()}; -9: out of memory)"}
             if "error" in answer:
                 process.kill()
                 process.wait()

@@ -3,31 +3,52 @@
 import csv
 import netrc
 import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from branchmerge.config import TrainConfig
 from branchmerge.student import ranks
-from branchmerge.study import UNWRITABLE
+from branchmerge.study import UNWRITABLE, write_text
 
 METRICS = "metrics.csv"
+RUN_ID = "wandb-run.txt"
 
 
-def make_loggers(config: TrainConfig, folder: Path, first_step: int = 0) -> list[Logger]:
-    """The loggers of a branch; the CSV file is `<folder>/metrics.csv`.
+@contextmanager
+def loggers_of(config: TrainConfig, folder: Path, first_step: int = 0) -> Iterator[list[Logger]]:
+    """The loggers of a branch, while it trains; the CSV file is `<folder>/metrics.csv`.
 
     Args:
         first_step: where this run goes on; what an earlier one told of the steps before stays.
     """
+    failed = True
+    try:
+        yield _make(config, folder, first_step)
+        failed = False
+    finally:
+        if config.logger.kind == "wandb":
+            import wandb
+
+            wandb.finish(exit_code=int(failed))  # else the next branch of this process would go into the same run
+
+
+def _make(config: TrainConfig, folder: Path, first_step: int) -> list[Logger]:
     kept = _rows_before(folder / METRICS, first_step)
     (folder / METRICS).unlink(missing_ok=True)
     curve = _Curve(folder, name="", version="", flush_logs_every_n_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Experiment logs directory")  # other logs lie there too, and stay
+        _ = curve.experiment
     for row in kept:
         curve.log_metrics({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
     loggers: list[Logger] = [curve]
     if config.logger.kind == "wandb":
-        loggers.append(_wandb(config, folder))
+        loggers.append(_wandb(config, folder, first_step))
     elif config.logger.kind == "tensorboard":
         loggers.append(_tensorboard(folder))
     elif config.logger.kind == "mlflow":
@@ -66,37 +87,40 @@ def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
     return [row for row in kept if row["step"] < step]
 
 
-def _wandb(config: TrainConfig, folder: Path) -> Logger:
+def _wandb(config: TrainConfig, folder: Path, first_step: int) -> Logger:
     """W&B, offline without a key, so that it never asks, and where it cannot be reached.
 
-    `wandb sync` uploads an offline run later.
+    `wandb sync` uploads an offline run later. A training that goes on does so in the same run.
     """
     from wandb.errors import Error as WandbError
 
+    kept = folder / RUN_ID
+    run = kept.read_text() if first_step and kept.is_file() else secrets.token_hex(4)
+    write_text(kept, run)
+    if not os.environ.get("WANDB_MODE", "offline"):
+        del os.environ["WANDB_MODE"]  # W&B takes no empty one
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        return _wandb_run(config, folder, mode)
+        return _wandb_run(config, folder, run, mode)
     except WandbError as error:
         said = " ".join(str(error).split())
         ranks.say(f"warning: W&B: {said}; the curve is kept in {folder}/wandb, for wandb sync to upload later")
-        return _wandb_run(config, folder, "offline")
+        return _wandb_run(config, folder, run, "offline")
 
 
-def _wandb_run(config: TrainConfig, folder: Path, mode: str) -> Logger:
+def _wandb_run(config: TrainConfig, folder: Path, run: str, mode: str) -> Logger:
     """Begun at once, so that what is wrong with it is seen."""
     from lightning.pytorch.loggers import WandbLogger
 
-    os.environ["WANDB_MODE"] = mode
     logger = WandbLogger(
         project=config.logger.project,
         entity=config.logger.entity,
         name=f"{config.study.name}-{config.domain.name}",
+        version=run,
         save_dir=folder,
-        offline=mode == "offline",
-        mode=mode,  # told, as W&B does not look into the environment again
+        mode=mode,  # and no `offline=`, which Lightning puts into the environment for all that comes after
     )
-    assert logger.experiment is not None
+    _ = logger.experiment  # which begins it
     return logger
 
 

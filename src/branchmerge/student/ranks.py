@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from branchmerge.errors import UserError
+from branchmerge.study import unwritable
 
 if TYPE_CHECKING:  # takes ten seconds, which a process that only starts others need not wait
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -34,7 +35,7 @@ PATIENCE = timedelta(days=7)
 HANGING = timedelta(minutes=30)
 """How long they wait for each other in training. That one has died is seen at once, as what started it tells."""
 _patient: dist.ProcessGroup | None = None
-"""All processes, over gloo; None: as all talk otherwise"""
+"""All processes, over gloo, for what the first one does alone; None: as all talk otherwise"""
 
 
 def is_one_of_several() -> bool:
@@ -173,9 +174,12 @@ def check_seen(path: Path, remedy: str) -> None:
 
 def _new_file(folder: Path) -> str:
     """Its name."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".seen-by-all-{uuid4().hex}"
-    file.touch()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        raise unwritable(folder, error) from error
     return file.name
 
 
@@ -194,7 +198,7 @@ def from_all(value: T) -> list[T]:
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
-    dist.all_gather_object(values, value, group=_patient)
+    dist.all_gather_object(values, value)
     return values
 
 

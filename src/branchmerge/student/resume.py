@@ -57,6 +57,10 @@ class Resume(Callback):
             )
             raise SystemExit(self.ending.status)
 
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """The Trainer has just put back the handlers that it found; the student is still to be published."""
+        self.ending.listen()
+
     @property
     def seconds(self) -> float:
         """Of training so far, those of earlier runs included."""

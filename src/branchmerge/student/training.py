@@ -1,6 +1,7 @@
 """Train one branch: what train.py calls."""
 
 import logging
+import socket
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.context_parallel import ContextGroup, rows_of
 from branchmerge.student.ending import Ending
 from branchmerge.student.export import check_finite, check_room, export
-from branchmerge.student.loggers import make_loggers
+from branchmerge.student.loggers import loggers_of
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
 from branchmerge.student.resume import Resume
@@ -50,8 +51,9 @@ def train(config: TrainConfig) -> Path:
     backbone.check_heads(shape, config.trainer.context_parallel)
     backbone.check_rows(shape, config.data.seq_len)
     precision = _precision(config.trainer.precision, device)
+    _check_alike(start, precision)
     folder = _folder(config)
-    planned = _plan_manifest(config, start, precision)
+    planned = ranks.by_first(lambda: _plan_manifest(config, start, precision))
     with ExitStack() as stack:
         ranks.by_first(lambda: stack.enter_context(locked(folder)))
         ranks.by_first(lambda: _check_redo(config, folder))
@@ -60,19 +62,19 @@ def train(config: TrainConfig) -> Path:
             return folder
         ranks.say(f"{folder}: training domain {config.domain.name} from {start}")
         saved = CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
-        ranks.check_shared(saved.folder)
         ranks.by_first(lambda: check_room(start, folder, getattr(torch, config.export_dtype)))
-        corpus = prepared(config, start, saved.folder / "corpus")
+        ranks.check_shared(saved.folder)
+        corpus = prepared(config, start, saved.folder / "corpus", ranks.by_first(saved.has_some))
+        saved.rows = corpus.fingerprint
         if ranks.is_first():
             _tell(corpus)
-        # To publish takes less time than a checkpoint would, so a signal to end waits for that.
         ending = stack.enter_context(Ending())
         with publish(folder, planned) if ranks.is_first() else nullcontext(folder) as partial:
             student, facts = _fit(config, start, device, precision, corpus, saved, ending)
             planned.data = corpus.account
             planned.training = facts
             check_finite(student.model, f"{folder}: after training")
-            export(student.model, start, partial, getattr(torch, config.export_dtype))
+            planned.weights_sha256 = export(student.model, start, partial, getattr(torch, config.export_dtype))
         saved.remove()
         ranks.wait()  # until it is published
         ranks.say(
@@ -102,6 +104,19 @@ def _device(config: TrainConfig) -> torch.device:
             " each see all of them (Slurm: --gpus-per-node, not --gpus-per-task)"
         )
     return torch.device("cuda", number)
+
+
+def _check_alike(start: Path, precision: str) -> None:
+    """Refuse nodes that would do different work: by copies of the backbone, or by what their devices are fast at."""
+    facts = {"trainer.precision": precision, **backbone.identity(start)}
+    (_, first), *others = ranks.from_all((socket.gethostname(), facts))
+    for host, theirs in others:
+        unlike = sorted(name for name in {*first, *theirs} if first.get(name) != theirs.get(name))
+        if unlike:
+            raise UserError(
+                f"{start}: on {host} {', '.join(unlike)} differs from the first node's; give all nodes the same"
+                " backbone and set trainer.precision"
+            )
 
 
 def _check_processes(config: TrainConfig) -> None:
@@ -145,25 +160,26 @@ def _fit(
     student = _student(config, start, compute, attn, steps, context)
     logs = _logs(config)
     resume = Resume(saved, config.trainer.checkpoint, begin, ending)
-    trainer = Trainer(
-        **_devices(config, device, precision),
-        max_epochs=1,  # the plan holds all epochs, one after the other
-        accumulate_grad_batches=config.optim.global_batch // shares,
-        gradient_clip_val=config.optim.grad_clip or None,
-        logger=make_loggers(config, logs, first_step) if ranks.is_first() else False,
-        default_root_dir=logs,
-        callbacks=[resume, *watchers(config, corpus, start, logs)],
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        deterministic=device.type == "cpu",
-        log_every_n_steps=1,
-    )
-    data = TrajectoryData(corpus, first_step, share, shares, config.data.workers)
-    with _products(precision, device):
+    with ExitStack() as during:
+        loggers = during.enter_context(loggers_of(config, logs, first_step)) if ranks.is_first() else False
+        trainer = Trainer(
+            **_devices(config, device, precision),
+            max_epochs=1,  # the plan holds all epochs, one after the other
+            accumulate_grad_batches=config.optim.global_batch // shares,
+            gradient_clip_val=config.optim.grad_clip or None,
+            logger=loggers,
+            default_root_dir=logs,
+            callbacks=[resume, *watchers(config, corpus, start, logs)],
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            deterministic=device.type == "cpu",
+            log_every_n_steps=1,
+        )
+        data = TrajectoryData(corpus, first_step, share, shares, config.data.workers)
+        during.enter_context(_products(precision, device))
         trainer.fit(student, datamodule=data)
-    ending.listen()
     seconds = resume.seconds
     if trainer.interrupted:
         raise KeyboardInterrupt
