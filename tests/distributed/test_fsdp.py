@@ -363,6 +363,17 @@ def test_two_hosts_train_one_branch(tiny_student: Path, rows: str, tmp_path: Pat
     assert_equal_to(alone(tiny_student, tmp_path / "alone", *settings), tmp_path / "hosts")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(bool(has_namespaces()), reason=f"no second host: {has_namespaces()}")
+def test_a_backbone_that_one_host_alone_sees_is_refused(tiny_student: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_student, tmp_path / "models" / "student"))
+    hide = f"ip addr show cable | grep -q 10.231.7.1 || mount -t tmpfs none {folder.parent};"
+    with two_hosts() as hosts:
+        ended = on_both(hosts, hide, wish(folder, {tmp_path / "outputs": (*SETTINGS, "trainer.num_nodes=2")}))
+    assert all(status for status, _ in ended), ended
+    assert f"{folder}: is there for the first process, but not on" in ended[0][1], ended
+
+
 @pytest.mark.skipif(bool(has_namespaces()), reason=f"no second host: {has_namespaces()}")
 def test_outputs_on_a_disk_of_each_hosts_own_are_refused(tiny_student: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from branches import branch, metrics
+from conftest import make_student
 from lightning import Callback, Trainer
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,6 +76,13 @@ def test_a_log_gets_the_first_step_the_last_one_and_few_between(
     assert re.fullmatch(LINE, lines[0]) and "step 3/3" in lines[1] and "ETA 0:00:00" in lines[1]
     last = metrics(tmp_path, "math")[-1]
     assert f"loss {float(last['loss']):.4f}" in lines[1]
+
+
+def test_a_sample_ends_where_the_models_positions_do(tmp_path: Path) -> None:
+    short = make_student(tmp_path / "short", model_type="gpt2", n_positions=150, max_position_embeddings=150)
+    watched = ("trainer.sample_every_n_steps=1", "trainer.sample_tokens=500", "optim.max_steps=1")
+    train(branch(short, tmp_path, "domain=science", *watched))
+    assert len((tmp_path / "tiny" / "logs" / "train" / "science" / "samples.jsonl").read_text().splitlines()) == 2
 
 
 def test_between_them_lines_come_by_the_clock(tiny_student: Path, corpus: Corpus, tmp_path: Path) -> None:
