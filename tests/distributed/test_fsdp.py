@@ -298,6 +298,32 @@ def test_a_branch_outlives_sigterm_the_death_of_a_process_and_of_all(
     assert [[row[name] for name in COMPARED] for row in ours] == [[row[name] for name in COMPARED] for row in theirs]
 
 
+@pytest.mark.slow
+def test_a_disk_that_fills_up_meanwhile_costs_the_last_step(tiny_student: Path, rows: str, tmp_path: Path) -> None:
+    settings = (*SETTINGS, rows, BATCH, "optim.epochs=300", "optim.max_steps=150", "trainer.devices=2")
+    experts = tmp_path / "tiny" / "experts"
+    experts.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", experts], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a disk in memory: {mounted.stderr.strip()}")
+    try:
+        process = started(tiny_student, tmp_path, *settings)
+        wait_for(lambda: (tmp_path / "tiny" / "logs" / "train" / "math" / "metrics.csv").is_file(), process)
+        with pytest.raises(OSError, match="No space left"):
+            (experts / "filler").write_bytes(bytes(4 << 20))
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 1 and "cannot write the weights (No space left on device); make room" in said, said
+        assert "Traceback" not in said, said
+        assert saved(tmp_path) == [149]
+        (experts / "filler").unlink()
+        process = started(tiny_student, tmp_path, *settings)
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 0 and "going on after step 149 of 150" in said, said
+        assert read_manifest(experts / "math") is not None
+    finally:
+        subprocess.run(["umount", "--lazy", experts], check=True)
+
+
 def test_members_of_a_multirun_train_side_by_side_in_processes_of_their_own(tiny_student: Path, tmp_path: Path) -> None:
     more = ("optim.epochs=2", "optim.max_steps=2", "optim.global_batch=2", "trainer.gpus_per_job=1")
     process = started(tiny_student, tmp_path, "domain=math,code", *more, multirun=True)

@@ -313,7 +313,7 @@ def losses_of_wandb(run: Path) -> list[float]:
 def test_wandb_without_a_key_or_a_server_is_offline_and_asks_nothing(
     key: str, server: str, said: str, tiny_student: Path, tmp_path: Path
 ) -> None:
-    hidden = {"HOME": str(tmp_path / "home"), "WANDB_API_KEY": key, "WANDB_MODE": "", "WANDB_INIT_TIMEOUT": "1"}
+    hidden = {"HOME": str(tmp_path / "home"), "WANDB_API_KEY": key, "WANDB_MODE": "", "WANDB_INIT_TIMEOUT": "10"}
     hidden |= {"WANDB_BASE_URL": server} if server else {}
     own = (f"backbone.path={tiny_student}", "domain=code", "logger=wandb")
     done = run_script("train", tiny_student, tmp_path, *own, **hidden)

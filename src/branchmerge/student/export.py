@@ -1,6 +1,7 @@
 """Write a trained student as a Hugging Face checkpoint whose tokenizer is the backbone's, byte for byte."""
 
 import shutil
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,32 +25,57 @@ def export(
 ) -> str:
     """Save the weights in `dtype`, with the backbone's tokenizer and chat template.
 
-    All processes of a sharded student call this together, and the first one writes; a tensor at a time is whole.
+    All processes of a sharded student call this together, and the first one writes; a tensor at a time is whole. Where
+    it cannot, all raise its error.
 
     Returns:
-        The fingerprint of the weights' files (`study.weights_sha256`), empty where nothing was written
+        The fingerprint of the weights' files (`study.weights_sha256`)
     """
+    from branchmerge.student import ranks
+
+    weights = as_stored(model, weights_of(model))
+    wholes = (_whole(tensor) for tensor in weights.values())
+
+    def write() -> str:
+        try:
+            sha256 = _write(weights, wholes, out, dtype, max_shard_bytes)
+            model.config.dtype = dtype
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(out)
+            copy_tokenizer(backbone, out)
+            return sha256
+        finally:
+            _exhaust(wholes)  # of which the others have a share
+
+    if not ranks.is_first():
+        _exhaust(wholes)
+    return ranks.by_first(write)
+
+
+def _write(
+    weights: "dict[str, torch.Tensor]",
+    wholes: "Iterator[torch.Tensor]",
+    out: Path,
+    dtype: "torch.dtype",
+    max_shard_bytes: int,
+) -> str:
+    """The weights' files; returns their fingerprint."""
     import torch
 
     from branchmerge.merge.arrays import as_array
     from branchmerge.merge.checkpoint import TensorInfo, Writer
-    from branchmerge.student import ranks
 
-    weights = as_stored(model, weights_of(model))
-    if not ranks.is_first():
-        for tensor in weights.values():
-            _whole(tensor)
-        return ""
     stored = as_array(torch.empty(0, dtype=dtype)).dtype
     infos = {name: TensorInfo(stored, tuple(tensor.shape)) for name, tensor in weights.items()}
     with Writer(out, infos, max_shard_bytes) as writer:
-        for name, tensor in weights.items():
-            writer.write(name, as_array(_whole(tensor).to(dtype)).copy())
-    model.config.dtype = dtype
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(out)
-    copy_tokenizer(backbone, out)
+        for name, whole in zip(weights, wholes, strict=True):
+            writer.write(name, as_array(whole.to(dtype)).copy())
     return fingerprint(writer.sha256)
+
+
+def _exhaust(wholes: "Iterator[torch.Tensor]") -> None:
+    for _ in wholes:
+        pass
 
 
 def check_room(backbone: Path, out: Path, dtype: "torch.dtype") -> None:

@@ -105,6 +105,8 @@ def _wandb(config: TrainConfig, folder: Path, first_step: int) -> Logger:
     except WandbError as error:
         said = " ".join(str(error).split())
         ranks.say(f"warning: W&B: {said}; the curve is kept in {folder}/wandb, for wandb sync to upload later")
+        run = secrets.token_hex(4)  # the other one is taken by what failed
+        write_text(kept, run)
         return _wandb_run(config, folder, run, "offline")
 
 

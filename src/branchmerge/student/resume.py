@@ -48,7 +48,9 @@ class Resume(Callback):
         if trainer.global_step == self._saved or index % trainer.accumulate_grad_batches:
             return
         ending = trainer.strategy.reduce_boolean_decision(self.ending.signal is not None, all=False)
-        if ending or trainer.strategy.reduce_boolean_decision(self._is_due(trainer.global_step), all=False):
+        assert isinstance(module, Student)
+        left = module.total_steps - trainer.global_step
+        if ending or trainer.strategy.reduce_boolean_decision(self._is_due(trainer.global_step, left), all=False):
             self._save(trainer, module)
         if ending:
             ranks.say(
@@ -66,8 +68,11 @@ class Resume(Callback):
         """Of training so far, those of earlier runs included."""
         return (self.begin.seconds if self.begin else 0.0) + time.monotonic() - self._started
 
-    def _is_due(self, step: int) -> bool:
+    def _is_due(self, step: int, left: int) -> bool:
+        """Of several processes also before the last step, as publishing is then the work of one for all."""
         every, minutes = self.config.every_n_steps, self.config.every_n_minutes
+        if left == 1 and ranks.world() > 1 and (every or minutes):
+            return True
         by_step = every is not None and step - self._saved >= every
         return by_step or (minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
 
