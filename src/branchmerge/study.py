@@ -152,7 +152,7 @@ def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
     """
     remove_left_overs(folder)
     partial = folder.parent / f".{folder.name}.partial"
-    try:
+    with whole_or_gone(partial, folder):
         partial.mkdir(parents=True)
         yield partial
         if not planned.weights_sha256 and any(partial.glob("*.safetensors")):
@@ -169,6 +169,13 @@ def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
             shutil.rmtree(retired)
         else:
             partial.rename(folder)
+
+
+@contextmanager
+def whole_or_gone(partial: Path, folder: Path) -> Iterator[None]:
+    """Remove `partial`, on its way to `folder`, where the block fails; a full or forbidden disk is told in a line."""
+    try:
+        yield
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in UNWRITABLE:

@@ -22,7 +22,7 @@ from branchmerge.config import TrainConfig
 from branchmerge.data.datamodule import Corpus, plan_of, prepare
 from branchmerge.data.template import Document
 from branchmerge.student import backbone, ranks
-from branchmerge.study import UNWRITABLE, file_sha256, package_versions, unwritable, write_text
+from branchmerge.study import file_sha256, package_versions, whole_or_gone, write_text
 from branchmerge.trajectories.sources import read_branch
 
 TOKENS, CORPUS = "tokens.int32", "corpus.json"
@@ -43,7 +43,8 @@ def prepared(config: TrainConfig, start: Path, folder: Path, begun: bool) -> Cor
 
 
 def _prepare(config: TrainConfig, start: Path, folder: Path, begun: bool) -> None:
-    if _is_whole(folder) and (begun or _facts(folder)["packages"] == package_versions()):
+    kept = _kept(folder)
+    if kept is not None and (begun or kept["packages"] == package_versions()):
         print(f"{folder}: rows as an earlier run prepared them; delete it to have them graded again", flush=True)
         return
     rows = read_branch(config)
@@ -56,7 +57,7 @@ def write(corpus: Corpus, folder: Path) -> None:
     """Whole or not at all; raises UserError where there is no room."""
     documents = [*corpus.documents, *(one for part in corpus.held_out.values() for one in part)]
     partial = folder.with_name(f".{folder.name}.partial")
-    try:
+    with whole_or_gone(partial, folder):
         for left in (partial, folder):
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -75,11 +76,6 @@ def write(corpus: Corpus, folder: Path) -> None:
         }
         write_text(partial / CORPUS, json.dumps(facts))
         partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            raise unwritable(folder, error) from error
-        raise
 
 
 def read(config: TrainConfig, folder: Path) -> Corpus:
@@ -99,17 +95,18 @@ def read(config: TrainConfig, folder: Path) -> Corpus:
     return Corpus(documents, plan_of(config, documents), facts["account"], held_out, facts["sha256"])
 
 
-def _is_whole(folder: Path) -> bool:
+def _kept(folder: Path) -> dict[str, Any] | None:
+    """The facts of what an earlier run wrote there; None where there is nothing, or nothing whole."""
     if not folder.exists():
-        return False
+        return None
     try:
         facts = _facts(folder)
-        whole = facts["format"] == FORMAT and facts["sha256"] == file_sha256(folder / TOKENS)
+        if facts["format"] == FORMAT and facts["sha256"] == file_sha256(folder / TOKENS):
+            return facts
     except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        print(f"warning: {folder}: not whole; preparing the rows again", flush=True)
-    return whole
+        pass
+    print(f"warning: {folder}: not whole; preparing the rows again", flush=True)
+    return None
 
 
 def _facts(folder: Path) -> dict[str, Any]:
