@@ -173,14 +173,24 @@ def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
 
 @contextmanager
 def whole_or_gone(partial: Path, folder: Path) -> Iterator[None]:
-    """Remove `partial`, on its way to `folder`, where the block fails; a full or forbidden disk is told in a line."""
+    """Remove `partial`, on its way to `folder`, where the block fails; and tell it as `writing` does."""
+    try:
+        with writing(folder):
+            yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Tell in a line that `folder` cannot be written where its disk is full, not ours, or no place for it."""
     try:
         yield
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            raise unwritable(folder, error) from error
-        raise
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise _unwritable(folder, error) from error
 
 
 def remove_left_overs(folder: Path) -> None:
@@ -189,8 +199,7 @@ def remove_left_overs(folder: Path) -> None:
         shutil.rmtree(stale)
 
 
-def unwritable(folder: Path, error: OSError) -> UserError:
-    """What is told where a result cannot be written."""
+def _unwritable(folder: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "make room on that disk" if full else "change the permissions or the name"
     return UserError(
@@ -203,16 +212,13 @@ def unwritable(folder: Path, error: OSError) -> UserError:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the right to make `folder`; wait, and say so once, while another process makes it."""
     lock = FileLock(folder.parent / f".{folder.name}.lock")
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that is making {folder}", flush=True)
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise unwritable(folder, error) from error
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"waiting for another process that is making {folder}", flush=True)
+            lock.acquire()
     try:
         remove_left_overs(folder)
         yield

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from branchmerge.errors import UserError
-from branchmerge.study import unwritable
+from branchmerge.study import writing
 
 if TYPE_CHECKING:  # takes ten seconds, which a process that only starts others need not wait
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -175,11 +175,9 @@ def check_seen(path: Path, remedy: str) -> None:
 def _new_file(folder: Path) -> str:
     """Its name."""
     file = folder / f".seen-by-all-{uuid4().hex}"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file.touch()
-    except OSError as error:
-        raise unwritable(folder, error) from error
     return file.name
 
 
