@@ -1,7 +1,9 @@
 """Fixtures: a tiny random student with a real tokenizer, and the three scripts run as a user runs them."""
 
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import upstream
+
+# Started in the background, the tests and what they start would ignore Ctrl-C, which some of them try.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROJECT = Path(__file__).resolve().parents[1]
 CHAT_TEMPLATE = (
@@ -32,6 +37,15 @@ def demo_texts() -> list[str]:
 
 LONG = ("tests/pipeline/", "tests/evaluation/test_sandbox_as_nobody.py")
 """Take minutes and mostly wait, or cannot be split"""
+
+
+# As the scripts import (`cli.importing`): collecting garbage among a million objects that stay takes seconds.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -45,10 +45,13 @@ class Warm:
 
 
 def serve() -> None:
-    import branchmerge.evaluation.backends.hf
-    import branchmerge.evaluation.run
-    import branchmerge.merge
-    import branchmerge.student.training  # noqa: F401
+    from branchmerge.cli import importing
+
+    with importing():
+        import branchmerge.evaluation.backends.hf
+        import branchmerge.evaluation.run
+        import branchmerge.merge
+        import branchmerge.student.training  # noqa: F401
 
     for line in sys.stdin:
         asked = json.loads(line)

@@ -26,7 +26,7 @@ from branchmerge.trajectories.sources import read_branch
 
 SETTINGS = ("domain=math", "data.seq_len=256", "optim.epochs=2", "optim.warmup_ratio=0.0")
 BATCH = "optim.global_batch=4"
-LONG = (*SETTINGS, "optim.epochs=30", "optim.max_steps=30", BATCH, "data.workers=1",
+LONG = (*SETTINGS, "optim.epochs=20", "optim.max_steps=20", BATCH, "data.workers=1",
         "trainer.checkpoint.every_n_steps=2")  # fmt: skip
 WORLDS = (1, 2, 4)
 KINDS = ("qwen2", "qwen3", "mistral", "gemma")
@@ -269,7 +269,7 @@ def test_a_branch_outlives_sigterm_the_death_of_a_process_and_of_all(
     began = time.monotonic()
     said = process.communicate(timeout=60)[0]
     assert time.monotonic() - began < 60 and process.returncode not in (0, None), said
-    assert f"going on after step {first} of 30" in said
+    assert f"going on after step {first} of 20" in said
     assert "error: rank 1 was ended by SIGKILL" in said
     assert "error: domain=math: a process of it ended with an error" in said
     assert not [worker for worker in processes if is_alive(worker)]

@@ -62,11 +62,22 @@ def on_both(hosts: list[str], before: str, arguments: list[str | Path]) -> list[
 
 
 @pytest.mark.skipif(bool(has_namespaces()), reason=f"no second host: {has_namespaces()}")
-def test_two_hosts_train_one_branch(tiny_student: Path, tmp_path: Path) -> None:
+def test_two_hosts_train_one_branch_and_refuse_outputs_on_disks_of_their_own(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    settings = (*SETTINGS, "trainer.num_nodes=2")
     with two_hosts() as hosts:
-        ended = on_both(hosts, "", wish(tiny_student, {tmp_path / "hosts": (*SETTINGS, "trainer.num_nodes=2")}))
-    assert [status for status, _ in ended] == [0, 0], ended
-    assert_equal_to(alone(tiny_student, tmp_path / "alone", *SETTINGS), tmp_path / "hosts")
+        # What `ip netns exec` runs has its own view of what is mounted where.
+        ended = on_both(
+            hosts,
+            f"mount -t tmpfs none {own} &&",
+            wish(tiny_student, {tmp_path / "shared": settings, own: settings}),
+        )
+    assert all(status for status, _ in ended), ended
+    assert "give an outputs= (or out=) on a disk that all nodes share" in ended[0][1], ended
+    assert_equal_to(alone(tiny_student, tmp_path / "alone", *SETTINGS), tmp_path / "shared")
 
 
 @pytest.mark.slow
@@ -78,16 +89,3 @@ def test_a_backbone_that_one_host_alone_sees_is_refused(tiny_student: Path, tmp_
         ended = on_both(hosts, hide, wish(folder, {tmp_path / "outputs": (*SETTINGS, "trainer.num_nodes=2")}))
     assert all(status for status, _ in ended), ended
     assert f"{folder}: is there for the first process, but not on" in ended[0][1], ended
-
-
-@pytest.mark.skipif(bool(has_namespaces()), reason=f"no second host: {has_namespaces()}")
-def test_outputs_on_a_disk_of_each_hosts_own_are_refused(tiny_student: Path, tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    own.mkdir()
-    with two_hosts() as hosts:
-        # What `ip netns exec` runs has its own view of what is mounted where.
-        ended = on_both(
-            hosts, f"mount -t tmpfs none {own} &&", wish(tiny_student, {own: (*SETTINGS, "trainer.num_nodes=2")})
-        )
-    assert all(status for status, _ in ended), ended
-    assert "give an outputs= (or out=) on a disk that all nodes share" in ended[0][1], ended

@@ -17,10 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from branches import branch
+from branchmerge.cli import importing
 
-from branchmerge.student import ranks
-from branchmerge.student.training import train
+with importing():
+    from branches import branch
+
+    from branchmerge.student import ranks
+    from branchmerge.student.training import train
 
 
 def free_port() -> int:

@@ -76,17 +76,17 @@ def assert_same_branch(outputs: Path, uninterrupted: Path) -> None:
     assert not list(outputs.glob("tiny/checkpoints/*"))
 
 
-def test_killed_in_the_middle_of_a_step(tiny_student: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_a_step(
+    tiny_student: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     process = started(tiny_student, tmp_path)
     wait_for(lambda: steps_saved(tmp_path), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not expert(tmp_path).exists()
     saved = max(steps_saved(tmp_path))
-    again = started(tiny_student, tmp_path)
-    said = again.communicate()[0]
-    assert again.returncode == 0, said
-    assert f"going on after step {saved} of 20" in said
+    train(branch(tiny_student, tmp_path, *SETTINGS))
+    assert f"going on after step {saved} of 20" in capsys.readouterr().out
     assert_same_branch(tmp_path, uninterrupted)
     manifest = read_manifest(expert(tmp_path))
     assert manifest is not None and manifest.training["steps"] == len(curve(uninterrupted)) == 20
@@ -111,15 +111,14 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 def test_killed_between_the_rows_of_a_step_with_a_worker(
-    tiny_student: Path, uninterrupted: Path, tmp_path: Path
+    tiny_student: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The sixth step has the gradient of two of its three rows when the process goes."""
     killed = started(tiny_student, tmp_path, "data.workers=1", program=("-c", DYING))
     said = killed.communicate()[0]
     assert killed.returncode == -signal.SIGKILL and steps_saved(tmp_path)[-1] == 4, said
-    again = started(tiny_student, tmp_path, "data.workers=1")
-    said = again.communicate()[0]
-    assert again.returncode == 0 and "going on after step 4 of 20" in said, said
+    train(branch(tiny_student, tmp_path, *SETTINGS, "data.workers=1"))
+    assert "going on after step 4 of 20" in capsys.readouterr().out
     assert_same_branch(tmp_path, uninterrupted)
 
 
@@ -142,7 +141,11 @@ def test_checkpoints_come_by_the_clock(
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_it_saves_and_goes_on_later(
-    sent: signal.Signals, tiny_student: Path, uninterrupted: Path, tmp_path: Path
+    sent: signal.Signals,
+    tiny_student: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     never = "trainer.checkpoint.every_n_steps=1000"
     curve_file = tmp_path / "tiny" / "logs" / "train" / "math" / "metrics.csv"
@@ -154,9 +157,8 @@ def test_told_to_end_it_saves_and_goes_on_later(
     assert "run the same command again to go on" in said and "Traceback" not in said
     (saved,) = steps_saved(tmp_path)
     assert saved < len(curve(uninterrupted))
-    again = started(tiny_student, tmp_path, never)
-    said = again.communicate()[0]
-    assert again.returncode == 0 and f"going on after step {saved} of" in said
+    train(branch(tiny_student, tmp_path, *SETTINGS, never))
+    assert f"going on after step {saved} of" in capsys.readouterr().out
     assert_same_branch(tmp_path, uninterrupted)
 
 
@@ -292,6 +294,22 @@ def test_ctrl_c_twice_after_the_last_step_ends_at_once(
     with pytest.raises(KeyboardInterrupt):
         train(branch(tiny_student, tmp_path, "domain=math", "optim.max_steps=1", "optim.global_batch=1"))
     assert not (tmp_path / "tiny" / "experts" / "math").exists()
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_meanwhile(*args: Any) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        return export(*args)
+
+    monkeypatch.setattr(training, "export", told_meanwhile)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train(branch(tiny_student, tmp_path, "domain=math", "optim.max_steps=1"))
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ class Ending:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            # Of several processes, whoever started them gets Ctrl-C too, and tells them in its way.
-            numbers = (signal.SIGTERM, signal.SIGINT) if ranks.world() == 1 else (signal.SIGTERM,)
+            # Of several processes, whoever started them gets Ctrl-C too, and tells them in its way. What a script
+            # started in the background ignores it, and goes on to do so.
+            alone = ranks.world() == 1 and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+            numbers = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGTERM,)
             self._former = {number: signal.getsignal(number) for number in numbers}
         return self
 

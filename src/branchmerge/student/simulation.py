@@ -12,6 +12,7 @@ needs less), streams, the allocator's gaps, and with `cpu_offload` a layer's sha
 Shapes: H heads, G key/value heads, T tokens, E head size.
 """
 
+import gc
 import json
 import sys
 import tempfile
@@ -225,3 +226,4 @@ def _answer(setting: Setting) -> dict[str, Any]:
 if __name__ == "__main__":
     for asked in json.load(sys.stdin):
         print(json.dumps(_answer(Setting(**asked))), flush=True)
+    gc.freeze()  # as in `cli.run`
