@@ -55,7 +55,7 @@ def test_files_beside_a_checkpoints_own_are_not_read(tiny_student: Path, tmp_pat
 
 
 def test_processes_tell_a_mistake_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                str(PROJECT / "train.py"), "domain=alchemy", f"outputs={tmp_path}"]  # fmt: skip
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1

@@ -22,6 +22,7 @@ from branchmerge.cli import importing
 with importing():
     from branches import branch
 
+    from branchmerge.config import TrainConfig
     from branchmerge.student import ranks
     from branchmerge.student.training import train
 
@@ -49,22 +50,27 @@ def variables(starter: str, rank: int, world: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in told.items()}
 
 
-def train_all(student: Path, branches: dict[str, list[str]]) -> None:
-    for outputs, overrides in branches.items():
-        train(branch(student, Path(outputs), *overrides))
+def described(student: Path, branches: dict[str, list[str]]) -> list[TrainConfig]:
+    return [branch(student, Path(outputs), *overrides) for outputs, overrides in branches.items()]
+
+
+def train_all(branches: list[TrainConfig]) -> None:
+    for each in branches:
+        train(each)
     ranks.leave()
 
 
 def forked(student: Path, group: dict[str, Any]) -> int:
     """Train a group's branches in processes of its own; how many of them failed."""
     port, world = free_port(), group["processes"]
+    branches = described(student, group["branches"])
     children = []
     for rank in range(world):
         child = os.fork()
         if child == 0:
             os.environ.update(variables(group["starter"], rank, world, port))
             try:
-                train_all(student, group["branches"])
+                train_all(branches)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -77,6 +83,6 @@ def forked(student: Path, group: dict[str, Any]) -> int:
 if __name__ == "__main__":
     student, wanted = Path(sys.argv[1]), json.loads(sys.argv[2])
     if isinstance(wanted, dict):
-        train_all(student, wanted)
+        train_all(described(student, wanted))
     else:
         sys.exit(sum(forked(student, group) for group in wanted))

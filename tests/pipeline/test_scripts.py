@@ -235,6 +235,18 @@ def test_a_failed_member_of_a_multirun_fails_the_whole_and_spares_the_others(
     assert read_manifest(outputs / "tiny" / "experts" / "code") is None
 
 
+def test_a_study_makes_its_backbone_unvalidated_on_the_way_to_a_validated_branch(
+    tiny_student: Path, tmp_path: Path, run_warm: Run
+) -> None:
+    """The warm-up trains on what it always does, whatever a branch holds out."""
+    held_out = ("data.validation_rows=4", "trainer.validate_every_n_steps=2")
+    done = run_warm("train", tiny_student, tmp_path, "domain=math", *held_out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = read_manifest(tmp_path / "tiny" / "backbone")
+    assert made is not None and "held_out" not in made.data
+    assert "step 3: validation loss math" in done.stdout and "math: step 3/3  loss" in done.stdout
+
+
 def test_branches_side_by_side_make_the_backbone_once(tiny_student: Path, tmp_path: Path) -> None:
     commands = [
         [sys.executable, *arguments("train", tiny_student, tmp_path, f"domain={domain}")] for domain in ("math", "code")

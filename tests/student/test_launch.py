@@ -61,33 +61,23 @@ def test_members_side_by_side_see_gpus_of_their_own(
 
 
 @pytest.mark.usefixtures("four_gpus")
-def test_one_after_the_other_they_see_all(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_after_the_other_they_see_all_and_one_that_fails_is_named_at_the_end(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(PROGRAM + "sys.exit(3 if sys.argv[2] == 'math' else 0)\n")
     more = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.devices=1")
     branches = [
         Branch(branch(tiny_student, tmp_path, f"domain={name}", *more), str(program), [str(tmp_path), name])
         for name in ("math", "code")
     ]
     began = time.time()
-    launch(branches)
+    with pytest.raises(SystemExit, match="error: domain=math: a process of it ended with an error"):
+        launch(branches)
     first, second = (json.loads((tmp_path / f"{name}-0.json").read_text()) for name in ("math", "code"))
     assert began < first["ended"] <= second["began"]
     assert first["gpus"] == second["gpus"] == "0,1,2,3"
-
-
-@pytest.mark.usefixtures("four_gpus")
-def test_a_member_that_fails_is_named_after_the_others_have_run(tiny_student: Path, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text("import sys\nsys.exit(3 if sys.argv[1] == 'math' else 0)")
-    more = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.devices=1")
-    branches = [
-        Branch(branch(tiny_student, tmp_path, f"domain={name}", *more), str(program), [name])
-        for name in ("math", "code")
-    ]
-    with pytest.raises(SystemExit, match="error: domain=math: a process of it ended with an error"):
-        launch(branches)
 
 
 @pytest.mark.usefixtures("four_gpus")

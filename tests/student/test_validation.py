@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from branches import branch, metrics
-from conftest import Script
 from test_resume import SETTINGS, expert, started, steps_saved, wait_for
 
 from branchmerge.data.batch import make_batch, supervised_tokens
@@ -157,15 +156,3 @@ def test_a_killed_branch_goes_on_with_its_validation_curve_and_samples(tiny_stud
     ]
     assert samples[0] == samples[1]
     assert [json.loads(line)["step"] for line in samples[0].splitlines()] == [0, 3, 6, 9, 12, 15, 18, 20]
-
-
-def test_a_study_makes_its_backbone_unvalidated_on_the_way_to_a_validated_branch(
-    tiny_student: Path, tmp_path: Path, script: Script
-) -> None:
-    """The warm-up trains on what it always does, whatever a branch holds out."""
-    here = ("--config-dir", "tests/conf", "study=tiny", "domain=math", f"outputs={tmp_path}", "trainer=cpu")
-    done = script("train", *here, f"backbone.pretrained={tiny_student}", *HELD_OUT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    made = read_manifest(tmp_path / "tiny" / "backbone")
-    assert made is not None and "held_out" not in made.data
-    assert "step 3: validation loss math" in done.stdout and "math: step 3/3  loss" in done.stdout
