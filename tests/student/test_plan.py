@@ -57,12 +57,17 @@ config.register()
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of what this file has simulated; after it a model that cannot be, which is told in a line."""
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, UserError]:
+    """Folder of what this file has simulated, and what is said of the last model, which has no such step."""
     folder = tmp_path_factory.mktemp("plans")
-    with pytest.raises(UserError, match="cannot be simulated: MixtralForCausalLM has other weights in memory"):
+    with pytest.raises(UserError) as refused:
         forecast([*SIMULATED, Setting({**TINY, "model_type": "mixtral"}, world=2, seq_len=64)], folder)
-    return folder
+    return folder, refused.value
+
+
+@pytest.fixture(scope="module")
+def plans(simulated: tuple[Path, UserError]) -> Path:
+    return simulated[0]
 
 
 def memory(setting: Setting, plans: Path) -> Memory:
@@ -147,6 +152,10 @@ def test_what_was_simulated_is_kept_and_told_apart(plans: Path, capsys: pytest.C
     assert capsys.readouterr().out == ""
     assert {path: path.stat().st_mtime_ns for path in plans.iterdir()} == before
     assert len(before) >= len(SIMULATED)  # more where slow tests have been
+
+
+def test_a_model_without_a_step_is_told_in_a_line(simulated: tuple[Path, UserError]) -> None:
+    assert "cannot be simulated: MixtralForCausalLM has other weights in memory" in str(simulated[1])
 
 
 @pytest.mark.parametrize("tied", [True, False])
