@@ -137,6 +137,21 @@ def test_gradients_reach_past_no_window() -> None:
     assert touched.nonzero()[:, 0].tolist() == [13, 14, 15]
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_in_bfloat16_short_documents_are_float32s_rounded_once(autocast: bool) -> None:
+    """With autocast queries and keys are still in float32, as rotary embeddings leave them; sharded they are not."""
+    bounds = torch.tensor([0, 40, 40 + 2 * attention.SHORT], dtype=torch.int32)
+    made = heads(int(bounds[-1]))
+    q, k, v = made if autocast else [tensor.bfloat16() for tensor in made]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, _ = attention.packed_sdpa(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=bounds)
+    exact, _ = attention.packed_sdpa(torch.nn.Module(), q.float(), k.float(), v.float(), None, cu_seq_lens_q=bounds)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found[:, :40], exact[:, :40].bfloat16())
+    assert not torch.equal(found[:, 40:], exact[:, 40:].bfloat16())
+    torch.testing.assert_close(found.float(), exact, atol=0.02, rtol=0.02)
+
+
 def test_what_is_no_packed_row_is_refused() -> None:
     q = torch.zeros(1, 2, 4, 8)
     bounds = torch.tensor([0, 4], dtype=torch.int32)

@@ -9,6 +9,7 @@ Shapes: B batch (1), H heads, G key/value heads, T tokens, E head size, D docume
 """
 
 import inspect
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import Any
@@ -30,6 +31,9 @@ from branchmerge.student.autocast import compute_dtype
 from branchmerge.student.context_parallel import RowParts
 
 PACKED_SDPA = "packed_sdpa"
+SHORT = 512
+"""Tokens of a document up to which a CPU's attention is faster in float32 than in bfloat16: by a tenth, and for very
+short ones three times (docs/log.md, 2026-11-27)."""
 
 
 class PackedRowError(ValueError):
@@ -107,8 +111,17 @@ def _attend(
         attend = partial(
             scaled_dot_product_attention, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
         )
-    parts = [attend(*(each[:, :, start:end] for each in heads)) for start, end in pairwise(bounds.tolist())]
+    parts = [_document(attend, *(each[:, :, start:end] for each in heads)) for start, end in pairwise(bounds.tolist())]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _document(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of one document, in the dtype of products; float32 in between where that is faster."""
+    compute = compute_dtype(query)
+    if query.device.type != "cpu" or query.shape[2] > SHORT or compute == torch.float32:
+        return attend(query, key, value)
+    with torch.autocast("cpu", enabled=False):
+        return attend(query.float(), key.float(), value.float()).to(compute)
 
 
 def _takes_varlen(query: Tensor) -> bool:

@@ -81,9 +81,12 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: int64 [rows, 1]
     """
     dtype, logits = logits.dtype, logits.float()
-    norm = logits.logsumexp(dim=-1, keepdim=True)
-    loss = (norm - logits.gather(1, labels)).sum()
-    gradient = logits.sub_(norm).exp_()
+    of_label = logits.gather(1, labels)
+    top = logits.amax(dim=-1, keepdim=True)
+    exponentials = logits.sub_(top).exp_()
+    total = exponentials.sum(dim=-1, keepdim=True)
+    loss = (top + total.log() - of_label).sum()
+    gradient = exponentials.div_(total)
     gradient.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=gradient.dtype))
     return loss, gradient.to(dtype)
 
