@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from branchmerge.student.autocast import compute_dtype
 
-CHUNK, DEVICE_CHUNK, COMPILED_CHUNK = 1 << 24, 1 << 27, 1 << 29
+CHUNK, DEVICE_CHUNK, COMPILED_CHUNK = 1 << 26, 1 << 27, 1 << 29
 """Logits that are held at once: on a CPU; on other devices, where bfloat16, float32 and the gradient take a gigabyte
 together; compiled there, where they are overwritten and take as much. Every chunk goes over the head's gradient."""
 
