@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,8 @@ def _as_on_a_gpu(
 def _as_on_a_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None, **_: Any) -> Tensor:
     """As `attention.packed_sdpa` does it there, for one document."""
     grouped = key.shape[1] != query.shape[1]
-    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-    return torch.cat([out], dim=2).transpose(1, 2).contiguous()
+    attend = partial(scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=grouped)
+    return torch.cat([attention._document(attend, query, key, value)], dim=2).transpose(1, 2).contiguous()
 
 
 def _answer(setting: Setting) -> dict[str, Any]:
