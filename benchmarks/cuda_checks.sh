@@ -18,7 +18,11 @@ for part in "${@:-tests merge slice train}"; do
             python3 benchmarks/train_mfu.py --shape $shape --compile --ways packed --rows 3
         done ;;
       flash4) # with the package flash-attn-4
-        python3 benchmarks/train_mfu.py --shape 1.5b --compile --ways packed --attn flash_attention_4 --profile 12 ;;
+        for shape in 0.5b 1.5b; do
+          python3 benchmarks/train_mfu.py --shape $shape --compile --ways packed --attn packed_sdpa_fa4 --profile 40 &&
+            python3 benchmarks/train_mfu.py --shape $shape --compile --ways packed --attn packed_sdpa_fa4 --rows 3
+        done &&
+          python3 benchmarks/train_mfu.py --shape 1.5b --compile --ways packed --attn packed_sdpa_fa4 --rows 3 --sharded ;;
     esac || failed=1
   done
 done

@@ -6,28 +6,32 @@ Random Qwen2 models of the usual shapes; weights and AdamW in float32, products 
 rows a step, one after the other, the losses of every token. `packed` is what train.py does; `whole` the same with the
 logits of all tokens at once; `liger` has liger-kernel's loss; `dense` moreover gives the model a T x T mask, as
 trainers do that know no packing. `--compile` compiles layers and chunked loss, as trainer.compile does; `--attn` names
-flash-attn's functions where they are installed; `--profile` tells the milliseconds of a step by kernel. MFU counts the
-products' FLOPs (6 N a token for weights in products, and causal attention inside the documents) over what the card does
-at best in dense bfloat16; recomputing by activation checkpointing is not counted, so it lowers the MFU.
+other attention, where it is installed (`packed_sdpa_fa4`: FlashAttention 4); `--sharded` is trainer=fsdp on this one
+card: FSDP2's casts in place of autocast's, and hidden states that stay bfloat16 from layer to layer; `--profile` tells
+the milliseconds of a step by kernel. MFU counts the products' FLOPs (6 N a token for weights in products, and causal
+attention inside the documents) over what the card does at best in dense bfloat16; recomputing by activation
+checkpointing is not counted, so it lowers the MFU.
 """
 
 import argparse
 import json
+import re
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import measure
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
 from branchmerge.student import attention
-from branchmerge.student.loss import chunked_loss, fused_loss, summed_loss
+from branchmerge.student.loss import PackedLoss, fused_loss, summed_loss
+from branchmerge.student.sharding import Sharding, shard
 
 SHAPES: dict[str, dict[str, Any]] = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -48,11 +52,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="of a step; the 32B recipe has three a GPU on 32 GPUs")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=("packed", "whole", "liger", "dense"), default=["packed", "dense"])
-    parser.add_argument("--attn", default=attention.PACKED_SDPA, help="of all but dense, such as flash_attention_3")
+    parser.add_argument("--attn", default=attention.PACKED_SDPA, help="of all but dense, such as packed_sdpa_fa4")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="layers and chunked loss by torch.compile")
+    parser.add_argument("--sharded", action="store_true", help="by FSDP2, a process group of one")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="the N kernels that take longest")
     options = parser.parse_args()
+    if options.sharded:
+        distributed.init_process_group("nccl", rank=0, world_size=1, store=distributed.HashStore())
     found = {way: train(options, way) for way in options.ways}
     facts = {
         "benchmark": "train_mfu",
@@ -83,15 +90,19 @@ def train(options: argparse.Namespace, way: str) -> dict[str, Any]:
     if options.compile:
         for layer in model.model.layers:
             layer.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     batch = row(options.tokens, options.documents)
-    packed = partial(chunked_loss, compiled=options.compile)
-    loss_of = {"packed": packed, "whole": summed_loss, "liger": fused_loss, "dense": dense_loss}[way]
+    root = PackedLoss(model, compiled=options.compile)
+    root.loss = {"packed": root.chunked, "whole": summed_loss, "liger": fused_loss, "dense": dense_loss}[way]
+    flops = options.rows * step_flops(model, batch)
+    if options.sharded:
+        sharding = Sharding(torch.bfloat16)
+        shard(root, model, sharding, sharding.mesh("cuda", 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> float:
         for _ in range(options.rows):
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = loss_of(model, batch)
+            with torch.autocast("cuda", torch.bfloat16, enabled=not options.sharded):
+                loss = root(batch)
             (loss / batch.supervised_in_step / options.rows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -102,13 +113,12 @@ def train(options: argparse.Namespace, way: str) -> dict[str, Any]:
     began = time.perf_counter()
     losses += [step() for _ in range(options.steps)]
     seconds = (time.perf_counter() - began) / options.steps
-    flops = options.rows * step_flops(model, batch)
     peak = next(value for name, value in PEAK.items() if name in torch.cuda.get_device_name())
     return {
         "tokens_per_s": round(options.rows * options.tokens / seconds),
         "mfu": round(flops / seconds / peak, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "first_loss": round(losses[0] / batch.supervised_in_step, 5),
+        "losses": [round(loss / batch.supervised_in_step, 5) for loss in (losses[0], losses[-1])],
         "parameters": sum(p.numel() for p in model.parameters()),
         **({"ms_of_a_step": kernels(step, options.profile)} if options.profile else {}),
     }
@@ -118,9 +128,12 @@ def kernels(step: Callable[[], float], longest: int) -> dict[str, float]:
     """Milliseconds of one step by kernel, the longest first, and of all together."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
-    taken = {event.key: event.self_device_time_total / 1000 for event in profile.key_averages()}
+    taken: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        name = re.sub(r"^void |at::native::|\(anonymous namespace\)::", "", event.key)[:90]
+        taken[name] += event.self_device_time_total / 1000
     first = sorted(taken, key=lambda name: -taken[name])[:longest]
-    return {"all": round(sum(taken.values()), 1), **{name[:80]: round(taken[name], 1) for name in first}}
+    return {"all": round(sum(taken.values()), 1), **{name: round(taken[name], 1) for name in first}}
 
 
 def row(tokens: int, documents: int) -> Batch:

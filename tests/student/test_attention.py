@@ -11,7 +11,7 @@ from conftest import make_student
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
 from branchmerge.errors import UserError
-from branchmerge.student import attention
+from branchmerge.student import attention, flash4
 from branchmerge.student.backbone import load_model
 from branchmerge.student.loss import packed_logits
 
@@ -163,6 +163,8 @@ def test_what_is_no_packed_row_is_refused() -> None:
     with pytest.raises(ValueError, match="takes no cache: 8 keys for 4 queries"):
         longer = torch.zeros(1, 2, 8, 8)
         attention.packed_sdpa(module, q, longer, longer, None, cu_seq_lens_q=bounds)
+    with pytest.raises(UserError, match="Module: attention with sinks"):
+        attention.packed_sdpa(module, q, q, q, None, cu_seq_lens_q=bounds, s_aux=torch.zeros(2))
     with pytest.raises(ValueError, match="one row"):
         attention.packed_sdpa(module, *[q.expand(2, -1, -1, -1)] * 3, None, cu_seq_lens_q=bounds)
 
@@ -170,7 +172,7 @@ def test_what_is_no_packed_row_is_refused() -> None:
 @pytest.mark.parametrize(
     ("capability", "installed", "expected"),
     [
-        ((9, 0), (2, 3, 4), "flash_attention_4"),
+        ((9, 0), (2, 3, 4), attention.PACKED_FLASH4),
         ((9, 0), (2, 3), "flash_attention_3"),
         ((9, 0), (2,), "flash_attention_2"),
         ((10, 0), (2, 3), "flash_attention_2"),
@@ -184,8 +186,9 @@ def test_auto_takes_the_newest_flash_attention_made_for_the_device(
 ) -> None:
     """There is no such device here, so what torch and transformers say of it is given."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    for number in (2, 3, 4):
+    for number in (2, 3):
         monkeypatch.setattr(attention, f"is_flash_attn_{number}_available", lambda n=number: n in installed)
+    monkeypatch.setattr(flash4, "is_installed", lambda: 4 in installed)
     cuda = torch.device("cuda")
     assert attention.implementation("auto", cuda, torch.bfloat16) == expected
     assert attention.implementation("auto", cuda, torch.float32) == attention.PACKED_SDPA
@@ -198,6 +201,8 @@ def test_flash_attention_that_is_named_needs_half_precision() -> None:
     assert attention.implementation("flash_attention_2", cuda, torch.bfloat16) == "flash_attention_2"
     with pytest.raises(UserError, match=r"backbone\.attn=flash_attention_2: it has no float32"):
         attention.implementation("flash_attention_2", cuda, torch.float32)
+    with pytest.raises(UserError, match="the package flash-attn-4 is not installed"):
+        attention.implementation("flash_attention_4", cuda, torch.bfloat16)
 
 
 def test_a_mask_is_refused_through_a_model_too(tiny_student: Path) -> None:

@@ -42,7 +42,7 @@ def test_compiled_gradient_takes_the_place_of_the_logits() -> None:
     hidden, head, labels = inputs(torch.bfloat16)
     logits = hidden.detach() @ head.detach().T
     loss, expected = chunked_loss._loss_and_gradient(logits.clone(), labels[:, None])
-    compiled_loss, gradient = chunked_loss._compiled()(logits, labels[:, None])
+    compiled_loss, gradient = chunked_loss._by_compiled(logits, labels[:, None])
     assert gradient.data_ptr() == logits.data_ptr()
     torch.testing.assert_close(compiled_loss, loss)
     torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-6)

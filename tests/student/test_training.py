@@ -6,20 +6,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from branches import branch, metrics
 from conftest import make_student
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 
-from branchmerge.data.batch import Batch
+from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.datamodule import prepare
+from branchmerge.data.template import Document
 from branchmerge.errors import UserError
-from branchmerge.student.backbone import load_tokenizer, locate
+from branchmerge.student import attention
+from branchmerge.student.backbone import load_model, load_tokenizer, locate
+from branchmerge.student.loss import summed_loss
 from branchmerge.student.module import Student
 from branchmerge.student.optim import lr_factor
-from branchmerge.student.training import train
+from branchmerge.student.training import compile_layers, train
 from branchmerge.study import Study, read_manifest
 from branchmerge.trajectories.sources import read_branch
 
@@ -228,6 +232,28 @@ def test_compiled_layers_train_alike(tiny_student: Path, tmp_path: Path) -> None
         train(branch(tiny_student, tmp_path / name, "domain=math", f"trainer.compile={compiled}"))
     losses = [[float(row["loss"]) for row in metrics(tmp_path / name, "math")] for name in ("plain", "compiled")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.slow  # compiles
+def test_layers_that_know_their_number_share_a_compilation(tmp_path: Path) -> None:
+    """As flash-attn's functions do by transformers; of ten layers torch would compile eight."""
+
+    def counted(module: Any, *args: Any, **more: Any) -> tuple[torch.Tensor, None]:
+        out, _ = attention.packed_sdpa(module, *args, **more)
+        return out * (module.layer_idx + 1), None
+
+    AttentionInterface.register("counted", counted)
+    AttentionMaskInterface.register("counted", attention._no_mask)
+    folder = make_student(tmp_path / "student", num_hidden_layers=10)
+    model = load_model(folder, torch.float32, "counted")
+    row = make_batch([Document("a", np.arange(3, 40), 1)], 1)
+    with torch.no_grad():
+        plain = summed_loss(model, row)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compile_layers(model)
+        torch.testing.assert_close(summed_loss(model, row), plain)
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < 10
 
 
 def test_accumulation_does_not_change_the_update(tiny_student: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training on a GPU; skipped where there is none (benchmarks/cuda_checks.sh runs it)."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from test_attention import MODELS, documents, everywhere, heads
 
 from branchmerge.data.batch import make_batch
-from branchmerge.student import attention
+from branchmerge.student import attention, flash4, trials
 from branchmerge.student.backbone import load_model
 from branchmerge.student.loss import packed_logits
 from branchmerge.student.training import train
@@ -18,13 +19,23 @@ from branchmerge.student.training import train
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gemma2"])
+FLASH4 = pytest.mark.skipif(not flash4.is_installed(), reason="flash-attn-4 is not installed")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attn", "dtype"),
+    [
+        *product(["llama", "qwen2", "mistral", "gemma2"], [attention.PACKED_SDPA], [torch.bfloat16, torch.float32]),
+        pytest.param("qwen3", attention.PACKED_FLASH4, torch.bfloat16, marks=FLASH4),
+    ],
+    ids=str,
+)
 def test_packed_attention_on_a_gpu_is_that_of_the_documents_alone(
-    model_type: str, dtype: torch.dtype, tmp_path: Path
+    model_type: str, attn: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    folder = make_student(tmp_path / model_type, model_type=model_type, **MODELS.get(model_type, {}))
-    model = load_model(folder, dtype, attention.PACKED_SDPA).eval().to("cuda")
+    wide = {"head_dim": 64} if attn == attention.PACKED_FLASH4 else {}  # the tiny models' heads of 8 are too small
+    folder = make_student(tmp_path / model_type, model_type=model_type, **MODELS.get(model_type, {}), **wide)
+    model = load_model(folder, dtype, attn).eval().to("cuda")
     plain = load_model(folder, torch.float32, "eager").eval()
     packed = make_batch(documents(), 1)
     with torch.no_grad():
@@ -49,6 +60,12 @@ def test_flex_attention_has_the_gradients_of_the_formula() -> None:
     assert len(grads["cuda"]) == 3
     for found, expected in zip(grads["cuda"], grads["cpu"], strict=True):
         assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+@FLASH4
+@pytest.mark.parametrize("size", [64, 128])
+def test_flash_attention_4_gives_result_and_gradients_of_the_formula(size: int) -> None:
+    assert trials._why_not_flash4((4, 2, size), torch.device("cuda"), torch.bfloat16) == ""
 
 
 def test_a_branch_on_a_gpu_has_the_losses_of_one_on_the_cpu(tiny_student: Path, tmp_path: Path) -> None:
@@ -79,6 +96,21 @@ def test_bf16_trains_on_a_gpu(tiny_student: Path, tmp_path: Path) -> None:
     train(branch(tiny_student, tmp_path, "domain=math", *quiet))
     losses = [float(row["loss"]) for row in metrics(tmp_path, "math")]
     assert losses[-1] < losses[0] - 0.05
+
+
+@FLASH4
+def test_layers_compile_whole_with_flash_attention_4(tmp_path: Path) -> None:
+    student = make_student(tmp_path / "student", model_type="qwen3", head_dim=64)
+    losses = []
+    torch._dynamo.utils.counters.clear()
+    for attn, compiled in (("sdpa", False), ("flash_attention_4", True)):
+        more = (f"backbone.attn={attn}", f"trainer.compile={compiled}", "trainer.precision=bf16-mixed")
+        train(branch(student, tmp_path / attn, "domain=math", "trainer=gpu", *more))
+        losses.append([float(row["loss"]) for row in metrics(tmp_path / attn, "math")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"], counters["graph_break"]
 
 
 @pytest.mark.parametrize("way", ["trainer.compile=true", "backbone.loss=liger"])

@@ -3,7 +3,8 @@
 The model gets `cu_seq_lens` and no mask. flash-attn reads them by itself; `packed_sdpa` below serves every device
 without a T x T mask and without work between documents: on CUDA in half precision one call of torch's own
 FlashAttention for the whole row, elsewhere one causal SDPA call a document. Neither caps scores, and SDPA knows no
-window: there FlexAttention does it on CUDA, the formula document by document on a CPU.
+window: there FlexAttention does it on CUDA, the formula document by document on a CPU. `PACKED_FLASH4` is the same with
+FlashAttention 4 in place of torch's where there is no window.
 
 Shapes: B batch (1), H heads, G key/value heads, T tokens, E head size, D documents.
 """
@@ -23,14 +24,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils.import_utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
-    is_flash_attn_4_available,
 )
 
 from branchmerge.errors import UserError
+from branchmerge.student import flash4
 from branchmerge.student.autocast import compute_dtype
 from branchmerge.student.context_parallel import RowParts
 
-PACKED_SDPA = "packed_sdpa"
+PACKED_SDPA, PACKED_FLASH4 = "packed_sdpa", "packed_sdpa_fa4"  # transformers gives both to models that can take SDPA
 SHORT = 512
 """Tokens of a document up to which a CPU's attention is faster in float32 than in bfloat16: by a tenth, and for very
 short ones three times (docs/log.md, 2026-11-27)."""
@@ -56,6 +57,8 @@ def packed_sdpa(
     sliding_window: int | None = None,
     softcap: float | None = None,
     row_parts: RowParts | None = None,
+    s_aux: Tensor | None = None,
+    newest: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document, in the form transformers calls.
@@ -64,13 +67,17 @@ def packed_sdpa(
         query: [1, H, T, E]; key and value: [1, G, T, E].
         cu_seq_lens_q: int32 [D + 1], where the documents begin and end.
         row_parts: where the row is cut over several devices; T are then the tokens here.
+        newest: FlashAttention 4 in place of torch's own.
 
     Returns:
         [1, T, H, E]
 
     Raises:
         PackedRowError: on what is no packed row: no cu_seq_lens, a mask, several rows, keys of a cache.
+        UserError: on attention sinks (`s_aux`).
     """
+    if s_aux is not None:
+        raise UserError(f"{type(module).__name__}: attention with sinks cannot train here; take another kind of model")
     if cu_seq_lens_q is None or attention_mask is not None or query.shape[0] != 1:
         raise PackedRowError
     if key.shape[2] != query.shape[2]:
@@ -78,7 +85,7 @@ def packed_sdpa(
     dropout = dropout if module.training else 0.0
     attend = partial(
         _attend, bounds=cu_seq_lens_q, longest=max_length_q, scale=scaling, window=sliding_window, softcap=softcap,
-        dropout=dropout,
+        dropout=dropout, newest=newest,
     )  # fmt: skip
     if row_parts is None:
         return attend(query, key, value), None
@@ -95,10 +102,13 @@ def _attend(
     window: int | None,
     softcap: float | None,
     dropout: float,
+    newest: bool,
 ) -> Tensor:
     """By what serves this device; [1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
     heads = (query, key, value)
     if longest is not None and softcap is None and not dropout and _takes_varlen(query):
+        if newest and window is None and flash4.takes(query, value):
+            return flash4.attend(*_tokens_first(*heads), bounds, longest, scale)[None]
         span = (-1 if window is None else window - 1, 0)  # so many tokens back, none ahead
         return _varlen(*heads, bounds, longest, scale, span)
     limited = softcap is not None or (window is not None and (longest or query.shape[2]) > window)
@@ -147,11 +157,17 @@ def _varlen(
     window: tuple[int, int],
 ) -> Tensor:
     """[1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
-    q, k, v = (heads[0].transpose(0, 1).to(compute_dtype(query)) for heads in (query, key, value))
+    q, k, v = _tokens_first(query, key, value)
     grouped: dict[str, Any] = {"enable_gqa": k.shape[1] != q.shape[1]} if "enable_gqa" in _varlen_parameters() else {}
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, **grouped)
     assert isinstance(out, Tensor)
     return out[None]
+
+
+def _tokens_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[1, H, T, E] and [1, G, T, E] -> [T, H, E] and [T, G, E], in the dtype of products."""
+    q, k, v = (heads[0].transpose(0, 1).to(compute_dtype(query)) for heads in (query, key, value))
+    return q, k, v
 
 
 def by_formula(
@@ -229,7 +245,9 @@ def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
 
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)
-AttentionMaskInterface.register(PACKED_SDPA, _no_mask)
+AttentionInterface.register(PACKED_FLASH4, partial(packed_sdpa, newest=True))
+for _name in (PACKED_SDPA, PACKED_FLASH4):
+    AttentionMaskInterface.register(_name, _no_mask)
 
 
 def implementation(attn: str, device: torch.device, compute: torch.dtype, shared: bool = False) -> str:
@@ -246,13 +264,18 @@ def implementation(attn: str, device: torch.device, compute: torch.dtype, shared
         raise UserError(
             f"backbone.attn={attn}: it has no float32; set trainer.precision=bf16-mixed or backbone.attn=sdpa"
         )
-    return PACKED_SDPA if attn == "sdpa" else attn
+    if attn == "flash_attention_4" and not flash4.is_installed():
+        raise UserError(
+            f"backbone.attn={attn}: the package flash-attn-4 is not installed, or in a version that is not known here;"
+            " pip install flash-attn-4, or leave it out"
+        )
+    return {"sdpa": PACKED_SDPA, "flash_attention_4": PACKED_FLASH4}.get(attn, attn)
 
 
 def _newest_flash_attention(device: torch.device) -> str:
     """flash-attn as far as it is installed and made for this device, else torch's own."""
     capability = torch.cuda.get_device_capability(device)
-    if capability >= (9, 0) and is_flash_attn_4_available():
+    if capability >= (9, 0) and flash4.is_installed():
         return "flash_attention_4"
     if capability == (9, 0) and is_flash_attn_3_available():
         return "flash_attention_3"

@@ -204,6 +204,13 @@ def _heads(shape: dict[str, Any]) -> tuple[int | None, int | None]:
     return heads, shape.get("num_key_value_heads") or heads
 
 
+def head_shape(shape: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Number of heads of queries and of keys, and their size, of a model's config.json; None where it is not told."""
+    heads, pairs = _heads(shape)
+    size = _of_text(shape).get("head_dim") or (heads and _of_text(shape).get("hidden_size", 0) // heads)
+    return (heads, pairs, size) if heads and pairs and size else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json; raises UserError where it is broken."""
     path = folder / "config.json"

@@ -48,7 +48,7 @@ class _SummedCrossEntropy(Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, rows: int, dtype: torch.dtype, compiled: bool
     ) -> Tensor:
-        of_chunk = _compiled() if compiled else _loss_and_gradient
+        of_chunk = _by_compiled if compiled else _loss_and_gradient
         of_hidden, of_head = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
@@ -100,6 +100,14 @@ def _to_be_compiled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, logits.copy_((values - norm).exp() - is_label.float())
 
 
+def _by_compiled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compiled once for any number of rows, but for this vocabulary: kernels that divide by an unknown one are slow."""
+    for tensor in (logits, labels):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    loss, gradient = _compiled()(logits, labels)
+    return loss, gradient
+
+
 @cache
 def _compiled() -> Any:
-    return torch.compile(_to_be_compiled, dynamic=True)
+    return torch.compile(_to_be_compiled)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer, seed_everything
+from transformers import PreTrainedModel
 
 from branchmerge import machine
 from branchmerge.config import TrainConfig
@@ -17,7 +18,7 @@ from branchmerge.data import held_out
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account
 from branchmerge.data.prepared import prepared
 from branchmerge.errors import UserError
-from branchmerge.student import attention, backbone, ranks
+from branchmerge.student import attention, backbone, ranks, trials
 from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.context_parallel import ContextGroup, rows_of
@@ -155,6 +156,7 @@ def _fit(
     shared = config.trainer.context_parallel
     compute = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
     attn = attention.implementation(config.backbone.attn, device, compute, shared > 1)
+    attn = trials.choose_attention(attn, backbone.head_shape(backbone.read_config(start)), device, compute)
     context = ContextGroup.join(shared)
     share, shares = rows_of(context)
     student = _student(config, start, compute, attn, steps, context)
@@ -212,12 +214,20 @@ def _student(
     if trainer.recomputes:
         model.gradient_checkpointing_enable()
     if trainer.compile:
-        for layer in layers(model):
-            layer.compile()
+        compile_layers(model)
     model.train()
     fused = config.backbone.loss == "liger"
     packed = PackedLoss(model, context, trainer.compile)
     return Student(packed, config.optim, steps, trainer.max_skipped_steps, spread, compute, fused)
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """By torch.compile, one compilation for all of them."""
+    # flash-attn's functions are told the number of the layer. Each number would be a compilation of its own, and after
+    # the eighth torch compiles no more.
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    for layer in layers(model):
+        layer.compile()
 
 
 def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[str, Any]:

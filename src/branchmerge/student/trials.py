@@ -1,4 +1,5 @@
-"""What is tried on a few tokens before training: that documents of a row stay apart; which way to the loss is right.
+"""What is tried on a few tokens before training: that documents of a row stay apart; which attention and which way to
+the loss are right.
 
 There are hundreds of kinds of models. Some mix tokens elsewhere than in attention, some scale, cap or shift their
 logits; tried, none of them needs to be known here. All processes of a sharded student do this together, between two
@@ -6,8 +7,9 @@ steps (`between_steps.untouched`).
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,8 @@ from transformers import PreTrainedModel
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
 from branchmerge.errors import UserError
-from branchmerge.student import liger_loss, ranks
-from branchmerge.student.attention import PackedRowError
+from branchmerge.student import flash4, liger_loss, ranks
+from branchmerge.student.attention import PACKED_FLASH4, PACKED_SDPA, PackedRowError, by_formula
 from branchmerge.student.loss import Loss, PackedLoss, fused_loss, inputs, summed_loss
 
 TOKENS = 16
@@ -71,6 +73,59 @@ def choose_loss(packed: PackedLoss, compute: torch.dtype = torch.float32, fused:
         )
     elif why_not_fused:
         _warn(f"backbone.loss=liger: {why_not_fused}; the chunked loss is taken")
+
+
+def choose_attention(attn: str, heads: tuple[int, int, int] | None, device: torch.device, compute: torch.dtype) -> str:
+    """FlashAttention 4 where its kernels give what the formula gives, else torch's own attention, with a warning.
+
+    The package has no stable release yet, and is made for few sizes of heads.
+
+    Args:
+        attn: what `attention.implementation` found
+        heads: number of heads of queries and of keys, and their size, where the model's config tells them
+    """
+    if attn != PACKED_FLASH4:
+        return attn
+    why = max(ranks.from_all(_why_not_flash4(heads, device, compute)))
+    if why:
+        _warn(f"FlashAttention 4 is not taken, but torch's own attention: {why}")
+    return PACKED_SDPA if why else attn
+
+
+def _why_not_flash4(heads: tuple[int, int, int] | None, device: torch.device, compute: torch.dtype) -> str:
+    if heads is None:
+        return "the model's config does not tell the number of its heads"
+    *numbers, size = heads
+    lengths = (7, 1, 130, 90)
+    draw = torch.Generator(device).manual_seed(0)
+    q, k, v, weights = (
+        torch.randn(sum(lengths), number, size, generator=draw, device=device).to(compute)
+        for number in (numbers[0], numbers[1], numbers[1], numbers[0])
+    )
+    if not flash4.takes(q, v):
+        return f"it is not made for heads of {size}"
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+    def by_kernels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return flash4.attend(query, key, value, bounds, max(lengths))
+
+    def by_documents(*rows: Tensor) -> Tensor:
+        parts = zip(*(row.split(lengths) for row in rows), strict=True)
+        return torch.cat([by_formula(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1) for part in parts])
+
+    try:
+        found = _with_gradients(by_kernels, weights, q, k, v)
+    except Exception as error:  # whatever a kernel, its compiler or another version of the package may raise
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    expected = _with_gradients(by_documents, *(tensor.float() for tensor in (weights, q, k, v)))
+    off = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+    return "" if off <= _tolerance(compute) else f"for heads of {size} it is off by {off:.2g}"
+
+
+def _with_gradients(attend: Callable[..., Tensor], weights: Tensor, *rows: Tensor) -> list[Tensor]:
+    rows = tuple(row.detach().requires_grad_() for row in rows)
+    out = attend(*rows)
+    return [out.detach(), *torch.autograd.grad(out, rows, weights)]
 
 
 def _warn(text: str) -> None:
