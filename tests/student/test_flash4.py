@@ -119,6 +119,13 @@ def test_kernels_that_do_not_are_left_with_a_warning(package: SimpleNamespace) -
     with pytest.warns(UserWarning, match=r"for heads of 64 it is off by 0\.1"):
         assert chosen() == PACKED_SDPA
 
+    package._flash_attn_bwd = lambda *rows, **asked: (
+        *backward(*rows, **asked)[:2],
+        torch.full_like(rows[2], torch.nan),
+    )
+    with pytest.warns(UserWarning, match="for heads of 64 it is off by nan"):
+        assert chosen() == PACKED_SDPA
+
     def broken(*_: Tensor, **__: Any) -> tuple[Tensor, ...]:
         raise RuntimeError("no such kernel\non this device")
 

@@ -95,12 +95,12 @@ def choose_attention(attn: str, heads: tuple[int, int, int] | None, device: torc
 def _why_not_flash4(heads: tuple[int, int, int] | None, device: torch.device, compute: torch.dtype) -> str:
     if heads is None:
         return "the model's config does not tell the number of its heads"
-    *numbers, size = heads
+    of_queries, of_keys, size = heads
     lengths = (7, 1, 130, 90)
     draw = torch.Generator(device).manual_seed(0)
     q, k, v, weights = (
         torch.randn(sum(lengths), number, size, generator=draw, device=device).to(compute)
-        for number in (numbers[0], numbers[1], numbers[1], numbers[0])
+        for number in (of_queries, of_keys, of_keys, of_queries)
     )
     if not flash4.takes(q, v):
         return f"it is not made for heads of {size}"
@@ -118,7 +118,8 @@ def _why_not_flash4(heads: tuple[int, int, int] | None, device: torch.device, co
     except Exception as error:  # whatever a kernel, its compiler or another version of the package may raise
         return f"{type(error).__name__}: {error}".splitlines()[0]
     expected = _with_gradients(by_documents, *(tensor.float() for tensor in (weights, q, k, v)))
-    off = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+    errors = torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)])
+    off = float(errors.max())  # NaN if one is
     return "" if off <= _tolerance(compute) else f"for heads of {size} it is off by {off:.2g}"
 
 
