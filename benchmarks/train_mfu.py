@@ -31,7 +31,7 @@ from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
 from branchmerge.student import attention
 from branchmerge.student.loss import PackedLoss, fused_loss, summed_loss
-from branchmerge.student.sharding import Sharding, shard
+from branchmerge.student.sharding import Sharding, compile_layers, shard
 
 SHAPES: dict[str, dict[str, Any]] = {
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -88,8 +88,7 @@ def train(options: argparse.Namespace, way: str) -> dict[str, Any]:
     if options.checkpointing:
         model.gradient_checkpointing_enable()
     if options.compile:
-        for layer in model.model.layers:
-            layer.compile()
+        compile_layers(model)
     batch = row(options.tokens, options.documents)
     root = PackedLoss(model, compiled=options.compile)
     root.loss = {"packed": root.chunked, "whole": summed_loss, "liger": fused_loss, "dense": dense_loss}[way]

@@ -196,7 +196,8 @@ def test_auto_takes_the_newest_flash_attention_made_for_the_device(
     assert attention.implementation("auto", torch.device("cpu"), torch.bfloat16) == attention.PACKED_SDPA
 
 
-def test_flash_attention_that_is_named_needs_half_precision() -> None:
+def test_flash_attention_that_is_named_needs_half_precision_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash4, "is_installed", lambda: False)
     cuda = torch.device("cuda")
     assert attention.implementation("flash_attention_2", cuda, torch.bfloat16) == "flash_attention_2"
     with pytest.raises(UserError, match=r"backbone\.attn=flash_attention_2: it has no float32"):

@@ -88,6 +88,12 @@ def test_a_version_with_other_functions_counts_as_not_installed(
     del package._flash_attn_bwd
     assert flash4.is_installed.__wrapped__() is False
 
+    def not_whole() -> SimpleNamespace:
+        raise ImportError("no CUDA libraries")
+
+    monkeypatch.setattr(flash4, "_package", not_whole)
+    assert flash4.is_installed.__wrapped__() is False
+
 
 def test_wide_and_odd_heads_are_left_to_others() -> None:
     rows = [torch.empty(4, 2, size) for size in (8, 12, 64, 128, 136, 256)]

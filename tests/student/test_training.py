@@ -23,7 +23,8 @@ from branchmerge.student.backbone import load_model, load_tokenizer, locate
 from branchmerge.student.loss import summed_loss
 from branchmerge.student.module import Student
 from branchmerge.student.optim import lr_factor
-from branchmerge.student.training import compile_layers, train
+from branchmerge.student.sharding import compile_layers
+from branchmerge.student.training import train
 from branchmerge.study import Study, read_manifest
 from branchmerge.trajectories.sources import read_branch
 

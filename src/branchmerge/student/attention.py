@@ -266,8 +266,8 @@ def implementation(attn: str, device: torch.device, compute: torch.dtype, shared
         )
     if attn == "flash_attention_4" and not flash4.is_installed():
         raise UserError(
-            f"backbone.attn={attn}: the package flash-attn-4 is not installed, or in a version that is not known here;"
-            " pip install flash-attn-4, or leave it out"
+            f"backbone.attn={attn}: the package flash-attn-4 is not installed, not whole, or of a version not known"
+            " here; pip install 'flash-attn-4[cu13]', or leave it out"
         )
     return {"sdpa": PACKED_SDPA, "flash_attention_4": PACKED_FLASH4}.get(attn, attn)
 

@@ -25,7 +25,11 @@ def is_installed() -> bool:
     """Whether it is there in a version whose functions take what they are asked here; it has no stable release."""
     if not is_flash_attn_4_available():
         return False
-    kernels = (getattr(_package(), name, None) for name in ("_flash_attn_fwd", "_flash_attn_bwd"))
+    try:
+        package = _package()
+    except ImportError:  # without what it needs of CUDA, such as flash-attn-4[cu13] brings
+        return False
+    kernels = (getattr(package, name, None) for name in ("_flash_attn_fwd", "_flash_attn_bwd"))
     return all(kernel and inspect.signature(kernel).parameters.keys() >= ASKED for kernel in kernels)
 
 

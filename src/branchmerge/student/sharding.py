@@ -76,6 +76,15 @@ def layers(model: nn.Module) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__} has no list of decoder layers, so it cannot be sharded by layer")
 
 
+def compile_layers(model: PreTrainedModel) -> None:
+    """By torch.compile, one compilation for all of them."""
+    # flash-attn's functions are told the number of the layer. Each number would be a compilation of its own, and after
+    # the eighth torch compiles no more.
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    for layer in layers(model):
+        layer.compile()
+
+
 def check_shardable(model: PreTrainedModel) -> None:
     """Refuse a model of which a device could not read its share alone."""
     if joins_weights(model):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer, seed_everything
-from transformers import PreTrainedModel
 
 from branchmerge import machine
 from branchmerge.config import TrainConfig
@@ -28,7 +27,15 @@ from branchmerge.student.loggers import loggers_of
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
 from branchmerge.student.resume import Resume
-from branchmerge.student.sharding import Sharding, Spread, check_shardable, empty_model, layers, load_weights, shard
+from branchmerge.student.sharding import (
+    Sharding,
+    Spread,
+    check_shardable,
+    compile_layers,
+    empty_model,
+    load_weights,
+    shard,
+)
 from branchmerge.student.watch import watchers
 from branchmerge.study import Manifest, Study, is_done, locked, parent_of, publish, read_manifest
 
@@ -219,15 +226,6 @@ def _student(
     fused = config.backbone.loss == "liger"
     packed = PackedLoss(model, context, trainer.compile)
     return Student(packed, config.optim, steps, trainer.max_skipped_steps, spread, compute, fused)
-
-
-def compile_layers(model: PreTrainedModel) -> None:
-    """By torch.compile, one compilation for all of them."""
-    # flash-attn's functions are told the number of the layer. Each number would be a compilation of its own, and after
-    # the eighth torch compiles no more.
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    for layer in layers(model):
-        layer.compile()
 
 
 def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[str, Any]:
