@@ -145,10 +145,7 @@ def row(tokens: int, documents: int) -> Batch:
         Document(str(i), torch.randint(0, VOCAB, (length,), generator=draw).numpy(), 1)
         for i, length in enumerate(lengths)
     ]
-    batch = make_batch(made, tokens - documents)
-    for name in ("input_ids", "labels", "position_ids", "cu_seq_lens"):
-        setattr(batch, name, getattr(batch, name).to("cuda"))
-    return batch
+    return make_batch(made, tokens - documents).to(torch.device("cuda"))
 
 
 def dense_mask(batch: Batch) -> Tensor:

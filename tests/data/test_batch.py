@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from branchmerge.data.batch import IGNORE, make_batch, supervised_tokens
+from branchmerge.data.batch import IGNORE, make_batch, make_idle_batch, supervised_tokens
 from branchmerge.data.template import Document
 
 A = Document("a", np.array((10, 11, 12, 13)), prompt_len=2)
@@ -30,6 +30,14 @@ def test_labels_are_the_next_tokens_of_the_response_and_nothing_else() -> None:
     assert make_batch([A, B], 0).labels.tolist() == [[IGNORE, 12, 13, IGNORE, 21, 22, IGNORE]]
 
 
+def test_learned_are_the_places_of_labels() -> None:
+    batch = make_batch([A, B], 0)
+    assert batch.learned.tolist() == [1, 2, 4, 5] and batch.learned.dtype == torch.int64
+    assert batch.targets.tolist() == [12, 13, 21, 22]
+    idle = make_idle_batch([A, B], 0)
+    assert (idle.learned.tolist(), idle.supervised, set(idle.labels[0].tolist())) == ([], 0, {IGNORE})
+
+
 def test_positions_restart_with_every_document() -> None:
     assert make_batch([A, B], 0).position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
 
@@ -37,7 +45,7 @@ def test_positions_restart_with_every_document() -> None:
 def test_cu_seq_lens_mark_the_borders() -> None:
     batch = make_batch([A, B], 0)
     assert batch.cu_seq_lens.tolist() == [0, 4, 7]
-    assert batch.max_length == 4
+    assert (batch.lengths, batch.max_length) == ((4, 3), 4)
 
 
 def test_types_are_those_that_models_and_flash_attention_take() -> None:

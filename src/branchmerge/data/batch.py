@@ -1,16 +1,20 @@
 """A packed row as the model sees it.
 
-Shapes: T tokens of the row, D documents in it.
+Shapes: T tokens of the row, N learned ones among them, D documents in it.
 
     documents         a a a a b b b         tokens of a and b, one after the other
     position_ids      0 1 2 3 0 1 2         restart with every document
     cu_seq_lens       0 4 7                 where each begins; attention stays between two of them
     labels            . a a . . b .         the next token, where it is learned; . = IGNORE
+    learned             1 2     5           where that is
+
+What training asks of a row are sizes and numbers that are here already, since asking a GPU means to wait for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,12 +36,14 @@ class Batch:
     """int64 [1, T]"""
     labels: Tensor
     """int64 [1, T]: the token that follows, or IGNORE. Already shifted: position t is scored against labels[t]."""
+    learned: Tensor
+    """int64 [N]: the positions of `labels` that are not IGNORE"""
     position_ids: Tensor
     """int64 [1, T]"""
     cu_seq_lens: Tensor
     """int32 [D + 1]"""
-    max_length: int
-    """Tokens of the longest document."""
+    lengths: tuple[int, ...]
+    """Tokens of each document"""
     supervised_in_step: int
     """Learned tokens of the whole optimizer step that this row is part of: all its micro-batches, all ranks."""
     ids: list[str]
@@ -46,17 +52,34 @@ class Batch:
     """How it is cut over several devices; the tokens here, T and all but `cu_seq_lens`, are then one part of it."""
 
     @property
+    def targets(self) -> Tensor:
+        """int64 [N]: the tokens that are learned."""
+        return self.labels[0].index_select(0, self.learned)
+
+    @property
     def supervised(self) -> int:
         """Learned tokens of this row."""
-        return int((self.labels != IGNORE).sum())
+        return len(self.learned)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        moved = {name: getattr(self, name).to(device) for name in TENSORS}
-        return replace(self, **moved)
+        """The same on a device; to a GPU from pinned memory while the CPU goes on."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+    def pin_memory(self) -> "Batch":
+        """The same where a GPU can fetch it; called by torch's DataLoader."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in TENSORS}
+        return replace(self, **changed)
 
 
-TENSORS = ("input_ids", "labels", "position_ids", "cu_seq_lens")
+TENSORS = ("input_ids", "labels", "learned", "position_ids", "cu_seq_lens")
 
 
 def supervised_tokens(document: Document) -> int:
@@ -74,13 +97,14 @@ def make_batch(documents: Sequence[Document], supervised_in_step: int) -> Batch:
         labels[begin : begin + max(document.prompt_len, 1) - 1] = IGNORE
         labels[end - 1] = IGNORE
         begin = end
-    lengths = torch.tensor([len(document) for document in documents])
+    lengths = tuple(len(document) for document in documents)
     return Batch(
         input_ids=torch.from_numpy(tokens)[None],
         labels=torch.from_numpy(labels)[None],
-        position_ids=torch.cat([torch.arange(len(document)) for document in documents])[None],
-        cu_seq_lens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-        max_length=int(lengths.max()),
+        learned=torch.from_numpy(np.flatnonzero(labels != IGNORE)),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seq_lens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        lengths=lengths,
         supervised_in_step=supervised_in_step,
         ids=[document.id for document in documents],
     )
@@ -89,5 +113,4 @@ def make_batch(documents: Sequence[Document], supervised_in_step: int) -> Batch:
 def make_idle_batch(documents: Sequence[Document], supervised_in_step: int) -> Batch:
     """A row that teaches nothing, for a process whose share of a step is smaller than the others'."""
     batch = make_batch(documents[:1], supervised_in_step)
-    batch.labels.fill_(IGNORE)
-    return batch
+    return replace(batch, labels=batch.labels.fill_(IGNORE), learned=batch.learned[:0])

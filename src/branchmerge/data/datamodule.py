@@ -74,17 +74,29 @@ class Corpus:
 class TrajectoryData(LightningDataModule):
     """Hands the corpus to the Trainer, a packed row at a time, in the plan's order, from a step on."""
 
-    def __init__(self, corpus: Corpus, first_step: int = 0, rank: int = 0, world: int = 1, workers: int = 0) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        first_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        pinned: bool = False,
+    ) -> None:
+        """`pinned`: in memory from which a GPU fetches them while the CPU goes on."""
         super().__init__()
         self.corpus = corpus
         self.first_step = first_step
         self.rank, self.world = rank, world
         self.workers = workers
+        self.pinned = pinned
 
     def train_dataloader(self) -> DataLoader[Batch]:
         steps = self.corpus.plan.steps[self.first_step :]
         rows = PackedRows(self.corpus.documents, steps, self.rank, self.world)
-        return DataLoader(rows, batch_size=None, num_workers=self.workers, worker_init_fn=_ignore_sigterm)
+        return DataLoader(
+            rows, batch_size=None, num_workers=self.workers, worker_init_fn=_ignore_sigterm, pin_memory=self.pinned
+        )
 
 
 def _ignore_sigterm(_: int) -> None:

@@ -9,17 +9,14 @@ Shapes: C devices of a group, T tokens of a row, t of them here, H heads, G key/
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from branchmerge.data.batch import IGNORE, Batch
 from branchmerge.student import ranks
-
-if TYPE_CHECKING:  # which imports the first of these classes
-    from branchmerge.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -40,15 +37,17 @@ class ContextGroup:
         group, _ = dist.new_subgroups(size)
         return cls(group, dist.get_rank(group), size)
 
-    def cut(self, batch: "Batch") -> "Batch":
+    def cut(self, batch: Batch) -> Batch:
         """This device's tokens of a row; where documents begin and end stays that of the whole row."""
         tokens = batch.input_ids.shape[1]
         bounds = [tokens * i // self.size for i in range(self.size + 1)]
         here = slice(bounds[self.rank], bounds[self.rank + 1])
+        labels = batch.labels[:, here]
         return replace(
             batch,
             input_ids=batch.input_ids[:, here],
-            labels=batch.labels[:, here],
+            labels=labels,
+            learned=torch.nonzero(labels[0] != IGNORE)[:, 0],
             position_ids=batch.position_ids[:, here],
             parts=RowParts(self.group, tuple(end - begin for begin, end in pairwise(bounds)), self.rank),
         )

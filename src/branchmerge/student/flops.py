@@ -7,7 +7,6 @@ anew does not count.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a plan counts without torch
@@ -77,8 +76,7 @@ class Shapes:
 
     def flops_of(self, batch: "Batch") -> float:
         """Of a packed row; attention stays inside its documents."""
-        lengths = [end - start for start, end in pairwise(batch.cu_seq_lens.tolist())]
-        return self.flops(sum(lengths), batch.supervised, pairs_of(lengths))
+        return self.flops(sum(batch.lengths), batch.supervised, pairs_of(batch.lengths))
 
 
 def pairs_of(lengths: Iterable[int]) -> float:

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from branchmerge.data.batch import IGNORE, Batch
+from branchmerge.data.batch import Batch
 from branchmerge.student import liger_loss
 from branchmerge.student.chunked_loss import summed_cross_entropy
 from branchmerge.student.context_parallel import ContextGroup
@@ -44,16 +43,10 @@ def inputs(batch: Batch) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _learned(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Positions whose next token is learned, and those tokens: int64 [N] each."""
-    positions = torch.nonzero(batch.labels[0] != IGNORE)[:, 0]
-    return positions, batch.labels[0, positions]
-
-
 def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The loss by the model's own head, with the logits of all learned tokens at once: the reference."""
-    positions, tokens = _learned(batch)
-    return cross_entropy(packed_logits(model, batch, positions).float(), tokens, reduction="sum")
+    logits = packed_logits(model, batch, batch.learned)
+    return cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
 def chunked_loss(model: PreTrainedModel, batch: Batch, compiled: bool = False) -> Tensor:
@@ -67,9 +60,8 @@ def fused_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _by_head(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], model: PreTrainedModel, batch: Batch) -> Tensor:
-    positions, tokens = _learned(batch)
-    hidden = model.base_model(**inputs(batch)).last_hidden_state[0, positions]
-    return cross_entropy(hidden, model.get_output_embeddings().weight, tokens)
+    hidden = model.base_model(**inputs(batch)).last_hidden_state[0].index_select(0, batch.learned)
+    return cross_entropy(hidden, model.get_output_embeddings().weight, batch.targets)
 
 
 class PackedLoss(nn.Module):

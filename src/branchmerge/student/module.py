@@ -88,9 +88,7 @@ class Student(LightningModule):
         if not self._tokens:
             self._since = time.perf_counter()
         share = self.packed(batch) / batch.supervised_in_step
-        if not torch.isfinite(share.detach()):
-            self._broken_rows += batch.ids
-        self._loss += float(share.detach())
+        self._shares.append((share.detach(), batch.ids))
         if (supervised := batch.supervised) and self.counts_rows:  # an idle row has none
             self._rows += batch.ids
             self._tokens += batch.input_ids.numel()
@@ -122,10 +120,13 @@ class Student(LightningModule):
 
     def _tell_of_skipping(self) -> None:
         """Raises UserError when there were too many in a row."""
-        told = ranks.from_all((self._broken_rows, self._rows))
+        losses = self._losses()
+        by_row = zip(losses, self._shares, strict=True)
+        broken_here = [row for loss, (_, ids) in by_row if not math.isfinite(loss) for row in ids]
+        told = ranks.from_all((broken_here, self._rows))
         rows = [row for broken, _ in told for row in broken] or [row for _, own in told for row in own]
         rows = list(dict.fromkeys(rows))  # devices that share a row all name it
-        (loss,) = ranks.summed(self._loss)
+        (loss,) = ranks.summed(sum(losses))
         said = f"step {self.trainer.global_step}: loss {loss}, gradient {self._grad_norm} on the rows {', '.join(rows)}"
         if self._skipped_in_a_row > self.max_skipped:
             raise UserError(f"{said}; lower optim.lr={self.optim.lr}, or look at these rows")
@@ -139,7 +140,7 @@ class Student(LightningModule):
         """Log once per optimizer step."""
         if self.trainer.global_step == self._step_before:
             return
-        loss, tokens, supervised = ranks.summed(self._loss, self._tokens, self._supervised)
+        loss, tokens, supervised = ranks.summed(sum(self._losses()), self._tokens, self._supervised)
         seconds = time.perf_counter() - self._since
         self.log("loss", loss, prog_bar=True)
         self.log("tokens_per_second", tokens / seconds, prog_bar=True)
@@ -151,6 +152,10 @@ class Student(LightningModule):
         self._begin_step()
 
     def _begin_step(self) -> None:
-        self._loss, self._tokens, self._supervised = 0.0, 0, 0
+        self._shares: list[tuple[Tensor, list[str]]] = []  # each row's of the loss, still where it was computed
+        self._tokens, self._supervised = 0, 0
         self._rows: list[str] = []
-        self._broken_rows: list[str] = []
+
+    def _losses(self) -> list[float]:
+        """Each row's share of the step's loss; asked once a step, as a GPU is waited for."""
+        return torch.stack([share for share, _ in self._shares]).tolist()

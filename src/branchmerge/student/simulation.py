@@ -194,7 +194,7 @@ def _row(tokens: int) -> Batch:
     """A row whose every token is learned, one document; the memory does not depend on how many they are."""
     ids = torch.zeros((1, tokens), dtype=torch.int64)
     bounds = torch.zeros(2, dtype=torch.int32)
-    return Batch(ids, ids.clone(), ids.clone(), bounds, tokens, tokens, [])
+    return Batch(ids, ids.clone(), torch.arange(tokens), ids.clone(), bounds, (tokens,), tokens, [])
 
 
 def _as_on_a_gpu(

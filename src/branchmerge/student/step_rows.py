@@ -21,7 +21,8 @@ class StepRows(Callback):
         self._begin_step()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, index: int) -> None:
-        self._in_work = batch.ids
+        # A GPU's errors come late: of which row of the step is not known.
+        self._in_work = batch.ids if module.device.type == "cpu" else [*self._in_work, *batch.ids]
         self._step_before = trainer.global_step
         assert isinstance(module, Student)
         if batch.supervised and module.counts_rows:  # an idle row has none
@@ -31,9 +32,9 @@ class StepRows(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, index: int
     ) -> None:
-        self._in_work = []
         if trainer.global_step == self._step_before:
             return
+        self._in_work = []
         rows, tokens = ranks.summed(self._rows, self._tokens)
         module.log("rows", rows)
         module.log("padding_share", 1 - tokens / (rows * self.capacity))

@@ -186,7 +186,7 @@ def _fit(
             deterministic=device.type == "cpu",
             log_every_n_steps=1,
         )
-        data = TrajectoryData(corpus, first_step, share, shares, config.data.workers)
+        data = TrajectoryData(corpus, first_step, share, shares, config.data.workers, device.type == "cuda")
         during.enter_context(_products(precision, device))
         trainer.fit(student, datamodule=data)
     seconds = resume.seconds
