@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
         read_branch(branch)  # the branch's own data, before minutes go into the backbone
         train(typed(cli.compose_domain("warmup"), config.TrainConfig))
     train(branch)
-    ranks.leave()
+    cli.together(ranks.leave, None)  # torchrun's processes meet once, whatever number of members they train
 
 
 if __name__ == "__main__":

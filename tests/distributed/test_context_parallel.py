@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from branches import branch, metrics
 from conftest import make_student
 from spreading import FSDP, alone, assert_equal_to, run_groups
 
 from branchmerge.errors import UserError
+from branchmerge.student.attention import by_formula
 from branchmerge.student.backbone import check_heads
+from branchmerge.student.context_parallel import RowParts
 from branchmerge.study import read_manifest
 
 SETTINGS = ("domain=math", "data.seq_len=250", "optim.epochs=2", "optim.warmup_ratio=0.0", "optim.global_batch=4")
@@ -112,3 +116,21 @@ def test_what_cannot_be_shared_is_refused(students: dict[str, Path], tmp_path: P
         branch(students["llama"], tmp_path, "trainer.strategy=single", *PAIRS)
     with pytest.raises(UserError, match="1 devices make no such groups; use a multiple of 2"):
         alone(students["llama"], tmp_path, *FSDP, *PAIRS)
+
+
+def test_attention_that_is_compiled_keeps_its_gradient() -> None:
+    """As FlexAttention is on CUDA; torch's own exchange gives tensors that lose it there."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        assert dist.group.WORLD is not None
+        parts = RowParts(dist.group.WORLD, (20,), 0)
+        attend = torch.compile(by_formula, backend="aot_eager")
+        gradients = []
+        for shared in (False, True):
+            draw = torch.Generator().manual_seed(0)
+            given = [torch.randn(1, 2, 20, 8, generator=draw).requires_grad_() for _ in range(3)]
+            result = attend(*(parts.some_heads(*given) if shared else given))
+            gradients.append(torch.autograd.grad(result.square().sum(), given))
+        torch.testing.assert_close(gradients[1], gradients[0])
+    finally:
+        dist.destroy_process_group()

@@ -78,7 +78,7 @@ def test_without_liger_kernel_the_chunked_loss_is_taken_with_one_warning(tiny_st
         pytest.skip("liger-kernel is installed")
     packed = PackedLoss(load_model(tiny_student, torch.float32, attention.PACKED_SDPA))
     with pytest.warns(UserWarning, match="liger-kernel is not installed.*chunked loss") as told:
-        choose_loss(packed, fused=True)
+        choose_loss(packed, torch.device("cpu"), fused=True)
     assert packed.loss is chunked_loss and len(told) == 1
 
 
@@ -98,9 +98,17 @@ def test_a_fused_kernel_is_taken_only_where_loss_and_gradients_agree(
     packed = PackedLoss(load_model(tiny_student, torch.float32, attention.PACKED_SDPA))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        choose_loss(packed, fused=True)
+        choose_loss(packed, torch.device("cpu"), fused=True)
     assert packed.loss is (chunked_loss if why else fused_loss)
     assert [why in str(warning.message) for warning in told] == ([True] if why else [])
+
+
+def test_a_row_that_teaches_nothing_is_no_work_for_liger() -> None:
+    """Its kernel would divide by zero; such rows are what a process gets whose share of a step is smaller."""
+    hidden, head = torch.ones(0, 4, requires_grad=True), torch.ones(7, 4, requires_grad=True)
+    loss = liger_loss.liger_cross_entropy(hidden, head, torch.ones(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0 and head.grad is not None and not head.grad.any()
 
 
 def test_liger_gives_the_chunked_loss() -> None:

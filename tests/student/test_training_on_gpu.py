@@ -13,6 +13,7 @@ from test_attention import MODELS, documents, everywhere, heads
 from branchmerge.data.batch import make_batch
 from branchmerge.student import attention, flash4, trials
 from branchmerge.student.backbone import load_model
+from branchmerge.student.checkpoints import load_state, save_state
 from branchmerge.student.loss import packed_logits
 from branchmerge.student.training import train
 
@@ -89,6 +90,17 @@ def test_fsdp_on_a_gpu_has_the_losses_of_the_cpu(
     assert done.returncode == 0, done.stdout + done.stderr
     found, expected = ([float(row["loss"]) for row in metrics(tmp_path / where, "math")] for where in ("fsdp", "cpu"))
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_gpus_generator_comes_back(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2, device="cuda")).sum().backward()
+    optimizer.step()
+    save_state(tmp_path, model, optimizer)
+    expected = torch.rand(3, device="cuda")
+    load_state(tmp_path, model, optimizer)
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
 
 
 def test_bf16_trains_on_a_gpu(tiny_student: Path, tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def tried(student: PackedLoss, compute: torch.dtype) -> list[str]:
         torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16),
     ):
         warnings.simplefilter("always")
-        check_apart(student, compute)
-        choose_loss(student, compute)
+        check_apart(student, torch.device("cpu"), compute)
+        choose_loss(student, torch.device("cpu"), compute)
     return [str(warning.message) for warning in told if "head" in str(warning.message)]
 
 

@@ -91,10 +91,12 @@ class CheckpointFolder:
         """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f".step-{step:08d}.partial"
+        digests: dict[str, str] = {}
         parts: list[Callable[[], Any]] = [
             lambda: self._make(partial),
             lambda: save(partial),
-            lambda: self._finish(partial, final, step, seconds, skipped),
+            lambda: digests.update(_fingerprints(partial)),
+            lambda: self._finish(partial, final, _Record(step, seconds, _joined(digests), skipped, self.rows)),
         ]
         for part in parts:
             failed = self._try(part)
@@ -109,7 +111,10 @@ class CheckpointFolder:
         return True
 
     def _try(self, part: Callable[[], Any]) -> str:
-        """Do it in all processes; why it failed where the disk is full, empty where it did not; raises other errors."""
+        """Do it in all processes; why it failed where the disk is full, empty where it did not; raises other errors.
+
+        What a part asks of the other processes it must ask before anything of it can fail.
+        """
         error: BaseException | None = None
         try:
             part()
@@ -130,14 +135,10 @@ class CheckpointFolder:
             shutil.rmtree(left)
         partial.mkdir(parents=True)
 
-    def _finish(self, partial: Path, final: Path, step: int, seconds: float, skipped: int) -> None:
-        """Fingerprint what was saved, each process a part of it, and give it its name."""
-        files = _mine(sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()))
-        digests = {name: file_sha256(partial / name) for name in files}
-        _sync([partial / name for name in files])
-        everyones = {name: digest for part in ranks.from_all(digests) for name, digest in part.items()}
+    def _finish(self, partial: Path, final: Path, record: _Record) -> None:
+        """Write down what it is, and give it its name."""
         if ranks.is_first():
-            write_json(partial / DONE, asdict(_Record(step, seconds, everyones, skipped, self.rows)))
+            write_json(partial / DONE, asdict(record))
             _sync([partial / DONE, partial])
             if final.exists():  # one that was not whole
                 shutil.rmtree(final)
@@ -147,6 +148,21 @@ class CheckpointFolder:
         """When the branch's result is published."""
         if ranks.is_first():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _fingerprints(partial: Path) -> dict[str, str]:
+    """SHA-256 of what was saved, by name, each process of a part of it; all that is on the disk then."""
+    listed = ranks.by_first(
+        lambda: sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
+    )
+    files = _mine(listed)
+    _sync([partial / name for name in files])
+    return {name: file_sha256(partial / name) for name in files}
+
+
+def _joined(digests: dict[str, str]) -> dict[str, str]:
+    """Everyone's."""
+    return {name: digest for part in ranks.from_all(digests) for name, digest in part.items()}
 
 
 def _read(folder: Path, rows: str) -> tuple[Checkpoint | None, str]:
@@ -210,8 +226,8 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
         return
     generators: dict[str, Any] = torch.load(mine, weights_only=True)
     torch.set_rng_state(generators["cpu"])
-    if generators["cuda"]:
-        torch.cuda.set_rng_state_all(generators["cuda"])
+    if generators["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(generators["cuda"])
 
 
 @contextmanager
@@ -223,4 +239,5 @@ def _quiet() -> Iterator[None]:
 
 
 def _generators() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    """Of the CPU and of this process's GPU; the next run may see another number of them."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}

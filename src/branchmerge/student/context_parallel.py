@@ -13,7 +13,6 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from branchmerge.data.batch import IGNORE, Batch
 from branchmerge.student import ranks
@@ -80,7 +79,10 @@ class RowParts:
 
     def _exchange(self, given: Tensor, cut: Sequence[int], got: Sequence[int]) -> Tensor:
         """Device i gets cut[i] of the tokens here and sends got[i] of its own: [sum(cut), ...] -> [sum(got), ...]."""
-        tensor: Tensor = all_to_all_single_autograd(given.contiguous(), list(got), list(cut), self.group)
+        # Not by torch's own function around it, which gives a tensor that waits when it is used: handed to a compiled
+        # function, such as FlexAttention, it loses its gradient (torch 2.12 and 2.13).
+        exchange, wait = torch.ops._c10d_functional_autograd.all_to_all_single, torch.ops._c10d_functional.wait_tensor
+        tensor: Tensor = wait(exchange(given.contiguous(), list(got), list(cut), self.group.group_name))
         return tensor
 
 

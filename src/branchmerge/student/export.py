@@ -74,8 +74,11 @@ def _write(
 
 
 def _exhaust(wholes: "Iterator[torch.Tensor]") -> None:
-    for _ in wholes:
-        pass
+    import torch
+
+    for whole in wholes:
+        if whole.is_cuda:  # else all gathers are asked for at once, and NCCL counts from then on how long each takes
+            torch.cuda.synchronize(whole.device)
 
 
 def check_room(backbone: Path, out: Path, dtype: "torch.dtype") -> None:

@@ -141,6 +141,8 @@ class _Running:
                 return ranks.PREEMPTED
             child = subprocess.Popen(command, env=environment, preexec_fn=ranks.end_with_parent)
             self._children.add(child)
+        if self.told_to_end:  # while it was being started
+            child.send_signal(signal.SIGTERM)
         status = child.wait()
         with self._lock:
             self._children.discard(child)

@@ -16,6 +16,8 @@ PACKAGE = "liger-kernel"
 
 def liger_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """As `summed_cross_entropy`; the head's gradient is summed in float32, too."""
+    if not len(hidden):  # which its kernel divides by
+        return summed_cross_entropy(hidden, head, labels)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     dtype = compute_dtype(hidden)

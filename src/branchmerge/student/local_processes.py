@@ -3,12 +3,19 @@
 python -m branchmerge.student.local_processes --standalone --nproc-per-node=8 train.py ...
 """
 
+import os
 import signal
 import sys
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+
+
+def give_time() -> None:
+    """To processes that are told to end: what TORCH_ELASTIC_SHUTDOWN_TIMEOUT says, which torch before 2.12 ignores."""
+    death_signal, seconds = PContext.close.__defaults__ or (None, 30)
+    PContext.close.__defaults__ = (death_signal, int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)))
 
 
 def told(failed: ChildFailedError) -> str:
@@ -22,6 +29,7 @@ def told(failed: ChildFailedError) -> str:
 
 
 if __name__ == "__main__":
+    give_time()
     try:
         main()
     except SignalException as end:

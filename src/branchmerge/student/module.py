@@ -76,8 +76,8 @@ class Student(LightningModule):
 
     def on_fit_start(self) -> None:
         with untouched(self.trainer, self):
-            check_apart(self.packed, self._compute)
-            choose_loss(self.packed, self._compute, self._fused_loss)
+            check_apart(self.packed, self.device, self._compute)
+            choose_loss(self.packed, self.device, self._compute, self._fused_loss)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """This row's summed loss over the learned tokens of the whole step.

@@ -30,6 +30,8 @@ PREEMPTED = 128 + signal.SIGTERM
 """Exit status of a training that was told to end and did so in good order."""
 INTERACTIVE = ("bash", "interactive")
 """Names that Slurm gives to jobs of a shell, as Lightning takes them."""
+SLURMS_OWN = 0xFFFFFFF0
+"""Numbers of steps from here on are Slurm's: a job's script, its interactive shell."""
 PATIENCE = timedelta(days=7)
 """How long the others wait for the first process: it may wait for another run, or grade and tokenise for hours."""
 HANGING = timedelta(minutes=30)
@@ -42,9 +44,11 @@ def is_one_of_several() -> bool:
     """Whether torchrun or srun started this process.
 
     Only srun sets the step: a script that sbatch runs is alone, whatever the job has room for; so is what is typed into
-    an interactive step.
+    an interactive step, and the one task of a step.
     """
-    by_srun = "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE
+    step = int(os.environ.get("SLURM_STEP_ID", SLURMS_OWN))
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+    by_srun = step < SLURMS_OWN and tasks > 1 and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE
     return dist.is_torchelastic_launched() or by_srun
 
 
@@ -86,7 +90,7 @@ def join(device: torch.device) -> None:
     _patient = dist.new_group(timeout=PATIENCE, backend="gloo")
 
 
-def leave() -> None:
+def leave(_: object = None) -> None:
     """The end of what `join` began; without it a process may end while another still waits for it."""
     global _patient
     _patient = None
@@ -141,13 +145,17 @@ def by_first(work: Callable[[], T]) -> T:
     if world() == 1:
         return work()
     told: list[Any] = [None, None]
+    own: Exception | None = None
     if is_first():
         try:
             told[0] = work()
         except Exception as error:
-            told[1] = error
+            own = error
+            told[1] = error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
     dist.broadcast_object_list(told, group=_patient)
-    if told[1] is not None:
+    if own is not None:
+        raise own
+    if told[1] is not None:  # of many kinds of errors only the words can travel
         raise told[1]
     result: T = told[0]
     return result

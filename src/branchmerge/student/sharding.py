@@ -112,8 +112,8 @@ def shard(root: nn.Module, model: PreTrainedModel, sharding: Sharding, mesh: Dev
 
 
 def give_memory(model: PreTrainedModel, device: torch.device) -> None:
-    """To the weights of an empty model; what has values keeps them."""
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+    """To the weights of an empty model; what has values, the tables of positions, is where `fully_shard` put it."""
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     model.tie_weights()
 
 

@@ -30,17 +30,22 @@ LOUD = 100.0
 """A final hidden state so much larger has logits beyond any cap, and far from those that are scaled."""
 
 
-def check_apart(packed: PackedLoss, compute: torch.dtype = torch.float32) -> None:
+def check_apart(packed: PackedLoss, device: torch.device, compute: torch.dtype = torch.float32) -> None:
     """Refuse a model in which a document of a packed row depends on the one before it.
 
     The same document comes after two different ones. Layers that mix tokens by a convolution or a state, and know no
     `cu_seq_lens`, would train without an error, and wrongly.
 
+    Args:
+        device: that computes; weights may lie elsewhere
+        compute: dtype of the matrix products, which says how near the two can be
+
     Raises:
         UserError: with the relative difference of the hidden states; or its attention is not told of documents
     """
     try:
-        after = [packed.compute(_second_document, _row(packed, first, 3), whole=False) for first in (1, 2)]
+        rows = [_row(packed, device, first, 3) for first in (1, 2)]
+        after = [packed.compute(_second_document, row, whole=False) for row in rows]
     except PackedRowError as error:
         raise UserError(
             f"{type(packed.model).__name__}: its layers do not hand on to their attention where documents end, so it"
@@ -55,16 +60,19 @@ def check_apart(packed: PackedLoss, compute: torch.dtype = torch.float32) -> Non
         )
 
 
-def choose_loss(packed: PackedLoss, compute: torch.dtype = torch.float32, fused: bool = False) -> None:
+def choose_loss(
+    packed: PackedLoss, device: torch.device, compute: torch.dtype = torch.float32, fused: bool = False
+) -> None:
     """Take the chunked loss where it gives this model's loss, else `summed_loss`, with a warning.
 
     Args:
-        compute: dtype of the matrix products, which says how near the two can be.
+        device, compute: as for `check_apart`
         fused: take `fused_loss` where it gives the same as the chunked one, else warn.
     """
     tolerance = _tolerance(compute)
-    why = _bias(packed.model) or _difference(packed, packed.chunked, tolerance)
-    why_not_fused = _why_not_fused(packed, compute, tolerance) if fused and not why else ""
+    row = _row(packed, device, 1)
+    why = _bias(packed.model) or _difference(packed, packed.chunked, row, tolerance)
+    why_not_fused = _why_not_fused(packed, row, device, compute, tolerance) if fused and not why else ""
     packed.loss = summed_loss if why else fused_loss if fused and not why_not_fused else packed.chunked
     if why:
         _warn(
@@ -84,12 +92,11 @@ def choose_attention(attn: str, heads: tuple[int, int, int] | None, device: torc
         attn: what `attention.implementation` found
         heads: number of heads of queries and of keys, and their size, where the model's config tells them
     """
-    if attn != PACKED_FLASH4:
-        return attn
-    why = max(ranks.from_all(_why_not_flash4(heads, device, compute)))
+    newest = attn == PACKED_FLASH4  # on this device: not all nodes need to have it
+    why = max(ranks.from_all(_why_not_flash4(heads, device, compute) if newest else ""))
     if why:
         _warn(f"FlashAttention 4 is not taken, but torch's own attention: {why}")
-    return PACKED_SDPA if why else attn
+    return PACKED_SDPA if newest and why else attn
 
 
 def _why_not_flash4(heads: tuple[int, int, int] | None, device: torch.device, compute: torch.dtype) -> str:
@@ -143,16 +150,19 @@ def _bias(model: PreTrainedModel) -> str:
     return "" if getattr(model.get_output_embeddings(), "bias", None) is None else "it has a bias"
 
 
-def _why_not_fused(packed: PackedLoss, compute: torch.dtype, tolerance: float) -> str:
+def _why_not_fused(packed: PackedLoss, row: Batch, device: torch.device, compute: torch.dtype, tolerance: float) -> str:
     config = packed.model.config.get_text_config()
-    device = packed.model.device
     why = liger_loss.why_not(config.hidden_size, config.vocab_size, device, compute, tolerance)
-    return why or _difference(packed, fused_loss, tolerance)
+    return max(ranks.from_all(why)) or _difference(packed, fused_loss, row, tolerance)
 
 
-def _difference(packed: PackedLoss, loss: Loss, tolerance: float) -> str:
-    """In what a loss differs from `summed_loss` where logits are large; empty where it does not."""
-    row = _row(packed, 1)
+def _difference(packed: PackedLoss, loss: Loss, row: Batch, tolerance: float) -> str:
+    """In what a loss differs from `summed_loss` where logits are large, on any device; empty where it does not."""
+    why = _difference_here(packed, loss, row, tolerance)
+    return max(ranks.from_all(why))
+
+
+def _difference_here(packed: PackedLoss, loss: Loss, row: Batch, tolerance: float) -> str:
     with _amplified(packed.model):
         expected = packed.compute(summed_loss, row, whole=False)
         try:
@@ -185,8 +195,8 @@ def _second_document(model: PreTrainedModel, batch: Batch) -> Tensor:
     return hidden[max(0, TOKENS - begin) :].float()
 
 
-def _row(packed: PackedLoss, *seeds: int) -> Batch:
+def _row(packed: PackedLoss, device: torch.device, *seeds: int) -> Batch:
     """Documents of TOKENS tokens, one for each seed."""
     vocabulary = int(packed.model.config.get_text_config().vocab_size)
     documents = [Document("trial", np.arange(TOKENS) * 31 * seed % vocabulary, 1) for seed in seeds]
-    return make_batch(documents, len(seeds) * (TOKENS - 1)).to(packed.model.device)
+    return make_batch(documents, len(seeds) * (TOKENS - 1)).to(device)

@@ -1,0 +1,81 @@
+"""What test_ranks.py has two processes do; each prints a line of JSON: what became of it, by name.
+
+torchrun ... tests/distributed/in_each_process.py FOLDER
+"""
+
+import errno
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from branchmerge.errors import UserError
+from branchmerge.student import checkpoints, ranks
+from branchmerge.student.attention import PACKED_FLASH4, PACKED_SDPA
+from branchmerge.student.checkpoints import CheckpointFolder
+from branchmerge.student.trials import choose_attention
+from branchmerge.study import Manifest
+
+
+class UnsendableError(Exception):
+    """That cannot be sent to another."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.lock = threading.Lock()
+
+
+def told(work: Callable[[], object]) -> str:
+    """What it returned or raised."""
+    try:
+        return str(work())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def refuse(error: Exception) -> Callable[[], str]:
+    def work() -> str:
+        raise error
+
+    return lambda: ranks.by_first(work)
+
+
+def written(folder: Path, number: int) -> bool:
+    """A checkpoint of which the second process's part is not on the disk in the end; `number` says why."""
+    usual = checkpoints._sync
+
+    def sync(paths: list[Path]) -> None:
+        if ranks.rank() == 1:
+            raise OSError(number, os.strerror(number))
+        usual(paths)
+
+    def save(partial: Path) -> None:
+        (partial / f"part-{ranks.rank()}").write_bytes(b"weights")
+
+    checkpoints._sync = sync
+    try:
+        return CheckpointFolder(folder, Manifest("expert", "math", {}, {}), 1).write(1, 1.0, 0, save)
+    finally:
+        checkpoints._sync = usual
+
+
+def main(folder: Path) -> None:
+    ranks.join(torch.device("cpu"))
+    attn = (PACKED_FLASH4, PACKED_SDPA)[ranks.rank()]
+    done = {
+        "user error": told(refuse(UserError("a mistake"))),
+        "other error": told(refuse(UnsendableError("it broke"))),
+        "full disk": told(lambda: written(folder, errno.EDQUOT)),
+        "broken disk": told(lambda: written(folder, errno.EIO)),
+        "attention": told(lambda: choose_attention(attn, None, torch.device("cpu"), torch.bfloat16)),
+    }
+    print(json.dumps(done), flush=True)
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,109 @@
+"""Several processes stay in step where one of them has a difficulty, and know that they are several."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from branches import PROJECT, metrics
+from spreading import FSDP
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
+
+from branchmerge.student import local_processes, ranks
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What two processes tell."""
+    folder = tmp_path_factory.mktemp("both")
+    command = [
+        *TORCHRUN,
+        f"--log-dir={folder / 'logs'}",
+        "--redirects=1",
+        "tests/distributed/in_each_process.py",
+        folder,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = sorted((folder / "logs").rglob("stdout.log"))
+    assert len(logs) == 2
+    return [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+
+
+def test_all_get_the_first_ones_error(both: list[dict[str, str]]) -> None:
+    assert [each["user error"] for each in both] == ["UserError: a mistake"] * 2
+    assert [each["other error"] for each in both] == [
+        "UnsendableError: it broke", "RuntimeError: UnsendableError: it broke",
+    ]  # fmt: skip
+
+
+def test_a_disk_that_fails_for_one_of_them_is_told_to_all(both: list[dict[str, str]]) -> None:
+    assert [each["full disk"] for each in both] == ["False"] * 2
+    assert ["Input/output error" in each["broken disk"] for each in both] == [True] * 2
+
+
+def test_processes_may_have_different_attention(both: list[dict[str, str]]) -> None:
+    """FlashAttention 4 on some of the devices only, which is then tried there."""
+    assert [each["attention"] for each in both] == ["packed_sdpa"] * 2
+
+
+def test_torchrun_trains_the_members_of_a_multirun_one_after_the_other(tiny_student: Path, tmp_path: Path) -> None:
+    here = ("--config-dir", "tests/conf", "study=tiny", f"backbone.path={tiny_student}", f"outputs={tmp_path}")
+    more = ("optim.max_steps=2", "optim.global_batch=2", "domain=math,code")
+    command = [*TORCHRUN, "train.py", "-m", *here, *FSDP, *more]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [len(metrics(tmp_path, domain)) for domain in ("math", "code")] == [2, 2]
+
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_NAME": "branch"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "several"),
+    [
+        ({}, True),
+        ({"SLURM_STEP_NUM_TASKS": None}, True),
+        ({"SLURM_STEP_ID": None}, False),  # what sbatch runs
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),  # a step of one task in a job of eight
+        ({"SLURM_STEP_ID": "4294967290"}, False),  # typed into the shell that salloc gives
+        ({"SLURM_JOB_NAME": "interactive"}, False),
+    ],
+    ids=str,
+)
+def test_only_several_tasks_of_srun_are_several_processes(
+    changed: dict[str, str | None], several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {**STEP, **changed}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert ranks.is_one_of_several() == several
+
+
+def test_processes_have_the_time_to_end_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a torchrun that does not know the variable: its own end of a process that ignores SIGTERM."""
+    monkeypatch.setattr(PContext.close, "__defaults__", PContext.close.__defaults__)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+    local_processes.give_time()
+    deaf = tmp_path / "deaf.py"
+    deaf.write_text(
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(flush=True)\ntime.sleep(60)\n"
+    )
+    logs = DefaultLogsSpecs(log_dir=str(tmp_path / "logs"), redirects=Std.ALL)
+    processes = start_processes("deaf", sys.executable, {0: (str(deaf),)}, {0: {}}, logs)
+    heard = Path(processes.stdouts[0])
+    while not heard.stat().st_size:
+        time.sleep(0.05)
+    began = time.monotonic()
+    processes.close(signal.SIGTERM)
+    assert 2 <= time.monotonic() - began < 20
