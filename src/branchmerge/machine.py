@@ -36,7 +36,7 @@ def computes_bf16(device: "torch.device") -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = cpu_flags()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_student
+from torch.nn.attention.flex_attention import create_block_mask
 
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
@@ -30,8 +31,9 @@ def everywhere(batch: Batch) -> torch.Tensor:
 
 MODELS: dict[str, dict[str, float]] = {
     "llama": {}, "qwen2": {}, "qwen3": {},
-    "mistral": {"sliding_window": 5},  # shorter than most of the documents
-    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 2.0, "head_dim": 8},
+    # Windows shorter than most of the documents; FlexAttention, which has them on a GPU, takes heads of 16 and more.
+    "mistral": {"sliding_window": 5, "head_dim": 16},
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 2.0, "head_dim": 16},
 }  # fmt: skip
 
 
@@ -85,9 +87,9 @@ def test_gradients_do_not_cross_documents(tiny_student: Path) -> None:
 
 
 def heads(tokens: int, requires_grad: bool = False) -> list[torch.Tensor]:
-    """Query, key and value of four heads, two of keys, each of size eight."""
+    """Query, key and value of four heads, two of keys, each of size 16, which is the least that FlexAttention takes."""
     draw = torch.Generator().manual_seed(7)
-    made = [torch.randn(1, count, tokens, 8, generator=draw) for count in (4, 2, 2)]
+    made = [torch.randn(1, count, tokens, 16, generator=draw) for count in (4, 2, 2)]
     return [tensor.requires_grad_(requires_grad) for tensor in made]
 
 
@@ -122,6 +124,25 @@ def test_flex_attention_is_the_formula_in_every_document(window: int | None, sof
     ]
     found = attention._flex(q, k, v, bounds, 0.5, window, softcap)
     torch.testing.assert_close(found, torch.cat(expected, dim=2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("window", [None, 1, 100, 129, 300])
+def test_flex_attentions_blocks_are_those_of_its_own_way(window: int | None) -> None:
+    """Which looks at every pair of tokens."""
+    draw = torch.Generator().manual_seed(3)
+    for _ in range(10):
+        lengths = torch.randint(1, 500, (int(torch.randint(1, 6, (), generator=draw)),), generator=draw)
+        bounds = torch.tensor([0, *lengths.cumsum(0)], dtype=torch.int32)
+        tokens = int(bounds[-1])
+        found = attention._blocks(bounds, tokens, window)
+        own = create_block_mask(found.mask_mod, None, None, tokens, tokens, device="cpu")
+        assert torch.equal(found.to_dense(), own.to_dense())
+        assert found.shape == own.shape
+        for blocks in (found, own):
+            assert blocks.full_kv_num_blocks is not None and blocks.full_kv_indices is not None
+        assert torch.equal(found.kv_num_blocks, own.kv_num_blocks)
+        assert torch.equal(found.full_kv_num_blocks, own.full_kv_num_blocks)
+        assert torch.equal(found.full_kv_indices, own.full_kv_indices)
 
 
 def test_gradients_reach_past_no_window() -> None:

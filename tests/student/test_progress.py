@@ -13,6 +13,7 @@ from conftest import make_student
 from lightning import Callback, Trainer
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from branchmerge.config import OptimConfig
 from branchmerge.data.batch import make_batch
@@ -156,6 +157,13 @@ def test_flops_are_those_that_torch_counts(tiny_student: Path) -> None:
     )
     assert shapes.flops_of(batch) - 12 * shapes.attended * pairs == pytest.approx(products, rel=1e-6)
     assert shapes.attended == 2 * 32
+
+
+def test_layers_of_several_kinds_have_no_count() -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    more = {"head_dim": 16, "vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+    config = AutoConfig.for_model("gemma4_text", intermediate_size=48, num_kv_shared_layers=0, **shape, **more)
+    assert Shapes.of(AutoModelForCausalLM.from_config(config)) is None
 
 
 def test_two_documents_cost_less_than_one_of_their_length(tiny_student: Path) -> None:

@@ -290,6 +290,22 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny_student
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_what_only_a_further_step_needs_is_gone_before_the_expert_is_written(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a GPU the Trainer would move it to the CPU's memory, which may be smaller."""
+    left: list[object] = []
+
+    def look(self: Student) -> None:
+        left.extend(self.trainer.optimizers[0].state.values())
+        left.extend(parameter.grad for parameter in self.parameters() if parameter.grad is not None)
+        left.append(self.trainer.global_step)
+
+    monkeypatch.setattr(Student, "on_fit_end", look)
+    train(branch(tiny_student, tmp_path, "domain=math"))
+    assert left == [3]
+
+
 def test_finished_work_is_not_done_again(
     tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from branchmerge.student.backbone import load_model
 from branchmerge.student.checkpoints import load_state, save_state
 from branchmerge.student.loss import packed_logits
 from branchmerge.student.training import train
+from branchmerge.study import read_manifest
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -61,6 +62,20 @@ def test_flex_attention_has_the_gradients_of_the_formula() -> None:
     assert len(grads["cuda"]) == 3
     for found, expected in zip(grads["cuda"], grads["cpu"], strict=True):
         assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.parametrize(("size", "of_values"), [(24, 16), (320, 320), (20, 20)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_heads_that_flash_attention_is_not_made_for(size: int, of_values: int, dtype: torch.dtype) -> None:
+    draw, lengths = torch.Generator().manual_seed(0), (7, 43)
+    made = [torch.randn(1, n, 50, width, generator=draw) for n, width in ((4, size), (2, size), (2, of_values))]
+    bounds = torch.tensor([0, 7, 50], dtype=torch.int32, device="cuda")
+    q, k, v = (tensor.to("cuda", dtype) for tensor in made)
+    found, _ = attention.packed_sdpa(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=bounds, max_length_q=43)
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in made), strict=True)
+    expected = torch.cat([attention.by_formula(*part) for part in parts], dim=2).transpose(1, 2)
+    error = float((found.float().cpu() - expected).norm() / expected.norm())
+    assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 @FLASH4
@@ -119,6 +134,8 @@ def test_layers_compile_whole_with_flash_attention_4(tmp_path: Path) -> None:
         more = (f"backbone.attn={attn}", f"trainer.compile={compiled}", "trainer.precision=bf16-mixed")
         train(branch(student, tmp_path / attn, "domain=math", "trainer=gpu", *more))
         losses.append([float(row["loss"]) for row in metrics(tmp_path / attn, "math")])
+    manifest = read_manifest(tmp_path / "flash_attention_4" / "tiny" / "experts" / "math")
+    assert manifest is not None and manifest.training["attention"] == attention.PACKED_FLASH4
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] > 0

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -29,12 +29,19 @@ from transformers.utils.import_utils import (
 from branchmerge.errors import UserError
 from branchmerge.student import flash4
 from branchmerge.student.autocast import compute_dtype
+from branchmerge.student.compiling import allow_many_compilations
 from branchmerge.student.context_parallel import RowParts
 
 PACKED_SDPA, PACKED_FLASH4 = "packed_sdpa", "packed_sdpa_fa4"  # transformers gives both to models that can take SDPA
 SHORT = 512
 """Tokens of a document up to which a CPU's attention is faster in float32 than in bfloat16: by a tenth, and for very
 short ones three times (docs/log.md, 2026-11-27)."""
+
+
+BLOCK = 128
+"""Tokens of FlexAttention's blocks of queries and of keys"""
+WIDEST = 256
+"""Head size up to which torch's own FlashAttention has kernels"""
 
 
 class PackedRowError(ValueError):
@@ -106,7 +113,7 @@ def _attend(
 ) -> Tensor:
     """By what serves this device; [1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
     heads = (query, key, value)
-    if longest is not None and softcap is None and not dropout and _takes_varlen(query):
+    if longest is not None and softcap is None and not dropout and _takes_varlen(query, value):
         if newest and window is None and flash4.takes(query, value):
             return flash4.attend(*_tokens_first(*heads), bounds, longest, scale)[None]
         span = (-1 if window is None else window - 1, 0)  # so many tokens back, none ahead
@@ -117,10 +124,7 @@ def _attend(
     if limited:
         attend = partial(by_formula, scale=scale, window=window, softcap=softcap, dropout=dropout)
     else:
-        grouped = key.shape[1] != query.shape[1]
-        attend = partial(
-            scaled_dot_product_attention, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
-        )
+        attend = partial(_causal, scale=scale, dropout=dropout)
     parts = [_document(attend, *(each[:, :, start:end] for each in heads)) for start, end in pairwise(bounds.tolist())]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
@@ -134,8 +138,24 @@ def _document(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: 
         return attend(query.float(), key.float(), value.float()).to(compute)
 
 
-def _takes_varlen(query: Tensor) -> bool:
-    """Whether torch's FlashAttention for rows of several documents is there: half precision on Ampere or later."""
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float = 0.0) -> Tensor:
+    """torch's attention over one document."""
+    grouped = key.shape[1] != query.shape[1]
+    if (
+        grouped and query.is_cuda
+    ):  # only its FlashAttention takes fewer keys, what is in its place would hold all scores
+        groups = query.shape[1] // key.shape[1]
+        key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+    return scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped and not query.is_cuda
+    )
+
+
+def _takes_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether torch has its FlashAttention for rows of several documents, on this device and for such heads."""
+    size = query.shape[-1]
+    if size > WIDEST or size % 8 or value.shape[-1] != size:
+        return False
     half = compute_dtype(query) in (torch.bfloat16, torch.float16)
     there = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
     return half and there and {"scale", "window_size"} <= _varlen_parameters()
@@ -222,19 +242,37 @@ def _flex(
 
 @lru_cache(maxsize=4)
 def _blocks(bounds: Tensor, tokens: int, window: int | None) -> BlockMask:
-    """Which blocks of scores are wanted; the layers of a step ask with the same `bounds`, told by a tensor's hash."""
+    """Of which blocks of scores all are wanted, or some; the layers of a step ask with the same `bounds` (their hash).
+
+    From the blocks' first and last tokens: `create_block_mask` would look at all T x T.
+    """
     document = torch.bucketize(torch.arange(tokens, device=bounds.device), bounds[1:], right=True)
 
     def seen(_: Tensor, __: Tensor, at: Tensor, other: Tensor) -> Tensor:
         inside = (document[at] == document[other]) & (at >= other)
         return inside if window is None else inside & (at - other < window)
 
-    return create_block_mask(seen, None, None, tokens, tokens, device=str(bounds.device))
+    first = torch.arange(0, tokens, BLOCK, device=bounds.device)
+    last = (first + BLOCK - 1).clamp(max=tokens - 1)
+    q_first, q_last, back = first[:, None], last[:, None], window or tokens
+    before = last < q_first
+    some = before & (document[last] == document[q_first]) & (q_first - last < back) | (first == q_first)
+    whole = before & (document[first] == document[q_last]) & (q_last - first < back) & (q_first + BLOCK <= tokens)
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(tokens, tokens)
+    )
+
+
+def _listed(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [rows, columns] -> int32 [1, 1, rows] and [1, 1, rows, columns]: how many of a row, and which come first."""
+    places = wanted.int().argsort(dim=-1, descending=True, stable=True)
+    return wanted.sum(dim=-1, dtype=torch.int32)[None, None], places.int()[None, None]
 
 
 @cache
 def _compiled_flex(compiled: bool) -> Any:
     """Uncompiled it holds all scores, so only a CPU, where it serves as a check, gets it so."""
+    allow_many_compilations()
     return torch.compile(flex_attention) if compiled else flex_attention
 
 

@@ -207,6 +207,8 @@ def _heads(shape: dict[str, Any]) -> tuple[int | None, int | None]:
 def head_shape(shape: dict[str, Any]) -> tuple[int, int, int] | None:
     """Number of heads of queries and of keys, and their size, of a model's config.json; None where it is not told."""
     heads, pairs = _heads(shape)
+    if "qk_rope_head_dim" in _of_text(shape):  # of queries; values have another size
+        return None
     size = _of_text(shape).get("head_dim") or (heads and _of_text(shape).get("hidden_size", 0) // heads)
     return (heads, pairs, size) if heads and pairs and size else None
 

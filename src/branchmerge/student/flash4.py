@@ -27,7 +27,9 @@ def is_installed() -> bool:
         return False
     try:
         package = _package()
-    except ImportError:  # without what it needs of CUDA, such as flash-attn-4[cu13] brings
+    except (
+        Exception
+    ):  # without what it needs of CUDA, such as flash-attn-4[cu13] brings, or with versions unlike its own
         return False
     kernels = (getattr(package, name, None) for name in ("_flash_attn_fwd", "_flash_attn_bwd"))
     return all(kernel and inspect.signature(kernel).parameters.keys() >= ASKED for kernel in kernels)

@@ -51,11 +51,14 @@ class Shapes:
 
     @staticmethod
     def of(model: "PreTrainedModel") -> "Shapes | None":
-        """None for a model that is more than matrices and attention: experts, convolutions, states."""
+        """None for a model that is more than matrices and attention, all alike: experts, convolutions, states."""
         if any(parameter.ndim > 2 for parameter in model.parameters()):
             return None
         config = model.config.get_text_config()
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        try:
+            size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        except (AttributeError, RuntimeError):  # not told, or not the same in all layers (Gemma 4)
+            return None
         head: Any = model.get_output_embeddings().weight
         embedding: Any = model.get_input_embeddings().weight
         apart = {id(head): head.numel(), id(embedding): embedding.numel()}  # one where they are tied

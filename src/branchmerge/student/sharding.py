@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from branchmerge.errors import UserError
 from branchmerge.merge.shards import weight_files
 from branchmerge.student.backbone import check_whole
+from branchmerge.student.compiling import allow_many_compilations
 from branchmerge.student.export import joins_weights, weights_of
 
 
@@ -78,9 +79,9 @@ def layers(model: nn.Module) -> nn.ModuleList:
 
 def compile_layers(model: PreTrainedModel) -> None:
     """By torch.compile, one compilation for all of them."""
-    # flash-attn's functions are told the number of the layer. Each number would be a compilation of its own, and after
-    # the eighth torch compiles no more.
+    # flash-attn's functions are told the number of the layer, and each number would be a compilation of its own.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    allow_many_compilations()
     for layer in layers(model):
         layer.compile()
 

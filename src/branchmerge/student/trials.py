@@ -103,7 +103,7 @@ def _why_not_flash4(heads: tuple[int, int, int] | None, device: torch.device, co
     if heads is None:
         return "the model's config does not tell the number of its heads"
     of_queries, of_keys, size = heads
-    lengths = (7, 1, 130, 90)
+    lengths = (7, 1, 130, 700)
     draw = torch.Generator(device).manual_seed(0)
     q, k, v, weights = (
         torch.randn(sum(lengths), number, size, generator=draw, device=device).to(compute)
@@ -122,6 +122,12 @@ def _why_not_flash4(heads: tuple[int, int, int] | None, device: torch.device, co
 
     try:
         found = _with_gradients(by_kernels, weights, q, k, v)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # errors of kernels are told late
+    except torch.AcceleratorError as error:  # after which this process can do nothing more there
+        raise UserError(
+            f"FlashAttention 4 fails on this device for heads of {size} ({error}); run again with backbone.attn=sdpa"
+        ) from error
     except Exception as error:  # whatever a kernel, its compiler or another version of the package may raise
         return f"{type(error).__name__}: {error}".splitlines()[0]
     expected = _with_gradients(by_documents, *(tensor.float() for tensor in (weights, q, k, v)))
