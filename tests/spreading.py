@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from branchmerge.student.training import train
 
 WORKER = PROJECT / "tests" / "distributed" / "train_branches.py"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 COMPARED = ("loss", "grad_norm", "lr", "tokens", "supervised_tokens")
 FSDP = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.progress=false")
 

@@ -52,7 +52,7 @@ def check_packages(config: TrainConfig) -> None:
             raise UserError(f"{setting}: {package} is not installed; pip install 'branchmerge[{extra}]'")
 
 
-def check_trainer(trainer: TrainerConfig, global_batch: int) -> None:
+def check_trainer(trainer: TrainerConfig) -> None:
     """Refuse a machine that cannot train so."""
     if not trainer.sharded:
         defaults = TrainerConfig()
@@ -62,19 +62,7 @@ def check_trainer(trainer: TrainerConfig, global_batch: int) -> None:
                     f"trainer.{name}={getattr(trainer, name)}: takes several devices; leave trainer.strategy=single out"
                 )
     if trainer.devices is not None:
-        check_devices(trainer, trainer.devices * trainer.num_nodes, global_batch)
-
-
-def check_devices(trainer: TrainerConfig, devices: int, global_batch: int) -> None:
-    """Refuse a number of devices that a step's rows cannot be dealt out to equally."""
-    check_groups(trainer, devices)
-    shared = trainer.context_parallel
-    if global_batch % (devices // shared):
-        groups = f" in groups of {shared}" if shared > 1 else ""
-        raise UserError(
-            f"optim.global_batch={global_batch}: its rows cannot be shared equally by {devices} devices{groups}; choose"
-            f" a multiple of {devices // shared}"
-        )
+        check_groups(trainer, trainer.devices * trainer.num_nodes)
 
 
 def check_groups(trainer: TrainerConfig, devices: int) -> None:
@@ -148,7 +136,7 @@ def _check_train(config: TrainConfig) -> None:
     if shared > 1 and attn not in ("auto", "sdpa"):
         raise UserError(f"backbone.attn={attn}: trainer.context_parallel={shared} takes torch's own; leave it out")
     if not config.plan:  # a plan tells of it and goes on
-        check_trainer(config.trainer, config.optim.global_batch)
+        check_trainer(config.trainer)
     _check_optim(config.optim)
     unknown = [part for part in config.domain.parts if part not in config.study.corpus]
     if unknown and config.data.path is None:

@@ -29,6 +29,8 @@ BATCH = "optim.global_batch=4"
 LONG = (*SETTINGS, "optim.epochs=20", "optim.max_steps=20", BATCH, "data.workers=1",
         "trainer.checkpoint.every_n_steps=2")  # fmt: skip
 WORLDS = (1, 2, 4)
+UNEVEN = (1, 6)
+"""Rows of a step that four processes cannot share equally"""
 KINDS = ("qwen2", "qwen3", "mistral", "gemma")
 WAYS = {
     "kept": ("trainer.activation_checkpointing=false",), "recomputed": (), "copies": ("trainer.replicate=2",),
@@ -105,6 +107,9 @@ def spread(
     groups["torchrun", 4][folder / "copies of shards"] = (
         *SETTINGS, rows, BATCH, f"backbone.path={untied}", *WAYS["copies"],
     )  # fmt: skip
+    groups["torchrun", 4] |= {
+        folder / f"4 for {n}": (*SETTINGS, rows, f"optim.global_batch={n}", "optim.max_steps=4") for n in UNEVEN
+    }
     groups["torchrun", 1][folder / "bf16 of one"] = (*PRECISE, rows, BF16)
     groups["srun", 2] = {folder / "slurm": (*SETTINGS, rows, BATCH)}
     run_groups(tiny_student, groups)
@@ -118,6 +123,14 @@ def test_neither_processes_nor_accumulation_change_a_branch(
 ) -> None:
     alone(tiny_student, tmp_path, *SETTINGS, rows, f"optim.global_batch={processes * accumulation}")
     assert_equal_to(tmp_path, spread / f"{processes}x{accumulation}")
+
+
+@pytest.mark.parametrize("rows_of_a_step", UNEVEN)
+def test_some_may_have_to_wait(
+    rows_of_a_step: int, tiny_student: Path, rows: str, spread: Path, tmp_path: Path
+) -> None:
+    alone(tiny_student, tmp_path, *SETTINGS, rows, f"optim.global_batch={rows_of_a_step}", "optim.max_steps=4")
+    assert_equal_to(tmp_path, spread / f"4 for {rows_of_a_step}")
 
 
 def test_the_mean_of_means_would_fail_the_same_test(

@@ -19,8 +19,6 @@ from branchmerge.student.training import train
 
 
 def test_mistakes_are_told_before_any_process_starts(tiny_student: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="its rows cannot be shared equally by 2 devices; choose a multiple of 2"):
-        branch(tiny_student, tmp_path, *FSDP, "trainer.devices=2", "optim.global_batch=3")
     with pytest.raises(UserError, match="weights kept in bfloat16 stand still"):
         branch(tiny_student, tmp_path, *FSDP, "trainer.precision=bf16-true")
     experts = make_student(tmp_path / "mixtral", model_type="mixtral", num_local_experts=4)

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 from branches import PROJECT, metrics
-from spreading import FSDP
+from spreading import FSDP, TORCHRUN
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
 from branchmerge.student import local_processes, ranks
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 @pytest.fixture(scope="module")

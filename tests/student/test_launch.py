@@ -81,6 +81,15 @@ def test_one_after_the_other_they_see_all_and_one_that_fails_is_named_at_the_end
 
 
 @pytest.mark.usefixtures("four_gpus")
+def test_a_branch_takes_all_that_are_there(tiny_student: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace('os.environ["CUDA_VISIBLE_DEVICES"]', "None"))
+    wanted = branch(tiny_student, tmp_path, "domain=math", "trainer=fsdp", "trainer.accelerator=gpu")
+    launch([Branch(wanted, str(program), [str(tmp_path), "math"])])
+    assert sorted(path.name for path in tmp_path.glob("math-*")) == [f"math-{rank}.json" for rank in range(4)]
+
+
+@pytest.mark.usefixtures("four_gpus")
 def test_more_than_there_are_is_told(tiny_student: Path, tmp_path: Path) -> None:
     more = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.gpus_per_job=8", "optim.global_batch=8")
     wanted = branch(tiny_student, tmp_path, "domain=math", *more)

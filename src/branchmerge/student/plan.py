@@ -223,7 +223,7 @@ def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workloa
     """What the numbers rest on."""
     notes = []
     try:
-        check_trainer(config.trainer, config.optim.global_batch)
+        check_trainer(config.trainer)
         backbone.check_rows(asked.shape, config.data.seq_len)
     except UserError as error:
         notes.append(f"training would be refused: {error}")
@@ -239,8 +239,8 @@ def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workloa
     uneven = [world for world in worlds if world % context or config.optim.global_batch % (world // context)]
     if uneven:
         notes.append(
-            f"training refuses {', '.join(map(str, uneven))} GPUs for steps of {config.optim.global_batch} rows, which"
-            " they cannot share equally; the table lets some wait"
+            f"{', '.join(map(str, uneven))} GPUs cannot share steps of {config.optim.global_batch} rows equally, so"
+            " some of them wait"
         )
     if asked.gpu:
         notes.append("activations are FlashAttention's: its result and a number for each head and token")

@@ -12,7 +12,7 @@ from lightning import Trainer, seed_everything
 
 from branchmerge import machine
 from branchmerge.config import TrainConfig
-from branchmerge.config_checks import check_devices, check_packages
+from branchmerge.config_checks import check_groups, check_packages
 from branchmerge.data import held_out
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account
 from branchmerge.data.prepared import prepared
@@ -127,12 +127,24 @@ def _check_alike(start: Path, precision: str) -> None:
             )
 
 
+def _rows_of_each(config: TrainConfig, shares: int) -> int:
+    """Of a step, for every device or group of devices; some get a row to wait with where they do not come out even."""
+    rows = config.optim.global_batch
+    most = -(-rows // shares)
+    if rows % shares:
+        ranks.say(
+            f"warning: optim.global_batch={rows}: {shares} devices cannot share the rows of a step equally, so"
+            f" {most * shares - rows} of {most * shares} places stay empty; a multiple of {shares} uses all"
+        )
+    return most
+
+
 def _check_processes(config: TrainConfig) -> None:
     """Refuse what the number of processes does not allow."""
     world, nodes = ranks.world(), config.trainer.num_nodes
     if not config.trainer.sharded and world > 1:
         raise UserError(f"{world} processes were started for a training on one device; use trainer=fsdp")
-    check_devices(config.trainer, world, config.optim.global_batch)
+    check_groups(config.trainer, world)
     if world % nodes or (config.trainer.devices is not None and config.trainer.devices * nodes != world):
         raise UserError(
             f"{world} processes were started, trainer.num_nodes={nodes} and trainer.devices={config.trainer.devices}"
@@ -174,7 +186,7 @@ def _fit(
         trainer = Trainer(
             **_devices(config, device, precision),
             max_epochs=1,  # the plan holds all epochs, one after the other
-            accumulate_grad_batches=config.optim.global_batch // shares,
+            accumulate_grad_batches=_rows_of_each(config, shares),
             gradient_clip_val=config.optim.grad_clip or None,
             logger=loggers,
             default_root_dir=logs,

@@ -1,0 +1,82 @@
+"""That a student lies on the devices as `trainer` says; what it learns there is test_fsdp.py's."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from branches import PROJECT
+from spreading import FSDP, TORCHRUN
+
+SETTINGS = ("domain=math", "data.seq_len=256", "optim.max_steps=1", "optim.global_batch=2", *FSDP)
+WAYS = {
+    "plain": (),
+    "bf16": ("trainer.precision=bf16-mixed",),
+    "copies": ("trainer.replicate=2",),
+    "offloaded": ("trainer.cpu_offload=true",),
+    "kept": ("trainer.activation_checkpointing=false",),
+}
+Told = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def told(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Told]]:
+    """What each of two processes tells, by the way of spreading."""
+    folder = tmp_path_factory.mktemp("told")
+    wanted = json.dumps({name: [*SETTINGS, *way] for name, way in WAYS.items()})
+    logs = ("--log-dir", folder / "logs", "--redirects=1")
+    command = [*TORCHRUN, *logs, "tests/distributed/spread_student.py", tiny_student, folder / "outputs", wanted]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    both = [json.loads(log.read_text().splitlines()[-1]) for log in sorted((folder / "logs").rglob("stdout.log"))]
+    assert len(both) == 2
+    return {name: [each[name] for each in both] for name in WAYS}
+
+
+def everywhere(told: list[Told], key: str) -> Any:
+    """What both processes say."""
+    assert told[0][key] == told[1][key]
+    return told[0][key]
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_each_layer_is_cut_by_itself_and_weights_and_moments_stay_float32(
+    name: str, told: dict[str, list[Told]]
+) -> None:
+    assert everywhere(told[name], "apart") is True
+    assert everywhere(told[name], "weights") == everywhere(told[name], "moments") == ["torch.float32"]
+
+
+def test_a_process_reads_its_share_of_the_weights(told: dict[str, list[Told]]) -> None:
+    parts = told["plain"]
+    assert [each["numbers read"] for each in parts] == [each["numbers"] for each in parts]
+    assert sum(each["numbers"] for each in parts) == everywhere(parts, "all numbers")
+
+
+def test_copies_are_kept_where_they_are_asked_for(told: dict[str, list[Told]]) -> None:
+    assert everywhere(told["plain"], "mesh") == [[2]]
+    assert everywhere(told["plain"], "placements") == ["(Shard(dim=0),)"]
+    assert everywhere(told["copies"], "mesh") == [[2, 1]]
+    assert everywhere(told["copies"], "placements") == ["(Replicate(), Shard(dim=0))"]
+    assert everywhere(told["copies"], "numbers") == everywhere(told["copies"], "all numbers")
+
+
+def test_only_what_is_asked_for_is_done(told: dict[str, list[Told]]) -> None:
+    offloaded = {name: everywhere(each, "offloaded") for name, each in told.items()}
+    assert offloaded == {name: [name == "offloaded"] for name in WAYS}
+    recomputes = {name: everywhere(each, "recomputes") for name, each in told.items()}
+    assert recomputes == {name: name != "kept" for name in WAYS}
+    assert {everywhere(each, "compiled") for each in told.values()} == {0.0}
+
+
+@pytest.mark.slow
+def test_every_layer_is_compiled_where_it_is_asked_for(tiny_student: Path, tmp_path: Path) -> None:
+    wanted = json.dumps({"compiled": [*SETTINGS, "trainer.compile=true"]})
+    command = [*TORCHRUN, "tests/distributed/spread_student.py", tiny_student, tmp_path, wanted]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [json.loads(line)["compiled"] for line in done.stdout.splitlines() if line.startswith("{")]
+    assert told and all(each["compiled"] == 1.0 for each in told)
