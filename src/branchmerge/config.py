@@ -185,6 +185,11 @@ class CheckpointConfig:
     keep_last: int = field(default=2, metadata=_at_least(1))
     """The older ones are removed."""
 
+    @property
+    def is_on(self) -> bool:
+        """Whether any are written."""
+        return self.every_n_steps is not None or self.every_n_minutes is not None
+
 
 @dataclass
 class TrainerConfig:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,18 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
         assert found is not None and found.step == 2
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)  # torch may still hold the file that it gave up
+
+
+def test_a_disk_without_room_for_checkpoints_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    folder = folder_with(tmp_path)
+    folder.tell_if_small(free // 10)
+    assert "warning" not in capsys.readouterr().out
+    folder.tell_if_small(free)
+    said = capsys.readouterr().out
+    assert "up to 4 checkpoints of" in said and "trainer.checkpoint.keep_last=1" in said
+    folder_with(tmp_path, 2).tell_if_small(free)
+    assert "warning" not in capsys.readouterr().out  # what is there already was written
 
 
 def test_a_disk_without_room_for_the_expert_is_refused_first(tiny_student: Path, tmp_path: Path) -> None:

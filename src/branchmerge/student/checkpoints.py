@@ -66,10 +66,23 @@ class CheckpointFolder:
 
     def __init__(self, root: Path, planned: Manifest, keep_last: int) -> None:
         work = json.dumps(planned.identity(), sort_keys=True)
+        self.root = root
         self.folder = root / f"{planned.name}-{hashlib.sha256(work.encode()).hexdigest()[:12]}"
         self.keep_last = keep_last
         self.rows = ""
         """Fingerprint of the rows that they are made of; none is good for others"""
+
+    def tell_if_small(self, size: float) -> None:
+        """Warn where the disk has no room for as many checkpoints of `size` bytes as lie there at once."""
+        if not self.root.exists() or self.has_some():
+            return
+        needed, free = (self.keep_last + 1) * size, shutil.disk_usage(self.root).free
+        if free < needed:
+            ranks.say(
+                f"warning: {self.root}: up to {self.keep_last + 1} checkpoints of {size / 1e9:.2g} GB will lie there,"
+                f" the disk has {free / 1e9:.2g} GB left; what finds no room is not written: give another outputs=, or"
+                " trainer.checkpoint.keep_last=1"
+            )
 
     def has_some(self) -> bool:
         return any(self.folder.glob("step-*"))

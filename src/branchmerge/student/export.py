@@ -83,24 +83,29 @@ def _exhaust(wholes: "Iterator[torch.Tensor]") -> None:
 
 def check_room(backbone: Path, out: Path, dtype: "torch.dtype") -> None:
     """Refuse a place whose disk has no room for an expert, before it is trained."""
-    from safetensors import SafetensorError, safe_open
-
-    from branchmerge.merge.shards import weight_files
-
-    numbers = 0
-    for path in weight_files(backbone):
-        try:
-            with safe_open(path, framework="np") as file:
-                numbers += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
-    needed = dtype.itemsize * numbers
+    needed = dtype.itemsize * numbers_in(backbone)
     free = shutil.disk_usage(out.parent).free
     if free < needed:
         raise UserError(
             f"{out.parent}: the expert will take {needed / 1e9:.2g} GB, the disk has {free / 1e9:.2g} GB left; make"
             " room, or give another out= or outputs="
         )
+
+
+def numbers_in(checkpoint: Path) -> int:
+    """Of its weights' files, all together; raises UserError where one cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    from branchmerge.merge.shards import weight_files
+
+    numbers = 0
+    for path in weight_files(checkpoint):
+        try:
+            with safe_open(path, framework="np") as file:
+                numbers += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+    return numbers
 
 
 def weights_of(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from branchmerge.config import TrainConfig
 from branchmerge.errors import UserError
 from branchmerge.study import write_json
 
@@ -21,11 +22,18 @@ KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits
 SHARES = ("weights", "gradients", "optimizer")
 EIGHT_BIT = (1 + 4 / 256) / 4
 """Bytes of torchao's 8-bit moments for one of float32's: a byte a number, and a float32 scale for 256 of them"""
+WEIGHT, MOMENTS = 4, 8
+"""Bytes of a parameter in training, and in a checkpoint of it"""
 DECIDING = (
     "attention.py", "autocast.py", "chunked_loss.py", "context_parallel.py", "flops.py", "loss.py", "memory_log.py",
     "sharding.py", "simulation.py",
 )  # fmt: skip
 """Files beside this one that a simulation runs."""
+
+
+def bytes_of_training(config: TrainConfig) -> float:
+    """Of a parameter, in a checkpoint of a branch in training."""
+    return WEIGHT + MOMENTS * (EIGHT_BIT if config.optim.optimizer == "adamw_8bit" else 1)
 
 
 @dataclass(frozen=True)

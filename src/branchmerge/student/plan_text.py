@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from branchmerge.student.forecast import KINDS
+from branchmerge.student.forecast import KINDS, bytes_of_training
 from branchmerge.student.plan import GIB, Option, Plan
 
 WIDTH = 200
@@ -27,6 +27,7 @@ def told(plan: Plan) -> str:
         f" {asked.setting.rows}, one after the other",
         f"  memory    {need:.1f} GiB a GPU and {card.reserve_gib:g} in reserve, of {card.card_gib:g}"
         + _host(asked, config.trainer.num_nodes),
+        f"  disk      {_disk(plan)}",
         *_work(plan),
         "",
         f"By number of GPUs, at {asked.setting.seq_len:,} tokens (GiB a GPU at the peak of a step):",
@@ -62,6 +63,16 @@ def _host(option: Option, nodes: int) -> str:
         return ""
     held = sum(option.memory.shares.values()) / GIB
     return f"; {held:.1f} GiB of the CPU's memory a GPU, {held * option.setting.world / nodes:.0f} a node"
+
+
+def _disk(plan: Plan) -> str:
+    config, numbers = plan.config, plan.asked.memory.parameters
+    stored = 2 if config.export_dtype == "bfloat16" else 4
+    expert = f"{stored * numbers / 1e9:,.2f} GB for the expert"
+    if not config.trainer.checkpoint.is_on:
+        return expert
+    most = config.trainer.checkpoint.keep_last + 1
+    return f"{expert}; up to {most} checkpoints of {bytes_of_training(config) * numbers / 1e9:,.2f} GB at once"
 
 
 def _work(plan: Plan) -> list[str]:

@@ -76,7 +76,7 @@ class Resume(Callback):
     def _is_due(self, step: int, left: int) -> bool:
         """Of several processes also before the last step, as publishing is then the work of one for all."""
         every, minutes = self.config.every_n_steps, self.config.every_n_minutes
-        if left == 1 and ranks.world() > 1 and (every or minutes):
+        if left == 1 and ranks.world() > 1 and self.config.is_on:
             return True
         by_step = every is not None and step - self._saved >= every
         return by_step or (minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)

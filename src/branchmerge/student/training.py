@@ -22,7 +22,8 @@ from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.context_parallel import ContextGroup, rows_of
 from branchmerge.student.ending import Ending
-from branchmerge.student.export import check_finite, check_room, export
+from branchmerge.student.export import check_finite, check_room, export, numbers_in
+from branchmerge.student.forecast import bytes_of_training
 from branchmerge.student.loggers import loggers_of
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
@@ -72,6 +73,8 @@ def train(config: TrainConfig) -> Path:
         saved = CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
         ranks.by_first(lambda: check_room(start, folder, getattr(torch, config.export_dtype)))
         ranks.check_shared(saved.folder)
+        if config.trainer.checkpoint.is_on:
+            ranks.by_first(lambda: saved.tell_if_small(bytes_of_training(config) * numbers_in(start)))
         corpus = prepared(config, start, saved.folder / "corpus", ranks.by_first(saved.has_some))
         saved.rows = corpus.fingerprint
         if ranks.is_first():

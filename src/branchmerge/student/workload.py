@@ -91,4 +91,5 @@ def _expected(config: TrainConfig) -> Workload | None:
         + ("" if expected[part].tokens else " (half a packed row; study.expected." + part + ".tokens= says better)")
         for part in parts
     )
-    return Workload(steps, rows, trained, trained, pairs, f"the rows are not here; assumed are trajectories: {assumed}")
+    said = f"the rows are not here; assumed are trajectories: {assumed}; data sets that nobody sifted may have more"
+    return Workload(steps, rows, trained, trained, pairs, said)
