@@ -1,5 +1,7 @@
 """What test_spreading.py has two processes do: train branches, and print how the student lay on them, by name.
 
+In the one named "overflowing" the second process's part of the first step has no finite loss.
+
 torchrun ... tests/distributed/spread_student.py STUDENT OUTPUTS '{"NAME": ["override", ...], ...}'
 """
 
@@ -12,11 +14,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from branches import branch
+from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from branchmerge.data.batch import Batch
 from branchmerge.student import ranks
+from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
 from branchmerge.student.sharding import layers
 from branchmerge.student.training import train
@@ -49,6 +54,7 @@ def main(student: Path, outputs: Path, branches: dict[str, list[str]]) -> None:
     read: list[int] = []
     names: list[str] = []
     read_usually, end_usually = HuggingFaceStorageReader._process_read_request, Student.on_train_batch_end
+    loss_usually = PackedLoss.forward
 
     def counted(self: Any, file: Any, request: Any, planner: Any) -> Any:
         read.append(math.prod(request.lengths))
@@ -58,6 +64,12 @@ def main(student: Path, outputs: Path, branches: dict[str, list[str]]) -> None:
         end_usually(self, *given)
         found[names[-1]] = {**told(self), "numbers read": sum(read)}
 
+    def overflowing(self: PackedLoss, batch: Batch) -> Tensor:
+        loss = loss_usually(self, batch)
+        first = names[-1] == "overflowing" and self.training and "overflowing" not in found
+        return loss * math.inf if first and ranks.rank() == 1 else loss
+
+    PackedLoss.forward = overflowing
     HuggingFaceStorageReader._process_read_request = counted
     Student.on_train_batch_end = look
     for name, overrides in branches.items():

@@ -299,7 +299,18 @@ def test_a_branch_outlives_sigterm_the_death_of_a_process_and_of_all(
     alone(tiny_student, tmp_path / "one", *LONG, rows)
     assert_equal_to(spread / "long", tmp_path / "one")
 
-    assert "going on after step" in run_groups(tiny_student, {("torchrun", 2): {outputs: (*LONG, rows)}})
+    shutil.copytree(outputs, tmp_path / "four", ignore=shutil.ignore_patterns("*.lock"))
+    last = max((tmp_path / "four").glob("tiny/checkpoints/*/step-*"))
+    damaged = bytearray((last / "state" / "__1_0.distcp").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (last / "state" / "__1_0.distcp").write_bytes(damaged)
+    settings = (*LONG, rows)
+    said = run_groups(
+        tiny_student, {("torchrun", 2): {outputs: settings}, ("torchrun", 4): {tmp_path / "four": settings}}
+    )
+    assert said.count("going on after step") == 2
+    assert f"{last}: not whole (state/__1_0.distcp has changed); going on from the one before" in said
+    assert_equal_to(spread / "long", tmp_path / "four")
     experts = [each / "tiny" / "experts" / "math" for each in (outputs, spread / "long")]
     assert weights_sha256(experts[0]) == weights_sha256(experts[1])
     ours, theirs = metrics(outputs, "math"), metrics(spread / "long", "math")

@@ -1,14 +1,19 @@
 """That a student lies on the devices as `trainer` says; what it learns there is test_fsdp.py's."""
 
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from branches import PROJECT
+from branches import PROJECT, branch, metrics
 from spreading import FSDP, TORCHRUN
+
+from branchmerge.data.datamodule import prepare
+from branchmerge.student.backbone import load_tokenizer
+from branchmerge.trajectories.sources import read_branch
 
 SETTINGS = ("domain=math", "data.seq_len=256", "optim.max_steps=1", "optim.global_batch=2", *FSDP)
 WAYS = {
@@ -17,13 +22,14 @@ WAYS = {
     "copies": ("trainer.replicate=2",),
     "offloaded": ("trainer.cpu_offload=true",),
     "kept": ("trainer.activation_checkpointing=false",),
+    "overflowing": ("optim.max_steps=2",),
 }
 Told = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def told(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Told]]:
-    """What each of two processes tells, by the way of spreading."""
+def folder(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes trained, in all ways, and what they printed."""
     folder = tmp_path_factory.mktemp("told")
     wanted = json.dumps({name: [*SETTINGS, *way] for name, way in WAYS.items()})
     logs = ("--log-dir", folder / "logs", "--redirects=1")
@@ -31,6 +37,12 @@ def told(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> dict[str, list[Told]]:
+    """What each of the two tells, by the way of spreading."""
     both = [json.loads(log.read_text().splitlines()[-1]) for log in sorted((folder / "logs").rglob("stdout.log"))]
     assert len(both) == 2
     return {name: [each[name] for each in both] for name in WAYS}
@@ -70,6 +82,19 @@ def test_only_what_is_asked_for_is_done(told: dict[str, list[Told]]) -> None:
     recomputes = {name: everywhere(each, "recomputes") for name, each in told.items()}
     assert recomputes == {name: name != "kept" for name in WAYS}
     assert {everywhere(each, "compiled") for each in told.values()} == {0.0}
+
+
+def test_a_step_that_breaks_on_one_of_them_is_left_out_by_all(folder: Path, tiny_student: Path) -> None:
+    curve = metrics(folder / "outputs" / "overflowing", "math")
+    assert [float(row["skipped"]) for row in curve] == [1.0, 0.0]
+    assert not math.isfinite(float(curve[0]["loss"])) and math.isfinite(float(curve[1]["loss"]))
+    said = "".join(log.read_text() for log in (folder / "logs").rglob("stdout.log"))
+    (line,) = [line for line in said.splitlines() if "left out" in line]
+    assert "warning: step 0: loss inf" in line
+    settings = branch(tiny_student, folder / "none", *SETTINGS, *WAYS["overflowing"])
+    corpus = prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
+    of_the_second = ", ".join(corpus.documents[number].id for number in corpus.plan.steps[0][1])
+    assert f"on the rows {of_the_second};" in line
 
 
 @pytest.mark.slow

@@ -3,7 +3,10 @@
 import io
 import json
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +175,18 @@ def test_two_documents_cost_less_than_one_of_their_length(tiny_student: Path) ->
     two = make_batch([Document("a", np.arange(10), 1), Document("b", np.arange(10), 1)], 1)
     assert shapes.flops_of(one) == 6 * (1000 * 20 + 10 * 19) + 12 * 64 * 210
     assert shapes.flops_of(two) == 6 * (1000 * 20 + 10 * 18) + 12 * 64 * 110
+
+
+def test_on_a_gpu_memory_and_utilisation_are_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no such device here, so what torch says of it is given."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    trainer: Any = SimpleNamespace(callback_metrics={"tokens_per_second": 100.0, "tokens": 200.0, "loss": 1.5})
+    module: Any = SimpleNamespace(device=torch.device("cuda"), total_steps=4)
+    progress = StepProgress("math")
+    progress._first, progress._began = 0, time.monotonic() - 10
+    said = progress._said(trainer, module, 2, 0.4 * 989e12 * 2)
+    assert said == "step 2/4  loss 1.5000  100 tokens/s  3.0 GiB  MFU 40%  ETA 0:00:10"
 
 
 def test_cards_are_known_by_torchs_names() -> None:
