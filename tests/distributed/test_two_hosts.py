@@ -47,11 +47,11 @@ def two_hosts() -> Iterator[list[str]]:
 def on_both(hosts: list[str], before: str, arguments: list[str | Path]) -> list[tuple[int, str]]:
     """Run `before` in a shell of each host, then one process by torchrun; how they ended and what they said."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
-                "--master-addr=10.231.7.1", "--master-port=29511"]  # fmt: skip
+                "--rdzv-backend=c10d", "--rdzv-endpoint=10.231.7.1:29511"]  # fmt: skip
     running = [
         subprocess.Popen(
-            ["ip", "netns", "exec", host, "sh", "-c", f'{before} exec "$@"', "sh", *torchrun, f"--node-rank={i}",
-             *arguments],
+            ["ip", "netns", "exec", host, "sh", "-c", f'{before} exec "$@"', "sh", *torchrun,
+             f"--rdzv-conf=is_host={1 - i}", f"--local-addr=10.231.7.{i + 1}", *arguments],
             cwd=PROJECT, env={**os.environ, "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )

@@ -10,11 +10,12 @@ from conftest import Script, make_student
 from lightning.fabric.utilities import move_data_to_device
 from test_attention import MODELS, documents, everywhere, heads
 
-from branchmerge.data.batch import make_batch
+from branchmerge.data.batch import Batch, make_batch
 from branchmerge.student import attention, flash4, trials
 from branchmerge.student.backbone import load_model
 from branchmerge.student.checkpoints import load_state, save_state
 from branchmerge.student.loss import packed_logits
+from branchmerge.student.module import Student
 from branchmerge.student.training import train
 from branchmerge.study import read_manifest
 
@@ -116,6 +117,25 @@ def test_a_gpus_generator_comes_back(tmp_path: Path) -> None:
     expected = torch.rand(3, device="cuda")
     load_state(tmp_path, model, optimizer)
     assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+def test_a_branch_goes_on_on_a_gpu(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ("trainer=gpu", "trainer.precision=32-true", "trainer.checkpoint.every_n_steps=1", "data.workers=1")
+    start = Student.on_train_batch_start
+
+    def fail(self: Student, batch: Batch, index: int) -> None:
+        start(self, batch, index)
+        if self.trainer.global_step == 2:
+            raise RuntimeError("as if killed")
+
+    train(branch(tiny_student, tmp_path / "whole", "domain=math", *more))
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="as if killed"):
+        broken.setattr(Student, "on_train_batch_start", fail)
+        train(branch(tiny_student, tmp_path / "killed", "domain=math", *more))
+    train(branch(tiny_student, tmp_path / "killed", "domain=math", *more))
+    whole, killed = (metrics(tmp_path / name, "math") for name in ("whole", "killed"))
+    assert [row["step"] for row in killed] == [row["step"] for row in whole]
+    assert [float(row["loss"]) for row in killed] == pytest.approx([float(row["loss"]) for row in whole], rel=1e-6)
 
 
 def test_bf16_trains_on_a_gpu(tiny_student: Path, tmp_path: Path) -> None:
