@@ -63,3 +63,13 @@ def test_submitit_sends_each_domain_to_a_job(tiny_student: Path, tmp_path: Path)
     for domain in ("math", "code"):
         manifest = read_manifest(tmp_path / "tiny" / "experts" / domain)
         assert manifest is not None and len(manifest.training["devices"]) == 2
+
+
+def test_a_step_of_one_task_starts_its_processes_itself(tiny_student: Path, tmp_path: Path) -> None:
+    here = ("--config-dir", "tests/conf", "study=tiny", f"backbone.path={tiny_student}", f"outputs={tmp_path}")
+    done = srun(
+        "--ntasks=1", "--cpus-per-task=2", sys.executable, "train.py", *here, *FSDP, "trainer.devices=2", *SETTINGS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = read_manifest(tmp_path / "tiny" / "experts" / "math")
+    assert manifest is not None and len(manifest.training["devices"]) == 2
