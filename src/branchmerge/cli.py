@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,7 +63,8 @@ def run(main: Callable[[], None]) -> None:
 def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """Wrap what `hydra.main` calls: end a single run at a user's mistake before Hydra adds a line of its own.
 
-    In a multirun the mistake goes through Hydra, which runs the other members first and then names the failed one.
+    In a multirun the mistake goes through Hydra, which runs the other members first and then names the failed one; but
+    one of several processes ends, as the others may still wait for it in the member that failed.
     """
 
     @functools.wraps(task)
@@ -71,11 +73,23 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         try:
             task(cfg)
         except (UserError, OmegaConfBaseException) as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN or os.environ.get(SHOW, "1") not in ("", "0"):
+            shown = os.environ.get(SHOW, "1") not in ("", "0")
+            if (HydraConfig.get().mode == RunMode.MULTIRUN and not _is_one_of_several()) or shown:
                 raise
             _end(error)
+        except Exception:
+            if HydraConfig.get().mode != RunMode.MULTIRUN or not _is_one_of_several():
+                raise
+            traceback.print_exc()
+            sys.exit(1)
 
     return wrapped
+
+
+def _is_one_of_several() -> bool:
+    """Whether this process trains with others."""
+    ranks: Any = sys.modules.get("branchmerge.student.ranks")
+    return ranks is not None and ranks.world() > 1
 
 
 def _end(mistake: BaseException) -> NoReturn:

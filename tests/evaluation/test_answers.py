@@ -113,3 +113,7 @@ def test_any_text_is_survived(text: str) -> None:
     assert letter(text) in (None, "A", "B", "C", "D")
     assert letter(f"\\boxed{{{text}}}") in (None, "A", "B", "C", "D")
     assert isinstance(integer(f"\\boxed{{{text}}}"), int | None)
+
+
+def test_an_integer_of_thousands_of_digits_is_no_answer() -> None:
+    assert integer("\\boxed{" + "7" * 5000 + "}") is None

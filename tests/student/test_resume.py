@@ -248,6 +248,25 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
         subprocess.run(["umount", "--lazy", tmp_path], check=True)  # torch may still hold the file that it gave up
 
 
+def test_a_run_that_goes_on_takes_over_no_curve_of_another(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class InSecondStep(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                raise RuntimeError("as if killed")
+
+    usual = training.watchers
+    every = ("domain=math", "trainer.checkpoint.every_n_steps=1")
+    for rate in ("1e-4", "2e-3"):
+        with monkeypatch.context() as killed, pytest.raises(RuntimeError, match="as if killed"):
+            killed.setattr(training, "watchers", lambda *given: [*usual(*given), InSecondStep()])
+            train(branch(tiny_student, tmp_path, *every, f"optim.lr={rate}"))
+    train(branch(tiny_student, tmp_path, *every, "optim.lr=1e-4"))
+    assert "was another run's in between; the curve begins at step" in capsys.readouterr().out
+    assert all(float(row["lr"]) <= 1e-4 for row in metrics(tmp_path, "math"))
+
+
 def test_a_disk_without_room_for_checkpoints_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     free = shutil.disk_usage(tmp_path).free
     folder = folder_with(tmp_path)

@@ -13,6 +13,10 @@ INTEGER = re.compile(r"[+-]?\d+(?:\.0*)?")
 LETTER = re.compile(r"\(?([A-J])\)?(?:[.:,)].*)?", re.DOTALL)
 
 
+LONGEST = 1000
+"""Digits of an integer; what is longer is no answer, and from 4,300 on Python reads none."""
+
+
 def integer(text: str) -> int | None:
     """An integer as AIME asks for: `0204`, `\\text{204}`, `204.0`, `n = 204`, "The answer is 204"; no arithmetic."""
     given = _given(text)
@@ -21,7 +25,8 @@ def integer(text: str) -> int | None:
     right = _plain(given).rpartition("=")[2].strip()
     right = re.sub(r"(?<=\d)(?:,|\\,|\\!|\{,\})(?=\d{3}\b)", "", right.removesuffix("^\\circ"))
     found = INTEGER.fullmatch(right.rstrip(". "))
-    return int(found[0].partition(".")[0]) if found else None
+    digits = found[0].partition(".")[0] if found else ""
+    return int(digits) if 0 < len(digits) <= LONGEST else None
 
 
 def letter(text: str, letters: str = "ABCD") -> str | None:

@@ -74,9 +74,10 @@ class CheckpointFolder:
 
     def tell_if_small(self, size: float) -> None:
         """Warn where the disk has no room for as many checkpoints of `size` bytes as lie there at once."""
-        if not self.root.exists() or self.has_some():
+        if self.has_some():
             return
-        needed, free = (self.keep_last + 1) * size, shutil.disk_usage(self.root).free
+        place = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
+        needed, free = (self.keep_last + 1) * size, shutil.disk_usage(place).free
         if free < needed:
             ranks.say(
                 f"warning: {self.root}: up to {self.keep_last + 1} checkpoints of {size / 1e9:.2g} GB will lie there,"

@@ -52,4 +52,4 @@ class Ending:
         self.signal = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._former[signal.SIGINT])
-            print("\ninterrupted: ending when nothing is lost by it; once more to end at once", flush=True)
+            ranks.say("\ninterrupted: ending when nothing is lost by it; once more to end at once")

@@ -17,6 +17,7 @@ from branchmerge.study import UNWRITABLE, write_text
 
 METRICS = "metrics.csv"
 RUN_ID = "wandb-run.txt"
+WORK = "work.txt"
 
 
 @contextmanager
@@ -35,6 +36,17 @@ def loggers_of(config: TrainConfig, folder: Path, first_step: int = 0) -> Iterat
             import wandb
 
             wandb.finish(exit_code=int(failed))  # else the next branch of this process would go into the same run
+
+
+def is_of(folder: Path, work: str) -> bool:
+    """Whether what lies in a folder of logs was told by runs of the same work; from now on it is that one's."""
+    mark = folder / WORK
+    try:
+        same = not mark.is_file() or mark.read_text() == work
+        write_text(mark, work)
+    except OSError:  # a full disk, of which the curve tells
+        return False
+    return same
 
 
 def _make(config: TrainConfig, folder: Path, first_step: int) -> list[Logger]:

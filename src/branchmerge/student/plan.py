@@ -236,7 +236,11 @@ def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workloa
     else:
         notes.append(work.said)
     context = asked.context
-    uneven = [world for world in worlds if world % context or config.optim.global_batch % (world // context)]
+    refused = [world for world in worlds if world % context or world % config.trainer.replicate]
+    if refused:
+        notes.append(f"training refuses {', '.join(map(str, refused))} GPUs, which cannot be cut into such groups")
+    shared = [world for world in worlds if world not in refused]
+    uneven = [world for world in shared if config.optim.global_batch % (world // context)]
     if uneven:
         notes.append(
             f"{', '.join(map(str, uneven))} GPUs cannot share steps of {config.optim.global_batch} rows equally, so"

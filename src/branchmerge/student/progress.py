@@ -1,6 +1,7 @@
 """How far a branch is: a bar in a terminal, a line now and then in a log."""
 
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -18,12 +19,19 @@ INTERVAL = 30.0
 """Seconds between two lines in a log"""
 
 
+class _Screen(Console):
+    """A reader that has gone ends no training."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class StepProgress(BetweenSteps):
     """Tells optimizer steps, loss, tokens/s and time left; on CUDA also memory and MFU. The first process tells."""
 
     def __init__(self, name: str, console: Console | None = None, interval: float = INTERVAL) -> None:
         self.name = name
-        self.console = console or Console(soft_wrap=True)
+        self.console = console or _Screen(soft_wrap=True)
         self.interval = interval
         self._bar: Progress | None = None
         self._flops = 0.0
@@ -61,7 +69,8 @@ class StepProgress(BetweenSteps):
         now = time.monotonic()
         if step in (self._first + 1, module.total_steps) or now - self._told >= self.interval:
             self._told = now
-            self.console.print(f"{self.name}: {said}", highlight=False, markup=False)
+            with suppress(OSError):  # as of a full disk
+                self.console.print(f"{self.name}: {said}", highlight=False, markup=False)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_end(trainer, module)

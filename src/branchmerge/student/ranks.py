@@ -113,9 +113,10 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """Print once."""
+    """Print once. A reader that has gone, or a full disk that it is written to, ends no training."""
     if is_first():
-        print(text, flush=True)
+        with suppress(OSError):
+            print(text, flush=True)
 
 
 def is_first_to_tell(mistake: str) -> bool:

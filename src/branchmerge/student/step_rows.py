@@ -32,9 +32,11 @@ class StepRows(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, index: int
     ) -> None:
-        if trainer.global_step == self._step_before:
+        stepped = trainer.global_step != self._step_before
+        if stepped or module.device.type == "cpu":
+            self._in_work = []
+        if not stepped:
             return
-        self._in_work = []
         rows, tokens = ranks.summed(self._rows, self._tokens)
         module.log("rows", rows)
         module.log("padding_share", 1 - tokens / (rows * self.capacity))

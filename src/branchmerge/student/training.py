@@ -24,7 +24,7 @@ from branchmerge.student.context_parallel import ContextGroup, rows_of
 from branchmerge.student.ending import Ending
 from branchmerge.student.export import check_finite, check_room, export, numbers_in
 from branchmerge.student.forecast import bytes_of_training
-from branchmerge.student.loggers import loggers_of
+from branchmerge.student.loggers import is_of, loggers_of
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
 from branchmerge.student.resume import Resume
@@ -68,9 +68,10 @@ def train(config: TrainConfig) -> Path:
         ranks.by_first(lambda: _check_redo(config, folder))
         if ranks.by_first(lambda: is_done(folder, planned, config.overwrite)) and not config.redo:
             ranks.say(f"{folder}: done already")
+            _saved(config, planned).remove()  # a run that was killed after publishing left them
             return folder
         ranks.say(f"{folder}: training domain {config.domain.name} from {start}")
-        saved = CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
+        saved = _saved(config, planned)
         ranks.by_first(lambda: check_room(start, folder, getattr(torch, config.export_dtype)))
         ranks.check_shared(saved.folder)
         if config.trainer.checkpoint.is_on:
@@ -185,7 +186,10 @@ def _fit(
     logs = _logs(config)
     resume = Resume(saved, config.trainer.checkpoint, begin, ending)
     with ExitStack() as during:
-        loggers = during.enter_context(loggers_of(config, logs, first_step)) if ranks.is_first() else False
+        told = first_step if ranks.is_first() and is_of(logs, saved.folder.name) else 0
+        if first_step and not told:
+            ranks.say(f"warning: {logs}: was another run's in between; the curve begins at step {first_step}")
+        loggers = during.enter_context(loggers_of(config, logs, told)) if ranks.is_first() else False
         trainer = Trainer(
             **_devices(config, device, precision),
             max_epochs=1,  # the plan holds all epochs, one after the other
@@ -290,6 +294,10 @@ def _checkpoints(config: TrainConfig) -> Path:
         out = Path(config.out).expanduser()
         return out.parent / f"{out.name}-checkpoints"
     return Study(config).checkpoints
+
+
+def _saved(config: TrainConfig, planned: Manifest) -> CheckpointFolder:
+    return CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
 
 
 def _precision(asked: str, device: torch.device) -> str:
