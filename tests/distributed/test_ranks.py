@@ -98,10 +98,14 @@ def test_processes_have_the_time_to_end_that_is_said(tmp_path: Path, monkeypatch
         "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(flush=True)\ntime.sleep(60)\n"
     )
     logs = DefaultLogsSpecs(log_dir=str(tmp_path / "logs"), redirects=Std.ALL)
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     processes = start_processes("deaf", sys.executable, {0: (str(deaf),)}, {0: {}}, logs)
     heard = Path(processes.stdouts[0])
     while not heard.stat().st_size:
         time.sleep(0.05)
     began = time.monotonic()
     processes.close(signal.SIGTERM)
+    for number, handler in handlers.items():  # it set some for good
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
     assert 2 <= time.monotonic() - began < 20
