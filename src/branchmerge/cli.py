@@ -72,13 +72,13 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         _BEGUN.append(True)
         try:
             task(cfg)
-        except (UserError, OmegaConfBaseException) as error:
-            shown = os.environ.get(SHOW, "1") not in ("", "0")
-            if (HydraConfig.get().mode == RunMode.MULTIRUN and not _is_one_of_several()) or shown:
+        except Exception as error:
+            multirun, several = HydraConfig.get().mode == RunMode.MULTIRUN, _is_one_of_several()
+            if multirun and not several:
                 raise
-            _end(error)
-        except Exception:
-            if HydraConfig.get().mode != RunMode.MULTIRUN or not _is_one_of_several():
+            if isinstance(error, UserError | OmegaConfBaseException) and os.environ.get(SHOW, "1") in ("", "0"):
+                _end(error)
+            if not multirun:
                 raise
             traceback.print_exc()
             sys.exit(1)

@@ -1,6 +1,7 @@
 """A branch in several processes (FSDP2 over gloo) is the branch that one process trains, also across deaths."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -315,6 +316,18 @@ def test_a_branch_outlives_sigterm_the_death_of_a_process_and_of_all(
     assert weights_sha256(experts[0]) == weights_sha256(experts[1])
     ours, theirs = metrics(outputs, "math"), metrics(spread / "long", "math")
     assert [[row[name] for name in COMPARED] for row in ours] == [[row[name] for name in COMPARED] for row in theirs]
+
+
+def test_ctrl_c_saves_too(tiny_student: Path, rows: str, tmp_path: Path) -> None:
+    """A terminal sends it to the process group of train.py alone: those that train are in one of their own."""
+    process = started(tiny_student, tmp_path, *LONG, rows, "trainer.devices=2")
+    wait_for(lambda: saved(tmp_path), process)
+    groups = {os.getpgid(worker.pid) for worker in workers_of(process)}
+    assert os.getpgid(process.pid) not in groups
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGINT and "told to end after step" in said, said
+    assert "Traceback" not in said, said
 
 
 @pytest.mark.slow

@@ -140,15 +140,18 @@ def _document(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float = 0.0) -> Tensor:
     """torch's attention over one document."""
+    if query.is_cuda:  # where its FlashAttention does not fit, what takes fewer keys than queries would hold all scores
+        key, value = _for_each_query(query, key, value)
     grouped = key.shape[1] != query.shape[1]
-    if (
-        grouped and query.is_cuda
-    ):  # only its FlashAttention takes fewer keys, what is in its place would hold all scores
-        groups = query.shape[1] // key.shape[1]
-        key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
     return scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped and not query.is_cuda
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
     )
+
+
+def _for_each_query(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of each of the queries' heads: twice [1, G, T, E] -> twice [1, H, T, E]."""
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 def _takes_varlen(query: Tensor, value: Tensor) -> bool:
@@ -207,8 +210,7 @@ def by_formula(
     Returns:
         [1, H, T, E]
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+    key, value = _for_each_query(query, key, value)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -29,7 +29,7 @@ def is_installed() -> bool:
         package = _package()
     except (
         Exception
-    ):  # without what it needs of CUDA, such as flash-attn-4[cu13] brings, or with versions unlike its own
+    ):  # whatever imports raise that find no CUDA libraries (flash-attn-4[cu13] has them), or other versions
         return False
     kernels = (getattr(package, name, None) for name in ("_flash_attn_fwd", "_flash_attn_bwd"))
     return all(kernel and inspect.signature(kernel).parameters.keys() >= ASKED for kernel in kernels)

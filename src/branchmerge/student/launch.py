@@ -82,7 +82,7 @@ def launch(branches: Sequence[Branch]) -> None:
 
         statuses = list(pool.map(run, branches))
     if running.told_to_end:
-        raise SystemExit(ranks.PREEMPTED)
+        raise SystemExit(128 + running.told_to_end)
     failed = [b.config.domain.name for b, status in zip(branches, statuses, strict=True) if status]
     if failed:
         sys.exit(f"error: domain={','.join(failed)}: a process of it ended with an error; it is told above")
@@ -117,7 +117,8 @@ class _Running:
     """The torchruns of this process."""
 
     def __init__(self) -> None:
-        self.told_to_end = False
+        self.told_to_end = 0
+        """The signal that said so"""
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
@@ -139,7 +140,8 @@ class _Running:
         with self._lock:
             if self.told_to_end:
                 return ranks.PREEMPTED
-            child = subprocess.Popen(command, env=environment, preexec_fn=ranks.end_with_parent)
+            # In a process group of its own, as Ctrl-C in a terminal goes to all of one, and would not let it save.
+            child = subprocess.Popen(command, env=environment, preexec_fn=ranks.end_with_parent, process_group=0)
             self._children.add(child)
         if self.told_to_end:  # while it was being started
             child.send_signal(signal.SIGTERM)
@@ -148,19 +150,23 @@ class _Running:
             self._children.discard(child)
         return status
 
-    def end(self, *_: Any) -> None:
-        """Tell them to save and end."""
-        self.told_to_end = True
+    def end(self, number: int, _: Any) -> None:
+        """Tell them to save and end; a second Ctrl-C does not wait for it."""
+        at_once = number == self.told_to_end == signal.SIGINT
+        self.told_to_end = number
         for child in tuple(self._children):
-            child.send_signal(signal.SIGTERM)
+            child.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
 
 
 @contextmanager
 def _running() -> Iterator[_Running]:
-    """While it lasts, SIGTERM goes on to the children."""
+    """While it lasts, SIGTERM and Ctrl-C go on to the children."""
     running = _Running()
-    former = signal.signal(signal.SIGTERM, running.end)
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # by what a script starts in the background
+    numbers = (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)
+    former = {number: signal.signal(number, running.end) for number in numbers}
     try:
         yield running
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -13,11 +13,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from branchmerge.config import TrainConfig
 from branchmerge.student import ranks
+from branchmerge.student.samples import SAMPLES
 from branchmerge.study import UNWRITABLE, write_text
 
 METRICS = "metrics.csv"
 RUN_ID = "wandb-run.txt"
 WORK = "work.txt"
+TOLD = (METRICS, RUN_ID, SAMPLES)
+"""What a run that goes on reads"""
 
 
 @contextmanager
@@ -38,15 +41,13 @@ def loggers_of(config: TrainConfig, folder: Path, first_step: int = 0) -> Iterat
             wandb.finish(exit_code=int(failed))  # else the next branch of this process would go into the same run
 
 
-def is_of(folder: Path, work: str) -> bool:
-    """Whether what lies in a folder of logs was told by runs of the same work; from now on it is that one's."""
+def claim(folder: Path, work: str) -> None:
+    """Make a folder of logs that of a work; what runs of another told there goes, so that none goes on with it."""
     mark = folder / WORK
-    try:
-        same = not mark.is_file() or mark.read_text() == work
-        write_text(mark, work)
-    except OSError:  # a full disk, of which the curve tells
-        return False
-    return same
+    if mark.is_file() and mark.read_text() != work:
+        for name in TOLD:
+            (folder / name).unlink(missing_ok=True)
+    write_text(mark, work)
 
 
 def _make(config: TrainConfig, folder: Path, first_step: int) -> list[Logger]:
@@ -89,14 +90,18 @@ class _Curve(CSVLogger):
 
 
 def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
-    """Of a curve; a line that was cut off is left out."""
+    """Of a curve; a line that was cut off is left out, and a damaged curve begins anew."""
     if not path.is_file():
         return []
-    whole = path.read_text()
-    rows = csv.DictReader(whole[: whole.rfind("\n") + 1].splitlines())
-    # Validation has rows of its own, which leave the columns of training empty, and the other way round.
-    kept = [{name: float(value) for name, value in row.items() if value} for row in rows]
-    return [row for row in kept if row["step"] < step]
+    try:
+        whole = path.read_text()
+        rows = csv.DictReader(whole[: whole.rfind("\n") + 1].splitlines())
+        # Validation has rows of its own, which leave the columns of training empty, and the other way round.
+        kept = [{name: float(value) for name, value in row.items() if value} for row in rows]
+        return [row for row in kept if row["step"] < step]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        ranks.say(f"warning: {path}: damaged ({error}); the curve begins anew")
+        return []
 
 
 def _wandb(config: TrainConfig, folder: Path, first_step: int) -> Logger:

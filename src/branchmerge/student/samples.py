@@ -15,7 +15,7 @@ from branchmerge.student import ranks
 from branchmerge.student.between_steps import BetweenSteps, is_due, untouched
 from branchmerge.student.loss import packed_logits
 from branchmerge.student.module import Student
-from branchmerge.study import write_text
+from branchmerge.study import UNWRITABLE, write_text
 
 SAMPLES = "samples.jsonl"
 
@@ -53,8 +53,13 @@ class Samples(BetweenSteps):
         if not ranks.is_first():
             return
         row = {"step": step, "id": self.document.id, "text": self.tokenizer.decode(answer)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            ranks.say(f"warning: {self.path}: cannot be written ({error.strerror}); training goes on")
 
     def _lines_before(self, step: int) -> list[str]:
         """Of an earlier run; a line that was cut off is left out."""

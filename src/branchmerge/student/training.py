@@ -24,7 +24,7 @@ from branchmerge.student.context_parallel import ContextGroup, rows_of
 from branchmerge.student.ending import Ending
 from branchmerge.student.export import check_finite, check_room, export, numbers_in
 from branchmerge.student.forecast import bytes_of_training
-from branchmerge.student.loggers import is_of, loggers_of
+from branchmerge.student.loggers import claim, loggers_of
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
 from branchmerge.student.resume import Resume
@@ -186,10 +186,8 @@ def _fit(
     logs = _logs(config)
     resume = Resume(saved, config.trainer.checkpoint, begin, ending)
     with ExitStack() as during:
-        told = first_step if ranks.is_first() and is_of(logs, saved.folder.name) else 0
-        if first_step and not told:
-            ranks.say(f"warning: {logs}: was another run's in between; the curve begins at step {first_step}")
-        loggers = during.enter_context(loggers_of(config, logs, told)) if ranks.is_first() else False
+        ranks.by_first(lambda: claim(logs, saved.folder.name))
+        loggers = during.enter_context(loggers_of(config, logs, first_step)) if ranks.is_first() else False
         trainer = Trainer(
             **_devices(config, device, precision),
             max_epochs=1,  # the plan holds all epochs, one after the other
