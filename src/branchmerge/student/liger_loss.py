@@ -4,18 +4,24 @@ Source: Liger Kernel (arXiv 2410.10989). Shapes: N rows, H hidden size, V vocabu
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from branchmerge.errors import UserError
 from branchmerge.student.autocast import compute_dtype
 from branchmerge.student.chunked_loss import summed_cross_entropy
 
 PACKAGE = "liger-kernel"
+ROWS, WORDS, WIDTH = 67, 4096, 64
+"""Of the trials: rows, and where something else is tried, the most words and hidden size"""
+SHARE = 1 / 103
+"""The loss's gradient in the trials: as in training it is not 1, with which a kernel is passed over."""
 
 
 def liger_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """As `summed_cross_entropy`; the head's gradient is summed in float32, too."""
+    """As `summed_cross_entropy`; the head's gradient is summed in float32, too, then rounded to the products' dtype."""
     if not len(hidden):  # which its kernel divides by
         return summed_cross_entropy(hidden, head, labels)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -29,20 +35,36 @@ def liger_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 
 def why_not(hidden_size: int, vocabulary: int, device: torch.device, dtype: torch.dtype, tolerance: float) -> str:
-    """Why the kernel cannot be used here, by a trial against `summed_cross_entropy`; empty where it can.
+    """Why the kernels cannot be used here, by trials against `summed_cross_entropy`; empty where they can.
+
+    One trial has the hidden size, the other the vocabulary: both at once would take gigabytes. The rows are cut
+    unevenly where the kernels take more than one at a time.
 
     Args:
         tolerance: relative, of the loss and of the gradients' norm
+
+    Raises:
+        UserError: the device is lost by it
     """
+    shapes = dict.fromkeys(((hidden_size, min(vocabulary, WORDS)), (min(hidden_size, WIDTH), vocabulary)))
+    return next(filter(None, (_why_not(*shape, device, dtype, tolerance) for shape in shapes)), "")
+
+
+def _why_not(hidden_size: int, words: int, device: torch.device, dtype: torch.dtype, tolerance: float) -> str:
     draw = torch.Generator().manual_seed(0)
-    rows, words = 64, min(vocabulary, 4096)
-    hidden = torch.randn(rows, hidden_size, generator=draw).to(device, dtype)
+    hidden = torch.randn(ROWS, hidden_size, generator=draw).to(device, dtype)
     head = (torch.randn(words, hidden_size, generator=draw) * hidden_size**-0.5).to(device, dtype)
-    labels = torch.randint(words, (rows,), generator=draw).to(device)
+    labels = torch.randint(words, (ROWS,), generator=draw).to(device)
     try:
         found = _with_gradients(liger_cross_entropy, hidden, head, labels)
-    except ImportError:
-        return f"{PACKAGE} is not installed here (pip install {PACKAGE})"
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # errors of kernels are told late
+    except ImportError as error:
+        if find_spec("liger_kernel") is None:
+            return f"{PACKAGE} is not installed here (pip install {PACKAGE})"
+        return f"{PACKAGE} cannot be imported here: {error}"
+    except torch.AcceleratorError as error:  # after which this process can do nothing more there
+        raise UserError(f"{PACKAGE} fails on this device ({error}); run again with backbone.loss=chunked") from error
     except Exception as error:  # a compiler, a driver, another version of Triton: whatever it is, training goes on
         return f"{PACKAGE} fails here: {type(error).__name__}: {error}"
     expected = _with_gradients(summed_cross_entropy, hidden, head, labels)
@@ -59,5 +81,5 @@ def _with_gradients(
     hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     with torch.enable_grad():
         loss = cross_entropy(hidden, head, labels)
-        gradients = torch.autograd.grad(loss, (hidden, head))
+        gradients = torch.autograd.grad(loss, (hidden, head), loss.new_tensor(SHARE))
     return [loss.detach().float(), *(gradient.float() for gradient in gradients)]
