@@ -23,6 +23,14 @@ def _at_least(low: float) -> dict[str, Any]:
     return {"low": low}
 
 
+def _between(low: float, high: float) -> dict[str, Any]:
+    return {"low": low, "high": high}
+
+
+def _not_empty() -> dict[str, Any]:
+    return {"empty": False}
+
+
 @dataclass
 class SourceConfig:
     """Where a domain's raw rows come from."""
@@ -164,10 +172,10 @@ class OptimConfig:
     global_batch: int = field(default=MISSING, metadata=_at_least(1))
     lr: float = field(default=MISSING, metadata=_at_least(0))
     schedule: str = field(default=MISSING, metadata=_choice("constant", "cosine"))
-    warmup_ratio: float = field(default=0.1, metadata=_at_least(0))
+    warmup_ratio: float = field(default=0.1, metadata=_between(0, 1))
     """Share of the steps in which the learning rate rises linearly from zero."""
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = field(default=1e-8, metadata=_at_least(0))
+    eps: float = field(default=1e-8, metadata=_at_least(1e-30))
     weight_decay: float = field(default=0.01, metadata=_at_least(0))
     """Decoupled; matrices only, as transformers' own Trainer does."""
     grad_clip: float = field(default=1.0, metadata=_at_least(0))
@@ -259,7 +267,7 @@ class PlanningConfig:
     """Of it, for what no simulation shows: the CUDA context, NCCL's buffers, gaps between pieces of memory."""
     tflops: float = field(default=989.0, metadata=_at_least(0.001))
     """Its dense bfloat16 products, in 1e12 FLOPs a second, by the data sheet."""
-    mfu: float = field(default=0.4, metadata=_at_least(0.001))
+    mfu: float = field(default=0.4, metadata=_between(0.001, 1))
     """The part of that which training reaches; activations computed again are not counted as work."""
     price: float = field(default=2.0, metadata=_at_least(0))
     """Of a GPU for an hour, in any currency."""
@@ -288,10 +296,10 @@ class CommonConfig:
 
     study: StudyConfig = field(default_factory=StudyConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    seed: int = field(default=42, metadata=_at_least(0))
-    outputs: str = "outputs"
+    seed: int = field(default=42, metadata=_between(0, 2**32 - 1))
+    outputs: str = field(default="outputs", metadata=_not_empty())
     """Folder that holds the folders of all studies."""
-    out: str | None = None
+    out: str | None = field(default=None, metadata=_not_empty())
     """Folder for this result in place of its place below outputs/."""
     overwrite: bool = False
     """Replace a finished result that was made with another configuration."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -61,6 +62,11 @@ def check_trainer(trainer: TrainerConfig) -> None:
                 raise UserError(
                     f"trainer.{name}={getattr(trainer, name)}: takes several devices; leave trainer.strategy=single out"
                 )
+    if trainer.gpus_per_job is not None and trainer.devices not in (None, trainer.gpus_per_job):
+        raise UserError(
+            f"trainer.gpus_per_job={trainer.gpus_per_job}: trainer.devices={trainer.devices} asks for another number;"
+            " leave it out"
+        )
     if trainer.devices is not None:
         check_groups(trainer, trainer.devices * trainer.num_nodes)
 
@@ -94,7 +100,8 @@ def _first_missing(node: DictConfig, prefix: str) -> str:
 
 
 def _check(node: Any, prefix: str) -> None:
-    """Check choices and ranges of every field, nested dataclasses included."""
+    """Check names, choices and ranges of every field, nested dataclasses included."""
+    _check_names(node, prefix)
     for item in fields(node):
         value, name = getattr(node, item.name), f"{prefix}{item.name}"
         if is_dataclass(value):
@@ -104,9 +111,11 @@ def _check(node: Any, prefix: str) -> None:
             for key, entry in value.items():
                 if is_dataclass(entry):
                     _check(entry, f"{name}.{key}.")
-        choices, low = item.metadata.get("choices"), item.metadata.get("low")
+        choices, low, high = (item.metadata.get(name) for name in ("choices", "low", "high"))
         if value is None:
             continue
+        if value == "" and not item.metadata.get("empty", True):
+            raise UserError(f"{name}=: is empty; give a folder, or leave it out")
         if choices is not None and value not in choices and (why := WRONG_PRECISIONS.get(str(value))):
             raise UserError(f"{name}={value}: {why}; use bf16-mixed or 32-true")
         if choices is not None and value not in choices:
@@ -114,15 +123,25 @@ def _check(node: Any, prefix: str) -> None:
         for number in value if isinstance(value, list | tuple) else [value]:
             if low is not None and not number >= low:
                 raise UserError(f"{name}={value}: must be at least {low}")
+            if high is not None and not number <= high:
+                raise UserError(f"{name}={value}: must be at most {high}")
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{name}={value}: must be a number that is not infinite")
+
+
+def _check_names(node: Any, prefix: str) -> None:
+    """Refuse keys that the schema does not have: Hydra adds whatever stands behind a +."""
+    known = [item.name for item in fields(node)]
+    for name in vars(node):
+        if name not in known:
+            alike = get_close_matches(name, known, n=1)
+            meant = f"did you mean {prefix}{alike[0]}?" if alike else f"{', '.join(known)} are there"
+            raise UserError(f"{prefix}{name}: there is no such key; {meant}")
 
 
 def _check_optim(optim: OptimConfig) -> None:
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise UserError(f"optim.betas={list(optim.betas)}: give two numbers from 0 to below 1, such as [0.9,0.95]")
-    if optim.warmup_ratio > 1:
-        raise UserError(f"optim.warmup_ratio={optim.warmup_ratio}: a share of the steps, so at most 1")
 
 
 def _check_train(config: TrainConfig) -> None:

@@ -109,6 +109,14 @@ def test_the_mixture_control_has_the_budget_of_all_experts_together() -> None:
         ("study.corpus.science.limit=0", "must be at least 1"),
         ("backbone.attn=fast", "choose one of auto, flash_attention_2, .*, sdpa"),
         ("backbone.loss=fast", "choose one of chunked, liger"),
+        ("+optim.lrr=1", r"optim\.lrr: there is no such key; did you mean optim\.lr\?"),
+        ("+study.corpus.math.pth=x", r"study\.corpus\.math\.pth: there is no such key; did you mean .*\.path\?"),
+        ("+quiet=1", "quiet: there is no such key; study, backbone, .* are there"),
+        ("optim.eps=0", "optim.eps=0.0: must be at least"),
+        ("optim.warmup_ratio=1.5", "optim.warmup_ratio=1.5: must be at most 1"),
+        ("seed=4294967296", "seed=4294967296: must be at most 4294967295"),
+        ("outputs=", "outputs=: is empty"),
+        ("planning.mfu=40", "planning.mfu=40.0: must be at most 1"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused(override: str, said: str) -> None:
