@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import resource
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from branchmerge.data.batch import make_batch
 from branchmerge.data.datamodule import Corpus, TrajectoryData, prepare
 from branchmerge.data.packing import Plan
 from branchmerge.data.template import Document
-from branchmerge.student import attention
+from branchmerge.student import attention, loggers
 from branchmerge.student.backbone import load_model, load_tokenizer
 from branchmerge.student.flops import Shapes, peak_of
 from branchmerge.student.loggers import RUN_ID, loggers_of
@@ -69,6 +70,28 @@ def test_branches_of_one_process_have_wandb_runs_of_their_own_and_go_on_in_them(
         with loggers_of(branch(tiny_student, tmp_path, "domain=math", "logger=wandb"), logs, first_step):
             ids.append((logs / RUN_ID).read_text())
     assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
+def test_a_tracker_that_fails_ends_no_training(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard where no file may grow beyond 4 kB, as on a full disk, and again when there is room."""
+    monkeypatch.setattr(loggers, "PAUSE", 0.0)
+    settings = branch(tiny_student, tmp_path, "domain=math", "logger=tensorboard")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with loggers_of(settings, tmp_path) as (curve, tracker):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            for step in range(200):
+                tracker.log_metrics({"loss": 1.0}, step)
+                tracker.save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        curve.log_metrics({"loss": 1.0}, 200)
+        tracker.finalize("success")
+    said = capsys.readouterr().out
+    assert said.count("warning: TensorBoardLogger: OSError: ") == 1 and "training goes on" in said
 
 
 def test_a_log_gets_the_first_step_the_last_one_and_few_between(

@@ -1,13 +1,16 @@
 """Training curves: a CSV file always, W&B, TensorBoard or MLflow beside it on request."""
 
 import csv
+import io
 import netrc
 import os
 import secrets
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -19,8 +22,11 @@ from branchmerge.study import UNWRITABLE, write_text
 METRICS = "metrics.csv"
 RUN_ID = "wandb-run.txt"
 WORK = "work.txt"
-TOLD = (METRICS, RUN_ID, SAMPLES)
+KEPT = "metrics.csv.kept"
+TOLD = (METRICS, KEPT, RUN_ID, SAMPLES)
 """What a run that goes on reads"""
+PAUSE = 300.0
+"""Seconds after which a tracker that failed is tried again"""
 
 
 @contextmanager
@@ -51,22 +57,38 @@ def claim(folder: Path, work: str) -> None:
 
 
 def _make(config: TrainConfig, folder: Path, first_step: int) -> list[Logger]:
-    kept = _rows_before(folder / METRICS, first_step)
-    (folder / METRICS).unlink(missing_ok=True)
+    curve = _curve(folder, first_step)
+    if config.logger.kind == "wandb":
+        return [curve, _lenient(_wandb(config, folder, first_step))]
+    if config.logger.kind == "tensorboard":
+        return [curve, _lenient(_tensorboard(folder))]
+    if config.logger.kind == "mlflow":
+        return [curve, _lenient(_mlflow(config, folder))]
+    return [curve]
+
+
+def _curve(folder: Path, first_step: int) -> CSVLogger:
+    """With the rows before a step, at whatever moment this process is killed: Lightning's writer begins by removing
+    what is there.
+    """
+    path, kept = folder / METRICS, folder / KEPT
+    rows = _rows_before(kept if kept.is_file() else path, first_step)
+    columns = sorted({name for row in rows for name in row})
+    said = io.StringIO()
+    table = csv.DictWriter(said, columns)
+    table.writeheader()
+    table.writerows(rows)
+    write_text(kept, said.getvalue())
     curve = _Curve(folder, name="", version="", flush_logs_every_n_steps=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Experiment logs directory")  # other logs lie there too, and stay
-        _ = curve.experiment
-    for row in kept:
-        curve.log_metrics({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
-    loggers: list[Logger] = [curve]
-    if config.logger.kind == "wandb":
-        loggers.append(_wandb(config, folder, first_step))
-    elif config.logger.kind == "tensorboard":
-        loggers.append(_tensorboard(folder))
-    elif config.logger.kind == "mlflow":
-        loggers.append(_mlflow(config, folder))
-    return loggers
+        writer = curve.experiment
+    if rows:
+        writer.metrics_keys = columns
+        kept.replace(path)
+    else:
+        kept.unlink()
+    return curve
 
 
 class _Curve(CSVLogger):
@@ -89,7 +111,33 @@ class _Curve(CSVLogger):
             self._told = True
 
 
-def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
+def _lenient(logger: Logger) -> Logger:
+    """A tracker that fails, as its server is away or its disk full, ends no training: the CSV file has the curve."""
+
+    def guarded(call: Callable[..., None]) -> Callable[..., None]:
+        def tried(*given: Any, **named: Any) -> None:
+            if failures and time.monotonic() < failures[-1] + PAUSE:
+                return
+            try:
+                call(*given, **named)
+            except Exception as error:  # of whatever library
+                said = " ".join(str(error).split())
+                if not failures:
+                    ranks.say(
+                        f"warning: {type(logger).__name__}: {type(error).__name__}: {said}; training goes on, with rows"
+                        f" left out there for {PAUSE:.0f} s at a time; {METRICS} has all"
+                    )
+                failures.append(time.monotonic())
+
+        return tried
+
+    failures: list[float] = []
+    for name in ("log_metrics", "save", "finalize"):
+        setattr(logger, name, guarded(getattr(logger, name)))
+    return logger
+
+
+def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
     """Of a curve; a line that was cut off is left out, and a damaged curve begins anew."""
     if not path.is_file():
         return []
@@ -97,11 +145,16 @@ def _rows_before(path: Path, step: int) -> list[dict[str, float]]:
         whole = path.read_text()
         rows = csv.DictReader(whole[: whole.rfind("\n") + 1].splitlines())
         # Validation has rows of its own, which leave the columns of training empty, and the other way round.
-        kept = [{name: float(value) for name, value in row.items() if value} for row in rows]
-        return [row for row in kept if row["step"] < step]
+        kept = [{name: value for name, value in row.items() if value} for row in rows]
+        return [row for row in kept if _step_of(row) < step]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         ranks.say(f"warning: {path}: damaged ({error}); the curve begins anew")
         return []
+
+
+def _step_of(row: dict[str, str]) -> float:
+    """Raises ValueError where it is no row of numbers."""
+    return {name: float(value) for name, value in row.items()}["step"]
 
 
 def _wandb(config: TrainConfig, folder: Path, first_step: int) -> Logger:
