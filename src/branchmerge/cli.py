@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -21,6 +22,10 @@ from branchmerge.errors import UserError
 
 SHOW = "BRANCHMERGE_FULL_ERROR"
 """Where `run` keeps what the user said of tracebacks."""
+SPINS = "1000"
+"""Rounds in which a thread of OpenMP waits for others before it lets go of its core (GNU's; 300,000 where nothing says
+otherwise). Where another program runs, such waiting keeps the core from the very thread that is waited for: a training
+took up to fourteen times as long (benchmarks/busy_core.py)."""
 
 
 _TOGETHER: dict[Callable[[list[Any]], object], list[Any]] = {}
@@ -39,6 +44,8 @@ def run(main: Callable[[], None]) -> None:
     """
     os.environ[SHOW] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
     # Our dependencies' notes about their own future are of no use to a user, who cannot act on them.
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -55,7 +62,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         _end(UserError(f"{error.filename}: cannot be made or read ({error.strerror}); give an outputs= of your own"))
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         gc.freeze()  # as in `importing`: the last collection of all takes a second
 
