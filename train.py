@@ -22,15 +22,15 @@ def main(cfg: DictConfig) -> None:
     # Imported here, so that a mistake on the command line is told at once and not after loading torch.
     with cli.importing():
         from branchmerge.student import launch, ranks
-        from branchmerge.trajectories.sources import read_branch
+        from branchmerge.student.preflight import check_branch
     if launch.is_needed(branch):
-        read_branch(branch)  # a mistake in it is told before any process starts
+        check_branch(branch)  # a mistake in it is told before any process starts
         cli.together(launch.launch, launch.this_branch(branch, __file__))
         return
     with cli.importing():
         from branchmerge.student.training import train
     if branch.study.warmup and branch.backbone.path is None and branch.domain.name != "warmup":
-        read_branch(branch)  # the branch's own data, before minutes go into the backbone
+        check_branch(branch)  # before minutes go into the backbone
         train(typed(cli.compose_domain("warmup"), config.TrainConfig))
     train(branch)
     cli.together(ranks.leave, None)  # torchrun's processes meet once, whatever number of members they train

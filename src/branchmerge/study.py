@@ -111,12 +111,14 @@ class Study:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a finished result, None where there is none."""
     path = folder / MANIFEST
-    if not path.is_file():
-        return None
     try:
         raw = json.loads(path.read_text())
         raw["parents"] = [Parent(**parent) for parent in raw["parents"]]
         return Manifest(**raw)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest of branchmerge ({error}); move it away or repair it") from error
 
@@ -131,8 +133,7 @@ def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
     if found is not None and "backbone" not in found.work:  # experts from before it was recorded are what they are
         planned = replace(planned, work={key: value for key, value in planned.work.items() if key != "backbone"})
     if found is None:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is no result of branchmerge; give another out=, or empty it yourself")
+        check_free(folder)
         return False
     if found.identity() == planned.identity():
         return True
@@ -142,6 +143,12 @@ def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
     raise UserError(
         f"{folder} holds a result made otherwise ({changed}); give another out=, delete it, or overwrite=true"
     )
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a place where something lies that branchmerge did not make."""
+    if folder.exists() and not (folder / MANIFEST).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no result of branchmerge; give another out=, or empty it yourself")
 
 
 @contextmanager

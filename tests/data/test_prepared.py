@@ -60,7 +60,9 @@ def test_rows_are_asked_for_once(tiny_student: Path, tmp_path: Path) -> None:
     assert said(prepared(config, tiny_student, tmp_path / "corpus", begun=False)) == said(first)
 
 
-@pytest.mark.parametrize("harm", ["a token", "half the tokens", "no account", "a broken account", "another format"])
+@pytest.mark.parametrize(
+    "harm", ["a token", "half the tokens", "no account", "a broken account", "another prompt", "another format"]
+)
 def test_what_is_not_whole_is_made_again(
     harm: str, config: TrainConfig, tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,7 +74,11 @@ def test_what_is_not_whole_is_made_again(
     elif harm == "half the tokens":
         (folder / TOKENS).write_bytes(tokens[: len(tokens) // 2])
     elif harm == "another format":
-        (folder / CORPUS).write_text((folder / CORPUS).read_text().replace('"format": 1', '"format": 0'))
+        (folder / CORPUS).write_text((folder / CORPUS).read_text().replace('"format": 2', '"format": 0'))
+    elif harm == "another prompt":
+        facts = json.loads((folder / CORPUS).read_text())
+        facts["documents"][0][2] -= 1
+        (folder / CORPUS).write_text(json.dumps(facts))
     elif harm == "no account":
         (folder / CORPUS).unlink()
     else:

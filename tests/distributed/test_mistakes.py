@@ -28,6 +28,11 @@ def test_mistakes_are_told_before_any_process_starts(tiny_student: Path, tmp_pat
         branch(tiny_student, tmp_path, "trainer.strategy=single", "trainer.devices=2", "optim.global_batch=2")
     with pytest.raises(UserError, match=r"trainer\.replicate=3: 2 devices cannot be cut into so many equal sets"):
         branch(tiny_student, tmp_path, *FSDP, "trainer.devices=2", "optim.global_batch=2", "trainer.replicate=3")
+    with pytest.raises(UserError, match=r"trainer\.gpus_per_job=2: trainer\.devices=4 asks for another number"):
+        branch(tiny_student, tmp_path, *FSDP, "trainer.gpus_per_job=2", "trainer.devices=4")
+    alone = branch(tiny_student, tmp_path, *FSDP, "trainer.replicate=3")
+    with pytest.raises(UserError, match=r"trainer\.replicate=3: 1 devices cannot be cut into so many equal sets"):
+        launch([Branch(alone, "train.py", [])])
     nodes = branch(tiny_student, tmp_path, *FSDP, "trainer.num_nodes=2", "optim.global_batch=2")
     with pytest.raises(UserError, match=r"start train\.py on every node by torchrun or Slurm"):
         launch([Branch(nodes, "train.py", [])])

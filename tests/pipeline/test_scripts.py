@@ -217,6 +217,21 @@ def test_a_malformed_row_names_file_and_line_before_anything_is_trained(
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
+def test_what_the_warm_up_does_not_have_is_told_before_it(tiny_student: Path, tmp_path: Path, run_warm: Run) -> None:
+    occupied = tmp_path / "mine"
+    occupied.mkdir()
+    (occupied / "thesis.tex").write_text("")
+    for override, said in (
+        ("data.validation_rows=30", "data.validation_rows=30: of 20 rows of code only"),
+        ("optim.optimizer=adamw_8bit", "torchao is not installed"),
+        (f"out={occupied}", "exists and is no result of branchmerge"),
+    ):
+        failed = run_warm("train", tiny_student, tmp_path / "outputs", "domain=code", override)
+        assert failed.returncode == 1 and said in failed.stderr, failed.stderr
+        assert len(failed.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "outputs" / "tiny" / "backbone").exists()
+
+
 def test_full_error_shows_the_traceback(tiny_student: Path, tmp_path: Path, run_warm: Run) -> None:
     failed = run_warm("merge", tiny_student, tmp_path, "tree=[math]", HYDRA_FULL_ERROR="1")
     assert failed.returncode == 1 and "Traceback" in failed.stderr and "two or more" in failed.stderr

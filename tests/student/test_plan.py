@@ -207,6 +207,11 @@ def test_a_plan_tells_steps_tokens_time_and_cost(roomy: tuple[Path, Plan]) -> No
     assert "fits." in text and "1,511 steps" in text and "half a packed row" in text
 
 
+@pytest.mark.slow
+def test_a_member_of_a_multirun_has_gpus_of_its_own(roomy: tuple[Path, Plan]) -> None:
+    assert planned(roomy[0], "trainer.gpus_per_job=2").asked.setting.world == 2
+
+
 def test_devices_that_cannot_share_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 devices make no such groups; use a multiple of 2"):
         planned(tmp_path, "trainer.devices=3", "trainer.context_parallel=2")
@@ -269,6 +274,9 @@ def test_rows_that_are_here_are_counted(tiny_student: Path, tmp_path: Path) -> N
     assert plan.work is not None and plan.work.steps == 3 and plan.work.rows == 6
     assert plan.work.learned < plan.work.tokens <= 6 * 256
     assert make_plan(asked).work == plan.work
+    text = told(plan)
+    assert f"model     {tiny_student}, " in text and "1 process of 80 GiB (on a CPU)" in text
+    assert "each process has 2" in text and "set them to this CPU's" in text and "GPU hours" not in text
 
 
 @pytest.mark.slow

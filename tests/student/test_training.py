@@ -3,13 +3,15 @@
 import json
 import math
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from branches import branch, metrics
+from branches import PROJECT, branch, metrics
 from conftest import make_student
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
@@ -18,14 +20,14 @@ from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.datamodule import prepare
 from branchmerge.data.template import Document
 from branchmerge.errors import UserError
-from branchmerge.student import attention
+from branchmerge.student import attention, places
 from branchmerge.student.backbone import load_model, load_tokenizer, locate
 from branchmerge.student.loss import summed_loss
 from branchmerge.student.module import Student
 from branchmerge.student.optim import lr_factor
 from branchmerge.student.sharding import compile_layers
 from branchmerge.student.training import train
-from branchmerge.study import Study, read_manifest
+from branchmerge.study import Study, file_sha256, locked, read_manifest
 from branchmerge.trajectories.sources import read_branch
 
 
@@ -105,6 +107,36 @@ def test_weights_that_cannot_be_read_are_told_in_a_line(tiny_student: Path, tmp_
         train(branch(folder, tmp_path, "domain=math"))
 
 
+def test_rows_that_change_while_a_run_waits_are_told_as_they_are_read(tiny_student: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    before = (PROJECT / "assets" / "demo" / "trajectories" / "math.jsonl").read_text().splitlines(keepends=True)
+    rows.write_text("".join(before[:20]))
+    settings = branch(tiny_student, tmp_path, "domain=math", f"data.path={rows}")
+    held = threading.Event()
+
+    def other_run() -> None:
+        with locked(places.result(settings)):
+            held.set()
+            time.sleep(2)
+            rows.write_text("".join(before[:30]))
+
+    other = threading.Thread(target=other_run)
+    other.start()
+    held.wait()
+    manifest = read_manifest(train(settings))
+    other.join()
+    assert manifest is not None
+    told = manifest.data["sources"]["data.path"]
+    assert told["read"] == 30 and told["sha256"] == file_sha256(rows)
+    assert manifest.work["data"]["sources"][0]["sha256"] == told["sha256"]
+
+
+def test_a_kind_of_model_without_hidden_states_of_its_own_is_refused(tmp_path: Path) -> None:
+    llama4 = make_student(tmp_path / "llama4", model_type="llama4_text", num_local_experts=2, head_dim=8)
+    with pytest.raises(UserError, match="model_type=llama4_text: transformers gives no hidden states"):
+        train(branch(llama4, tmp_path, "domain=math"))
+
+
 def test_debug_replaces_no_expert(tiny_student: Path, tmp_path: Path) -> None:
     out = train(branch(tiny_student, tmp_path, "domain=math", f"out={tmp_path / 'expert'}"))
     before = read_manifest(out)
@@ -137,10 +169,17 @@ def test_an_expert_from_before_its_backbones_files_were_recorded_stays(
     assert "done already" in capsys.readouterr().out and json.loads(manifest.read_text()) == before
 
 
-def test_a_row_that_the_template_refuses_is_named(tiny_student: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "TemplateError: System role not supported"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_row_that_the_template_refuses_is_named(template: str, why: str, tiny_student: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_student, tmp_path / "strict"))
-    (folder / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
-    with pytest.raises(UserError, match=r"math-\d+: cannot be written by .* \(System role not supported\)"):
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=rf"math-\d+: cannot be written by .* \({why}\)"):
         train(branch(folder, tmp_path, "domain=math"))
 
 

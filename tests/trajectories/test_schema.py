@@ -71,7 +71,7 @@ def test_unusable_row_is_refused_with_its_reason(raw: Any, says: str) -> None:
         ({"grader": "math"}, "'math' needs an answer"),
         ({"grader": "choice"}, "'choice' needs an answer"),
         ({"grader": "integer"}, "'integer' needs an answer"),
-        ({"grader": "integer", "answer": "12.5"}, "needs an integer; its answer is '12.5'"),
+        ({"grader": "integer", "answer": "12.5"}, "needs an integer of at most 1000 digits; its answer is '12.5'"),
         ({"grader": "livecodebench", "function": "f"}, "public or private tests"),
         ({"grader": "math", "tests": ["assert True"]}, "'math' needs an answer"),
         ({"grader": "code", "answer": "84"}, "non-empty list of tests"),

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from branchmerge.errors import UserError
 from branchmerge.trajectories.schema import Message, Reference, Trajectory
 from branchmerge.trajectories.selection import select
 from branchmerge.trajectories.verification import CORRECT, UNVERIFIED, verify
@@ -30,6 +31,12 @@ def test_verify_answers_row_by_row_in_order() -> None:
     assert list(verify(rows)) == [
         CORRECT, "wrong_answer", UNVERIFIED, "failed_test", CORRECT, "crashed", "no_answer",
     ]  # fmt: skip
+
+
+def test_a_reference_that_cannot_be_read_is_named() -> None:
+    damaged = trajectory(8, "```python\nprint(1)\n```", Reference("livecodebench", public="[]", private="eJx"))
+    with pytest.raises(UserError, match=r"row-8: its reference cannot be used \(the private tests .*mend or drop"):
+        list(verify([RIGHT, damaged]))
 
 
 def test_wrong_and_repeated_rows_are_dropped_and_counted_by_reason() -> None:

@@ -46,6 +46,22 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     return {"validation_rows": config.data.validation_rows, "held_out_of_others": others}
 
 
+def check_count(config: TrainConfig, own: Mapping[str, list[Trajectory]]) -> None:
+    """Refuse more than there are, before any is graded.
+
+    Args:
+        own: as for `hold_out`
+    """
+    wanted = config.data.validation_rows
+    if not wanted:
+        return
+    others = {part: sources.read(source) for part, source in other_sources(config).items()}
+    for part, rows in {**own, **others}.items():
+        prompts = len({row.prompt for row in rows})
+        if prompts < wanted:
+            raise _too_few(wanted, len(rows), part, prompts)
+
+
 def hold_out(
     config: TrainConfig,
     own: Mapping[str, list[Trajectory]],
@@ -91,7 +107,11 @@ def _choose(
         chosen += [(row, document) for row, document in documents if len(document) <= longest]
         if len(chosen) >= wanted:
             return chosen[:wanted]
-    raise UserError(
-        f"data.validation_rows={wanted}: of {len(rows)} rows of {part} only {len(chosen)} can be held out;"
-        " lower it, or check that data"
+    raise _too_few(wanted, len(rows), part, len(chosen))
+
+
+def _too_few(wanted: int, rows: int, part: str, found: int) -> UserError:
+    return UserError(
+        f"data.validation_rows={wanted}: of {rows} rows of {part} only {found} can be held out; lower it, or check that"
+        " data"
     )

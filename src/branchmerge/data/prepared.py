@@ -2,13 +2,14 @@
 
     checkpoints/<domain>-<fingerprint of the work>/corpus/
         tokens.int32  the documents one after the other: those to train on, then those held out
-        corpus.json   id, tokens and prompt of each, the account of the rows, the SHA-256 of tokens.int32, versions
+        corpus.json   id, tokens and prompt of each, the account of the rows, versions; SHA-256 of these and the tokens
 
 The tokens are mapped, not read, so that the processes of a node hold them in memory once. And graders are asked once: a
 program close to its time limit may pass today and fail tomorrow, or on another core; rows that come and go with that
 would give every process a training of its own, and a checkpoint another plan than the one that it was made under.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from branchmerge.study import file_sha256, package_versions, whole_or_gone, writ
 from branchmerge.trajectories.sources import read_branch
 
 TOKENS, CORPUS = "tokens.int32", "corpus.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def prepared(config: TrainConfig, start: Path, folder: Path, begun: bool) -> Corpus:
@@ -66,14 +67,14 @@ def write(corpus: Corpus, folder: Path) -> None:
                 file.write(document.tokens.astype("<i4").tobytes())
             file.flush()
             os.fsync(file.fileno())
-        facts = {
+        facts: dict[str, Any] = {
             "format": FORMAT,
             "packages": package_versions(),
-            "sha256": file_sha256(partial / TOKENS),
             "documents": [(document.id, len(document), document.prompt_len) for document in documents],
             "held_out": {part: len(chosen) for part, chosen in corpus.held_out.items()},
             "account": corpus.account,
         }
+        facts["sha256"] = _fingerprint(facts, partial)
         write_text(partial / CORPUS, json.dumps(facts))
         partial.rename(folder)
 
@@ -101,7 +102,7 @@ def _kept(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         facts = _facts(folder)
-        if facts["format"] == FORMAT and facts["sha256"] == file_sha256(folder / TOKENS):
+        if facts["format"] == FORMAT and facts["sha256"] == _fingerprint(facts, folder):
             return facts
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -112,3 +113,10 @@ def _kept(folder: Path) -> dict[str, Any] | None:
 def _facts(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((folder / CORPUS).read_text(encoding="utf-8"))
     return facts
+
+
+def _fingerprint(facts: dict[str, Any], folder: Path) -> str:
+    """Of all that decides the training."""
+    deciding = [facts[name] for name in ("documents", "held_out", "account")]
+    text = json.dumps([file_sha256(folder / TOKENS), *deciding])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -54,7 +53,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, trajectories: Sequence[Trajecto
         part = trajectories[start : start + PART]
         try:
             yield from _tokenise(tokenizer, part)
-        except (TemplateError, TypeError):
+        except Exception:  # a template may compute, and so fail, in any way
             for trajectory in part:  # which one it is
                 _check(tokenizer, trajectory)
             raise
@@ -89,8 +88,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
 def _check(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> None:
     try:
         _tokenise(tokenizer, [trajectory])
-    except (TemplateError, TypeError) as error:
+    except Exception as error:
         raise UserError(
-            f"{trajectory.id}: cannot be written by the backbone's chat template and tokenizer ({error}); mend or drop"
-            " that row, or take another backbone"
+            f"{trajectory.id}: cannot be written by the backbone's chat template and tokenizer"
+            f" ({type(error).__name__}: {error}); mend or drop that row, or take another backbone"
         ) from error

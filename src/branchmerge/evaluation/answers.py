@@ -6,15 +6,13 @@ says "the answer is ...".
 
 import re
 
+from branchmerge.trajectories.schema import LONGEST
+
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boldsymbol)\{([^{}]*)\}")
 STATED = re.compile(r"\b(?:answer|choice|option)\b[^.\n]{0,40}?(?:\bis\b|:|=)[\s*_$(\\]*", re.IGNORECASE)
 """The beginning of a statement, up to what is stated"""
 INTEGER = re.compile(r"[+-]?\d+(?:\.0*)?")
 LETTER = re.compile(r"\(?([A-J])\)?(?:[.:,)].*)?", re.DOTALL)
-
-
-LONGEST = 1000
-"""Digits of an integer; what is longer is no answer, and from 4,300 on Python reads none."""
 
 
 def integer(text: str) -> int | None:

@@ -10,6 +10,7 @@ of processes. A branch of other settings or data has another fingerprint and doe
 all of this together, and need a folder that all of them see.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -35,6 +36,8 @@ from branchmerge.study import UNWRITABLE, Manifest, file_sha256, write_json
 
 DONE = "checkpoint.json"
 STATE, GENERATORS = "state", "generators-{rank}.pt"
+DIGITS = 12
+"""Of a fingerprint in a folder's name"""
 FULL = 1 << 24
 """A disk with less than so many bytes left was too small for what could not be written."""
 
@@ -67,7 +70,8 @@ class CheckpointFolder:
     def __init__(self, root: Path, planned: Manifest, keep_last: int) -> None:
         work = json.dumps(planned.identity(), sort_keys=True)
         self.root = root
-        self.folder = root / f"{planned.name}-{hashlib.sha256(work.encode()).hexdigest()[:12]}"
+        self.name = planned.name
+        self.folder = root / f"{planned.name}-{hashlib.sha256(work.encode()).hexdigest()[:DIGITS]}"
         self.keep_last = keep_last
         self.rows = ""
         """Fingerprint of the rows that they are made of; none is good for others"""
@@ -84,6 +88,17 @@ class CheckpointFolder:
                 f" the disk has {free / 1e9:.2g} GB left; what finds no room is not written: give another outputs=, or"
                 " trainer.checkpoint.keep_last=1"
             )
+
+    def tell_of_others(self) -> None:
+        """Say what lies there of branches of this name with other settings or data, which nothing else ever removes."""
+        for folder in sorted(self.root.glob(f"{glob.escape(self.name)}-{'[0-9a-f]' * DIGITS}")):
+            if folder != self.folder and any(folder.glob("step-*")):
+                size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                print(
+                    f"{folder}: holds {size / 1e9:.2g} GB of checkpoints of {self.name} with other settings or data;"
+                    " delete it if that training is not to go on",
+                    flush=True,
+                )
 
     def has_some(self) -> bool:
         return any(self.folder.glob("step-*"))

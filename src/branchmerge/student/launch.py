@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from branchmerge import machine
 from branchmerge.cli import SHOW
 from branchmerge.config import TrainConfig
+from branchmerge.config_checks import check_groups
 from branchmerge.errors import UserError
 from branchmerge.student import ranks
 
@@ -58,7 +59,8 @@ def launch(branches: Sequence[Branch]) -> None:
     """Train them, side by side as far as `trainer.gpus_per_job` says; returns when all have ended.
 
     Raises:
-        UserError: more than one node is asked for, or fewer devices are here than a branch takes
+        UserError: more than one node is asked for, fewer devices are here than a branch takes, or as many cannot share
+            its rows
         SystemExit: a branch failed, after the others have run; or this process was told to end
     """
     trainer = branches[0].config.trainer
@@ -68,6 +70,8 @@ def launch(branches: Sequence[Branch]) -> None:
             " docs/training.md"
         )
     places = _places(branches[0].config)
+    for branch in branches:
+        check_groups(branch.config.trainer, _processes(branch.config))
     free: SimpleQueue[Sequence[int] | None] = SimpleQueue()
     for place in places:
         free.put(place)

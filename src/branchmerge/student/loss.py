@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from branchmerge.data.batch import Batch
+from branchmerge.errors import UserError
 from branchmerge.student import liger_loss
 from branchmerge.student.chunked_loss import summed_cross_entropy
 from branchmerge.student.context_parallel import ContextGroup
@@ -73,8 +74,18 @@ class PackedLoss(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, context: ContextGroup | None = None, compiled: bool = False) -> None:
-        """`compiled`: the chunked loss is, by torch.compile."""
+        """`compiled`: the chunked loss is, by torch.compile.
+
+        Raises:
+            UserError: transformers has no way to the model's hidden states
+        """
         super().__init__()
+        if model.base_model is model:
+            kind = model.config.model_type
+            raise UserError(
+                f"model_type={kind}: transformers gives no hidden states of {type(model).__name__} apart from its"
+                " logits, which the loss is made of; take another kind of model"
+            )
         self.model = model
         self.context = context
         self.chunked: Loss = partial(chunked_loss, compiled=True) if compiled else chunked_loss

@@ -92,10 +92,11 @@ def _shape(config: TrainConfig, checkpoint: Path | None) -> tuple[dict[str, Any]
 def _world(config: TrainConfig) -> tuple[int, list[str]]:
     """Number of devices, and what was assumed for it."""
     trainer = config.trainer
-    if trainer.devices is not None:
-        return trainer.devices * trainer.num_nodes, []
-    if not trainer.sharded:
-        return 1, []
+    of_a_node = trainer.gpus_per_job or trainer.devices
+    if of_a_node is not None:
+        return of_a_node * trainer.num_nodes, []
+    if not trainer.sharded or trainer.accelerator == "cpu":
+        return trainer.num_nodes, []
     said = f"trainer.devices=null: {GPUS_OF_A_NODE} GPUs a node are assumed"
     return GPUS_OF_A_NODE * trainer.num_nodes, [said]
 
@@ -246,6 +247,11 @@ def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workloa
             f"{', '.join(map(str, uneven))} GPUs cannot share steps of {config.optim.global_batch} rows equally, so"
             " some of them wait"
         )
+    if asked.cpu_offload:
+        notes.append("the time is without what goes between the CPU's memory and the GPU's, which may take longer")
+    if not asked.gpu:
+        said = f"planning.tflops={config.planning.tflops:g}, planning.mfu={config.planning.mfu:g} and planning.price"
+        notes.append(f"the time is that of {said}; set them to this CPU's")
     if asked.gpu:
         notes.append("activations are FlashAttention's: its result and a number for each head and token")
     if asked.eight_bit:

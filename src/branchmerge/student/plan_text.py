@@ -18,21 +18,21 @@ def told(plan: Plan) -> str:
     config, asked = plan.config, plan.asked
     card = config.planning
     verdict = "fits" if asked.fits else "DOES NOT FIT"
-    need = asked.memory.total / GIB
+    need, device = asked.memory.total / GIB, _device(asked)
     lines = [
         f"Plan of study {config.study.name}, domain {config.domain.name}: {verdict}.",
-        f"  model     {config.backbone.name}, {asked.memory.parameters:,} parameters",
+        f"  model     {config.backbone.path or config.backbone.name}, {asked.memory.parameters:,} parameters",
         f"  machine   {_machine(plan)}",
-        f"  step      {config.optim.global_batch} rows of {asked.setting.seq_len:,} tokens; each GPU has"
+        f"  step      {config.optim.global_batch} rows of {asked.setting.seq_len:,} tokens; each {device} has"
         f" {asked.setting.rows}, one after the other",
-        f"  memory    {need:.1f} GiB a GPU and {card.reserve_gib:g} in reserve, of {card.card_gib:g}"
+        f"  memory    {need:.1f} GiB a {device} and {card.reserve_gib:g} in reserve, of {card.card_gib:g}"
         + _host(asked, config.trainer.num_nodes),
         f"  disk      {_disk(plan)}",
         *_work(plan),
         "",
-        f"By number of GPUs, at {asked.setting.seq_len:,} tokens (GiB a GPU at the peak of a step):",
-        _table(plan, plan.by_devices, "GPUs"),
-        f"By length of a row, on {_gpus(asked)}:",
+        f"By number of {_several(device)}, at {asked.setting.seq_len:,} tokens (GiB a {device} at the peak of a step):",
+        _table(plan, plan.by_devices, _several(device)),
+        f"By length of a row, on {_devices(asked)}:",
         _table(plan, plan.by_length, "tokens"),
         *_advice(plan),
         *(f"Note: {note}." for note in plan.notes),
@@ -40,8 +40,17 @@ def told(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _gpus(option: Option) -> str:
-    return f"{option.setting.world} GPU{'s' if option.setting.world > 1 else ''}"
+def _device(option: Option) -> str:
+    return "GPU" if option.setting.gpu else "process"
+
+
+def _several(device: str) -> str:
+    return "GPUs" if device == "GPU" else "processes"
+
+
+def _devices(option: Option) -> str:
+    device = _device(option)
+    return f"{option.setting.world} {_several(device) if option.setting.world > 1 else device}"
 
 
 def _machine(plan: Plan) -> str:
@@ -54,7 +63,7 @@ def _machine(plan: Plan) -> str:
         "products in bfloat16" if setting.bf16 else "products in float32",
         "activations computed again" if setting.checkpointing else "activations kept",
     ]
-    where = f"{_gpus(plan.asked)} of {card.card_gib:g} GiB ({card.card})"
+    where = f"{_devices(plan.asked)} of {card.card_gib:g} GiB ({card.card if setting.gpu else 'on a CPU'})"
     return ", ".join([where, *(word for word in how if word)])
 
 
@@ -82,20 +91,21 @@ def _work(plan: Plan) -> list[str]:
     return [
         f"  work      {work.steps:,} steps, {work.rows:,} rows, {work.tokens:,} tokens,"
         f" {work.flops(asked.memory.work):.3g} FLOPs",
-        f"  time      {asked.hours:,.1f} hours, {asked.gpu_hours:,.0f} GPU hours at {card.mfu:.0%} of"
+        f"  time      {asked.hours:,.1f} hours, {asked.gpu_hours:,.0f} {_device(asked)} hours at {card.mfu:.0%} of"
         f" {card.tflops:g} TFLOP/s; cost {asked.gpu_hours * card.price:,.0f} at {card.price:g} an hour",
     ]
 
 
 def _table(plan: Plan, options: Sequence[Option], by: str) -> str:
     table = Table(box=box.MARKDOWN)
-    with_time = by == "GPUs" and any(option.hours is not None for option in options)
-    heads = [by, *(("rows",) if by == "GPUs" else ()), *KINDS, "peak", "fits"]
-    for head in [*heads, *(("hours", "GPU hours", "cost") if with_time else ())]:
+    by_devices = by != "tokens"
+    with_time = by_devices and any(option.hours is not None for option in options)
+    heads = [by, *(("rows",) if by_devices else ()), *KINDS, "peak", "fits"]
+    for head in [*heads, *(("hours", f"{_device(plan.asked)} hours", "cost") if with_time else ())]:
         table.add_column(head, justify="right", no_wrap=True)
     for option in options:
         setting, memory = option.setting, option.memory
-        first = [f"{setting.world}", f"{setting.rows}"] if by == "GPUs" else [f"{setting.seq_len:,}"]
+        first = [f"{setting.world}", f"{setting.rows}"] if by_devices else [f"{setting.seq_len:,}"]
         sizes = [f"{getattr(memory, kind) / GIB:.1f}" for kind in KINDS]
         row = [*first, *sizes, f"{memory.total / GIB:.1f}", "yes" if option.fits else "no"]
         if with_time:

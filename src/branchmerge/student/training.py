@@ -17,7 +17,7 @@ from branchmerge.data import held_out
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account
 from branchmerge.data.prepared import prepared
 from branchmerge.errors import UserError
-from branchmerge.student import attention, backbone, ranks, trials
+from branchmerge.student import attention, backbone, places, ranks, trials
 from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.context_parallel import ContextGroup, rows_of
@@ -38,7 +38,7 @@ from branchmerge.student.sharding import (
     shard,
 )
 from branchmerge.student.watch import watchers
-from branchmerge.study import Manifest, Study, is_done, locked, parent_of, publish, read_manifest
+from branchmerge.study import Manifest, is_done, locked, parent_of, publish, read_manifest
 
 
 def train(config: TrainConfig) -> Path:
@@ -61,10 +61,10 @@ def train(config: TrainConfig) -> Path:
     backbone.check_rows(shape, config.data.seq_len)
     precision = _precision(config.trainer.precision, device)
     _check_alike(start, precision)
-    folder = _folder(config)
-    planned = ranks.by_first(lambda: _plan_manifest(config, start, precision))
+    folder = places.result(config)
     with ExitStack() as stack:
         ranks.by_first(lambda: stack.enter_context(locked(folder)))
+        planned = ranks.by_first(lambda: _plan_manifest(config, start, precision))  # as rows may change while it waits
         ranks.by_first(lambda: _check_redo(config, folder))
         if ranks.by_first(lambda: is_done(folder, planned, config.overwrite)) and not config.redo:
             ranks.say(f"{folder}: done already")
@@ -74,6 +74,7 @@ def train(config: TrainConfig) -> Path:
         saved = _saved(config, planned)
         ranks.by_first(lambda: check_room(start, folder, getattr(torch, config.export_dtype)))
         ranks.check_shared(saved.folder)
+        ranks.by_first(saved.tell_of_others)
         if config.trainer.checkpoint.is_on:
             ranks.by_first(lambda: saved.tell_if_small(bytes_of_training(config) * numbers_in(start)))
         corpus = prepared(config, start, saved.folder / "corpus", ranks.by_first(saved.has_some))
@@ -183,7 +184,7 @@ def _fit(
     context = ContextGroup.join(shared)
     share, shares = rows_of(context)
     student = _student(config, start, compute, attn, steps, context)
-    logs = _logs(config)
+    logs = places.logs(config)
     resume = Resume(saved, config.trainer.checkpoint, begin, ending)
     with ExitStack() as during:
         ranks.by_first(lambda: claim(logs, saved.folder.name))
@@ -270,32 +271,8 @@ def _tell(corpus: Corpus) -> None:
     print(f"{len(corpus.plan.steps)} steps, {corpus.tokens} tokens, {corpus.supervised} of them learned", flush=True)
 
 
-def _folder(config: TrainConfig) -> Path:
-    """Where the result belongs."""
-    if config.out is not None:
-        return Path(config.out).expanduser()
-    study = Study(config)
-    return study.backbone if config.domain.name == "warmup" else study.expert(config.domain.name)
-
-
-def _logs(config: TrainConfig) -> Path:
-    """Where the training curves go."""
-    if config.out is not None:
-        out = Path(config.out).expanduser()
-        return out.parent / f"{out.name}-logs"
-    return Study(config).logs("train", config.domain.name)
-
-
-def _checkpoints(config: TrainConfig) -> Path:
-    """Where checkpoints lie while a branch is in training."""
-    if config.out is not None:
-        out = Path(config.out).expanduser()
-        return out.parent / f"{out.name}-checkpoints"
-    return Study(config).checkpoints
-
-
 def _saved(config: TrainConfig, planned: Manifest) -> CheckpointFolder:
-    return CheckpointFolder(_checkpoints(config), planned, config.trainer.checkpoint.keep_last)
+    return CheckpointFolder(places.checkpoints(config), planned, config.trainer.checkpoint.keep_last)
 
 
 def _precision(asked: str, device: torch.device) -> str:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
+LONGEST = 1000
+"""Digits of an integer that is an answer; Python reads none of more than 4,300."""
 GRADERS = ("math", "choice", "integer", "code", "livecodebench", "livecodebench_official")
 
 
@@ -62,8 +64,11 @@ class Reference:
             return Reference(raw["grader"], public=public, private=private, function=str(raw.get("function") or ""))
         if "answer" not in raw:
             raise ValueError(f"a reference with grader {raw['grader']!r} needs an answer")
-        if raw["grader"] == "integer" and not re.fullmatch(r"[+-]?\d+", str(raw["answer"])):
-            raise ValueError(f"a reference with grader 'integer' needs an integer; its answer is {raw['answer']!r}")
+        if raw["grader"] == "integer" and not re.fullmatch(rf"[+-]?\d{{1,{LONGEST}}}", str(raw["answer"])):
+            raise ValueError(
+                f"a reference with grader 'integer' needs an integer of at most {LONGEST} digits; its answer is"
+                f" {str(raw['answer'])[:100]!r}"
+            )
         return Reference(raw["grader"], answer=str(raw["answer"]))
 
 
@@ -110,4 +115,6 @@ class Trajectory:
         if not any(message.role == "user" for message in messages[:-1]):
             raise ValueError("the row has no user turn before the assistant's")
         reference = Reference.parse(raw["reference"]) if raw.get("reference") is not None else None
-        return Trajectory(str(raw.get("id") or default_id), str(raw.get("domain") or ""), tuple(messages), reference)
+        row_id, domain = str(raw.get("id") or default_id), str(raw.get("domain") or "")
+        (row_id + domain).encode()  # which half a character (a lone surrogate) in them fails
+        return Trajectory(row_id, domain, tuple(messages), reference)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from branchmerge.errors import UserError
 from branchmerge.evaluation.graders import grade
 from branchmerge.trajectories.schema import Trajectory
 
@@ -23,5 +24,8 @@ def verify(rows: Sequence[Trajectory]) -> Iterator[str]:
 def _reason(row: Trajectory) -> str:
     if row.reference is None:
         return UNVERIFIED
-    verdict = grade(row.response, row.reference)
+    try:
+        verdict = grade(row.response, row.reference)
+    except ValueError as error:  # packed tests that are damaged
+        raise UserError(f"{row.id}: its reference cannot be used ({error}); mend or drop that row") from error
     return CORRECT if verdict.correct else verdict.reason

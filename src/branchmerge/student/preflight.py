@@ -1,0 +1,20 @@
+"""What is wrong with a branch, found before its processes are started or minutes go into its backbone."""
+
+from branchmerge.config import TrainConfig
+from branchmerge.config_checks import check_packages
+from branchmerge.data import held_out
+from branchmerge.student import backbone, places
+from branchmerge.study import check_free
+from branchmerge.trajectories.sources import read_branch
+
+
+def check_branch(config: TrainConfig) -> None:
+    """Raise the UserErrors of a branch that show without its backbone; reads all its rows."""
+    check_packages(config)
+    check_free(places.result(config))
+    checkpoint = backbone.find(config)
+    shape = backbone.read_config(checkpoint) if checkpoint else config.backbone.shape
+    if shape:
+        backbone.check_heads(shape, config.trainer.context_parallel)
+        backbone.check_rows(shape, config.data.seq_len)
+    held_out.check_count(config, read_branch(config))
