@@ -25,7 +25,7 @@ SHOW = "BRANCHMERGE_FULL_ERROR"
 SPINS = "1000"
 """Rounds in which a thread of OpenMP waits for others before it lets go of its core (GNU's; 300,000 where nothing says
 otherwise). Where another program runs, such waiting keeps the core from the very thread that is waited for: a training
-took up to fourteen times as long (benchmarks/busy_core.py)."""
+took from 1.6 to fourteen times as long (docs/log.md, 2026-11-27; benchmarks/busy_core.py)."""
 
 
 _TOGETHER: dict[Callable[[list[Any]], object], list[Any]] = {}
