@@ -13,10 +13,12 @@ import pytest
 
 from branchmerge.errors import UserError
 from branchmerge.study import (
+    MANIFEST,
     Manifest,
     Parent,
     is_done,
     locked,
+    place,
     publish,
     read_manifest,
     weights_sha256,
@@ -67,6 +69,53 @@ def test_the_same_work_is_done_and_other_work_is_refused(tmp_path: Path) -> None
     assert not is_done(target, manifest(lr=1e-3), overwrite=True)
 
 
+@pytest.mark.parametrize("within", ["inner", "deep/er/inner"])
+def test_no_result_is_made_inside_another(tmp_path: Path, within: str) -> None:
+    (tmp_path / MANIFEST).write_text('{"name": "of another program"}')
+    outer = tmp_path / "outer"
+    assert not is_done(outer, manifest(), overwrite=False)
+    with publish(outer, manifest()):
+        pass
+    with pytest.raises(UserError, match=r"lies inside the result .*outer, and would go with it"):
+        is_done(outer / within, manifest(), overwrite=False)
+
+
+def test_a_link_means_the_folder_that_it_leads_to(tmp_path: Path) -> None:
+    target, link = tmp_path / "disk" / "here", tmp_path / "link"
+    target.mkdir(parents=True)
+    link.symlink_to(target)
+    folder = place(str(link))
+    with locked(folder), publish(folder, manifest()) as partial:
+        (partial / "file").write_text("x")
+    assert link.is_symlink() and (link / "file").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_a_mount_point_is_refused() -> None:
+    with pytest.raises(UserError, match="/proc: is a mount point"):
+        is_done(Path("/proc"), manifest(), overwrite=False)
+
+
+def test_a_result_whose_weights_are_gone_is_not_done(tmp_path: Path) -> None:
+    folder = tmp_path / "expert"
+    with publish(folder, manifest()) as partial:
+        (partial / "model.safetensors").write_bytes(b"x")
+    assert is_done(folder, manifest(), overwrite=False)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="has a manifest and no weights; delete it"):
+        is_done(folder, manifest(), overwrite=False)
+
+
+def test_rows_that_changed_are_named(tmp_path: Path) -> None:
+    def of_rows(digest: str) -> Manifest:
+        return Manifest("expert", "math", {}, {"sources": [{"format": "messages", "sha256": digest}]})
+
+    with publish(tmp_path / "math", of_rows("aaa")):
+        pass
+    with pytest.raises(UserError, match=r'\(sources\.0\.sha256: "aaa" there, "bbb" now\)'):
+        is_done(tmp_path / "math", of_rows("bbb"), overwrite=False)
+
+
 def test_another_parent_is_other_work(tmp_path: Path) -> None:
     target = tmp_path / "math"
     with publish(target, manifest()):
@@ -80,9 +129,9 @@ def test_another_parent_is_other_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    for place in (tmp_path, tmp_path / "thesis.tex"):
+    for mine in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(UserError, match="no result of branchmerge"):
-            is_done(place, manifest(), overwrite)
+            is_done(mine, manifest(), overwrite)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"name": "web app"}', '{"parents": [], "theme": 1}'])

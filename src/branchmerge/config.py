@@ -119,7 +119,7 @@ class BackboneConfig:
 
     name: str = MISSING
     """Short name, used for folders."""
-    path: str | None = None
+    path: str | None = field(default=None, metadata=_not_empty())
     """Start the branches from this Hugging Face causal LM (a folder, or a name on the hub), without any warm-up."""
     pretrained: str | None = None
     """The backbone where `path` is null, or what the study's warm-up makes it from: a folder, a name on the hub, or
@@ -139,7 +139,7 @@ class BackboneConfig:
 class DataConfig:
     """From trajectories to packed rows."""
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata=_not_empty())
     """A JSONL file to train on in place of the study's corpus for this domain."""
     format: str = "messages"
     """Format of `path`."""
@@ -155,7 +155,7 @@ class DataConfig:
     """Read this many rows of each source at most; null: as many as the source itself says."""
     validation_rows: int = field(default=0, metadata=_at_least(0))
     """Trajectories of every domain of the study that no branch trains on; the loss on them is logged. The same ones in
-    every branch, chosen by a hash of their ids."""
+    every branch, chosen by a hash of their prompts."""
     packed_rows: int | None = field(default=None, metadata=_at_least(1))
     """Train on the trajectories of so many packed rows alone, over and over; null for all. For debugging."""
 

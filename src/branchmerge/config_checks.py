@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from branchmerge.config import CommonConfig, OptimConfig, TrainConfig, TrainerConfig
+from branchmerge.config import CommonConfig, DataConfig, OptimConfig, TrainConfig, TrainerConfig
 from branchmerge.errors import UserError
 
 Schema = TypeVar("Schema", bound=CommonConfig)
@@ -65,7 +65,7 @@ def check_trainer(trainer: TrainerConfig) -> None:
     if trainer.gpus_per_job is not None and trainer.devices not in (None, trainer.gpus_per_job):
         raise UserError(
             f"trainer.gpus_per_job={trainer.gpus_per_job}: trainer.devices={trainer.devices} asks for another number;"
-            " leave it out"
+            " give one of them (trainer.devices=null)"
         )
     if trainer.devices is not None:
         check_groups(trainer, trainer.devices * trainer.num_nodes)
@@ -151,6 +151,8 @@ def _check_train(config: TrainConfig) -> None:
         raise UserError(
             f"trainer.validate_every_n_steps={every}: no rows are held out to validate on; give data.validation_rows="
         )
+    if config.data.path is None and config.data.format != DataConfig.format:
+        raise UserError(f"data.format={config.data.format}: is that of data.path=, which is not given; give it too")
     shared, attn = config.trainer.context_parallel, config.backbone.attn
     if shared > 1 and attn not in ("auto", "sdpa"):
         raise UserError(f"backbone.attn={attn}: trainer.context_parallel={shared} takes torch's own; leave it out")

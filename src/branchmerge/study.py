@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +29,7 @@ from branchmerge.errors import UserError
 
 MANIFEST = "manifest.json"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-              errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)  # fmt: skip
+              errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EBUSY, errno.EXDEV)  # fmt: skip
 """Errors of a place that is full, not ours or no folder, in contrast to those of a broken disk."""
 PACKAGES = ("branchmerge", "torch", "transformers", "lightning", "lm-eval", "math-verify", "safetensors", "datasets")
 
@@ -117,9 +117,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest(**raw)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
+    except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest of branchmerge ({error}); move it away or repair it") from error
 
 
@@ -136,19 +136,41 @@ def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
         check_free(folder)
         return False
     if found.identity() == planned.identity():
+        if found.weights_sha256 and not any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder}: has a manifest and no weights; delete it to have it made again")
         return True
     if overwrite:
         return False
     changed = _difference(found.identity(), planned.identity())
-    raise UserError(
-        f"{folder} holds a result made otherwise ({changed}); give another out=, delete it, or overwrite=true"
-    )
+    remedy = "give another out=, delete it, or overwrite=true"
+    if planned.kind == "backbone":  # which branches ask for, and these keys are about the branch
+        remedy = f"backbone.path={folder} takes it as it is; domain=warmup overwrite=true makes it anew; or outputs="
+    raise UserError(f"{folder} holds a result made otherwise ({changed}); {remedy}")
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a place where something lies that branchmerge did not make."""
-    if folder.exists() and not (folder / MANIFEST).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Refuse a place where something lies that branchmerge did not make, or that cannot be replaced by one rename."""
+    around = next(filter(_is_result, folder.absolute().parents), None)
+    if around is not None:
+        raise UserError(f"{folder}: lies inside the result {around}, and would go with it; give another out=")
+    if os.path.ismount(folder):
+        raise UserError(f"{folder}: is a mount point, which no result can be moved to; give a folder inside it")
+    try:
+        names = {path.name for path in folder.iterdir()}  # one look, as another process may be replacing it
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        names = {folder.name}
+    if names and MANIFEST not in names:
         raise UserError(f"{folder} exists and is no result of branchmerge; give another out=, or empty it yourself")
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether branchmerge made it; others have files of that name, too."""
+    try:
+        return read_manifest(folder) is not None
+    except UserError:
+        return False
 
 
 @contextmanager
@@ -203,7 +225,16 @@ def writing(folder: Path) -> Iterator[None]:
 def remove_left_overs(folder: Path) -> None:
     """Remove what killed runs left of their way to `folder`; the caller holds `locked(folder)`."""
     for stale in folder.parent.glob(f".{glob.escape(folder.name)}.partial*"):
-        shutil.rmtree(stale)
+        if stale.is_symlink():
+            stale.unlink()
+        else:
+            shutil.rmtree(stale)
+
+
+def place(out: str) -> Path:
+    """The folder that `out=` means; where it is a link, the one that it leads to."""
+    folder = Path(out).expanduser()
+    return folder.resolve() if os.path.islink(folder) else folder  # which is false for names that cannot be
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
@@ -224,7 +255,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"waiting for another process that is making {folder}", flush=True)
+            with suppress(OSError):  # a reader that has gone
+                print(f"waiting for another process that is making {folder}", flush=True)
             lock.acquire()
     try:
         remove_left_overs(folder)
@@ -313,13 +345,20 @@ def _difference(found: Mapping[str, Any], planned: Mapping[str, Any], prefix: st
     """Name the first keys in which two nested dicts differ, with both values."""
     said: list[str] = []
     for key in sorted({*found, *planned}):
-        old, new = found.get(key), planned.get(key)
+        old, new = _by_number(found.get(key)), _by_number(planned.get(key))
         if isinstance(old, dict) and isinstance(new, dict):
             inner = _difference(old, new, f"{prefix}{key}.")
             said += [inner] if inner else []
         elif old != new:
             said.append(f"{prefix}{key}: {_short(old)} there, {_short(new)} now")
     return "; ".join(said[:3])
+
+
+def _by_number(value: Any) -> Any:
+    """A list of dicts as a dict of them."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(number): item for number, item in enumerate(value)}
+    return value
 
 
 def _short(value: Any) -> str:

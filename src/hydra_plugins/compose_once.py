@@ -18,6 +18,8 @@ from hydra.core.override_parser.types import Override
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from branchmerge import cli
+
 
 class ComposeOnceSweeper(BasicSweeper):
     """`hydra/sweeper=compose_once`; takes what `hydra/sweeper=basic` takes."""
@@ -30,12 +32,15 @@ class ComposeOnceSweeper(BasicSweeper):
         self._compose = loader.load_sweep_config
         self._composed: dict[tuple[str, ...], DictConfig] = {}
         self._checked: defaultdict[tuple[str, ...], list[DictConfig]] = defaultdict(list)
-        loader.load_sweep_config = self._take  # type: ignore[method-assign]
+        if str(config.hydra.launcher._target_).endswith("BasicLauncher"):  # others take the loader to other machines
+            loader.load_sweep_config = self._take  # type: ignore[method-assign]
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        for overrides in batch:
-            self._checked[tuple(overrides)].append(self._member(overrides))
+        members = [self._member(overrides) for overrides in batch]
+        cli.check_places(members)
+        for overrides, member in zip(batch, members, strict=True):
+            self._checked[tuple(overrides)].append(member)
 
     def _take(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """What the launcher gets."""

@@ -74,7 +74,7 @@ def test_what_is_not_whole_is_made_again(
     elif harm == "half the tokens":
         (folder / TOKENS).write_bytes(tokens[: len(tokens) // 2])
     elif harm == "another format":
-        (folder / CORPUS).write_text((folder / CORPUS).read_text().replace('"format": 2', '"format": 0'))
+        (folder / CORPUS).write_text((folder / CORPUS).read_text().replace('"format": 1', '"format": 0'))
     elif harm == "another prompt":
         facts = json.loads((folder / CORPUS).read_text())
         facts["documents"][0][2] -= 1

@@ -250,6 +250,16 @@ def test_a_failed_member_of_a_multirun_fails_the_whole_and_spares_the_others(
     assert read_manifest(outputs / "tiny" / "experts" / "code") is None
 
 
+def test_members_that_would_make_the_same_result_are_told_before_the_first(
+    tiny_student: Path, tmp_path: Path, run_warm: Run
+) -> None:
+    own = (f"backbone.path={tiny_student}", "-m", "domain=math", "optim.lr=1e-3,1e-4")
+    failed = run_warm("train", tiny_student, tmp_path, *own)
+    assert failed.returncode == 1 and len(failed.stderr.strip().splitlines()) == 1
+    assert "experts/math: would be made twice, with optim.lr=1e-3 and with optim.lr=1e-4; put what" in failed.stderr
+    assert not (tmp_path / "tiny" / "experts").exists()
+
+
 def test_a_study_makes_its_backbone_unvalidated_on_the_way_to_a_validated_branch(
     tiny_student: Path, tmp_path: Path, run_warm: Run
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from branches import branch, metrics
 from conftest import make_student
 from lightning import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,6 +25,7 @@ from branchmerge.data.batch import make_batch
 from branchmerge.data.datamodule import Corpus, TrajectoryData, prepare
 from branchmerge.data.packing import Plan
 from branchmerge.data.template import Document
+from branchmerge.errors import UserError
 from branchmerge.student import attention, loggers
 from branchmerge.student.backbone import load_model, load_tokenizer
 from branchmerge.student.flops import Shapes, peak_of
@@ -31,6 +33,7 @@ from branchmerge.student.loggers import RUN_ID, loggers_of
 from branchmerge.student.loss import PackedLoss, summed_loss
 from branchmerge.student.module import Student
 from branchmerge.student.progress import StepProgress, utilisation
+from branchmerge.student.samples import Samples
 from branchmerge.student.step_rows import StepRows
 from branchmerge.student.training import train
 from branchmerge.trajectories.sources import read_branch
@@ -70,6 +73,45 @@ def test_branches_of_one_process_have_wandb_runs_of_their_own_and_go_on_in_them(
         with loggers_of(branch(tiny_student, tmp_path, "domain=math", "logger=wandb"), logs, first_step):
             ids.append((logs / RUN_ID).read_text())
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_tracker_that_failed_is_left_alone_for_a_while_but_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    class Away(CSVLogger):
+        """A tracker whose server is away."""
+
+        def log_metrics(self, *_: Any, **__: Any) -> None:
+            asked.append("log")
+            raise ConnectionError("no route")
+
+        def finalize(self, status: str) -> None:
+            asked.append(status)
+
+    monkeypatch.setattr(loggers, "PAUSE", 0.2)
+    tracker = loggers._lenient(Away(tmp_path))
+    tracker.log_metrics({})
+    tracker.log_metrics({})
+    assert asked == ["log"]
+    time.sleep(0.3)
+    tracker.log_metrics({})
+    tracker.finalize("success")
+    assert asked == ["log", "log", "success"]
+    assert capsys.readouterr().out.count("warning: Away: ConnectionError: no route; training goes on") == 1
+
+
+def test_a_tracker_that_cannot_be_begun_ends_only_a_run_that_begins(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tensorboard").write_text("no folder")
+    settings = branch(tiny_student, tmp_path, "domain=math", "logger=tensorboard")
+    with pytest.raises(UserError, match="logger=tensorboard: cannot be begun"), loggers_of(settings, tmp_path):
+        pass
+    with loggers_of(settings, tmp_path, 3) as found:
+        assert len(found) == 1
+    assert "training goes on without it" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
@@ -166,6 +208,15 @@ def test_samples_are_what_the_model_itself_generates(tiny_student: Path, tmp_pat
         out = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id)
         answer = [token for token in out[0, prompt.shape[1] :].tolist() if token != tokenizer.eos_token_id]
         assert row["text"] == tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize("harm", [b"\0\0\0\n", b'{"step": 1}', b"[]\n"])
+def test_damaged_samples_are_left_out(harm: bytes, tiny_student: Path, tmp_path: Path) -> None:
+    """And what they say may hold characters that end lines elsewhere."""
+    samples = Samples(load_tokenizer(tiny_student), Document("a", np.arange(3), 1), 1, 4, tmp_path)
+    kept, later = (json.dumps({"step": step, "text": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n" for step in (2, 5))
+    samples.path.write_bytes((kept + later).encode() + harm)
+    assert samples._lines_before(4) == [kept]
 
 
 def test_flops_are_those_that_torch_counts(tiny_student: Path) -> None:

@@ -131,6 +131,44 @@ def test_rows_that_change_while_a_run_waits_are_told_as_they_are_read(tiny_stude
     assert manifest.work["data"]["sources"][0]["sha256"] == told["sha256"]
 
 
+def test_a_branch_does_not_take_the_place_of_its_own_backbone(tiny_student: Path, tmp_path: Path) -> None:
+    expert = train(branch(tiny_student, tmp_path, "domain=math"))
+    link = tmp_path / "the-same"
+    link.symlink_to(expert)
+    for out in (expert, link):
+        with pytest.raises(UserError, match="is the model that the branch starts from"):
+            train(branch(expert, tmp_path, "domain=code", f"out={out}", "overwrite=true"))
+    assert read_manifest(expert) is not None
+
+
+def test_weights_that_are_not_the_configs_are_told_before_any_row_is_graded(
+    tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(tiny_student / "model.safetensors")
+    changed = {
+        "wider": (weights | {"model.norm.weight": torch.ones(33)}, r"model\.norm\.weight has the shape \[33\]"),
+        "less": ({n: t for n, t in weights.items() if n != "model.norm.weight"}, "lack 1 of the model's weights"),
+        "untied": (weights | {"lm_head.weight": torch.ones(512, 32)}, "tie_word_embeddings is true, but lm_head"),
+    }
+    for name, (tensors, said) in changed.items():
+        folder = Path(shutil.copytree(tiny_student, tmp_path / name))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=said):
+            train(branch(folder, tmp_path, "domain=math"))
+    assert "kept" not in capsys.readouterr().out
+
+
+def test_the_last_steps_without_a_gradient_are_told(
+    tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(
+        branch(
+            tiny_student, tmp_path, "domain=math", "optim.lr=1e30", "optim.schedule=constant", "optim.warmup_ratio=0"
+        )
+    )
+    assert "warning: the last 2 of 3 steps had no finite loss" in capsys.readouterr().out
+
+
 def test_a_kind_of_model_without_hidden_states_of_its_own_is_refused(tmp_path: Path) -> None:
     llama4 = make_student(tmp_path / "llama4", model_type="llama4_text", num_local_experts=2, head_dim=8)
     with pytest.raises(UserError, match="model_type=llama4_text: transformers gives no hidden states"):

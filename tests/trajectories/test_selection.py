@@ -39,6 +39,12 @@ def test_a_reference_that_cannot_be_read_is_named() -> None:
         list(verify([RIGHT, damaged]))
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_rows_without_a_response_are_dropped(check: bool) -> None:
+    selection = select([RIGHT, trajectory(9, " \n")], check=check, progress=False)
+    assert selection.rows == [RIGHT] and selection.dropped == {"empty": 1}
+
+
 def test_wrong_and_repeated_rows_are_dropped_and_counted_by_reason() -> None:
     selection = select(ROWS, check=True, progress=False)
     assert selection.rows == [RIGHT, UNREFERENCED, RIGHT_CODE, RIGHT_CHOICE]

@@ -59,8 +59,9 @@ def test_rows_are_read_in_file_order_with_the_line_as_default_id(tmp_path: Path)
         ({**message_row("x"), "reference": {"answer": "1"}}, "needs a grader"),
         ({**message_row("x"), "reference": {"grader": "code"}}, "list of tests"),
         ({**message_row("x"), "reference": {"grader": "math"}}, "needs an answer"),
+        ({**message_row("x"), "reference": {"grader": "math", "answer": None}}, "needs an answer"),
         ({**message_row("x"), "reference": {"grader": "integer", "answer": "1" * 1001}}, "at most 1000 digits"),
-        ({**message_row("x"), "id": "\ud83d"}, "surrogates not allowed"),
+        ({**message_row("x"), "id": "\ud83d"}, "its id or domain holds half a character"),
     ],
 )
 def test_unusable_row_is_named_by_file_and_line(tmp_path: Path, bad: Any, says: str) -> None:

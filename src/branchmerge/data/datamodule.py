@@ -146,7 +146,7 @@ def prepare(
         dropped = {name: entry["dropped"] for name, entry in account["sources"].items()}
         raise UserError(
             f"domain={config.domain.name}: no trajectory is left to train on (dropped: {dropped});"
-            " check the data, or data.verify and data.seq_len"
+            f" check the data, data.verify, and data.seq_len and the model's context ({longest} tokens at most)"
         )
     if config.data.packed_rows is not None:
         lengths = [len(document) for document in documents]

@@ -1,11 +1,10 @@
 """Trajectories that no branch of a study trains on: the same ones in every branch, some of each domain."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from branchmerge.config import SourceConfig, TrainConfig
 from branchmerge.data.template import Document, tokenise
@@ -13,6 +12,9 @@ from branchmerge.errors import UserError
 from branchmerge.trajectories import sources
 from branchmerge.trajectories.schema import Message, Trajectory
 from branchmerge.trajectories.selection import select
+
+if TYPE_CHECKING:  # takes a second, which what only counts rows need not wait
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -42,7 +44,10 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     """What holding out adds to the description of a branch's data; nothing where nothing is held out."""
     if not config.data.validation_rows:
         return {}
-    others = {part: sources.identity(source) for part, source in other_sources(config).items()}
+    others = {
+        part: {**asdict(replace(source, path="")), "sha256": sources.identity(source)}
+        for part, source in other_sources(config).items()
+    }
     return {"validation_rows": config.data.validation_rows, "held_out_of_others": others}
 
 
@@ -55,8 +60,7 @@ def check_count(config: TrainConfig, own: Mapping[str, list[Trajectory]]) -> Non
     wanted = config.data.validation_rows
     if not wanted:
         return
-    others = {part: sources.read(source) for part, source in other_sources(config).items()}
-    for part, rows in {**own, **others}.items():
+    for part, rows in _parts(config, own).items():
         prompts = len({row.prompt for row in rows})
         if prompts < wanted:
             raise _too_few(wanted, len(rows), part, prompts)
@@ -65,7 +69,7 @@ def check_count(config: TrainConfig, own: Mapping[str, list[Trajectory]]) -> Non
 def hold_out(
     config: TrainConfig,
     own: Mapping[str, list[Trajectory]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     longest: int,
 ) -> HeldOut:
     """Choose `data.validation_rows` trajectories of every part.
@@ -77,24 +81,28 @@ def hold_out(
     held_out = HeldOut()
     if not config.data.validation_rows:
         return held_out
-    others = {part: sources.read(source) for part, source in other_sources(config).items()}
-    for part, rows in {**own, **others}.items():
+    for part, rows in _parts(config, own).items():
         chosen = _choose(config, part, rows, tokenizer, longest)
         held_out.documents[part] = [document for _, document in chosen]
         held_out.prompts |= {row.prompt for row, _ in chosen}
     return held_out
 
 
+def _parts(config: TrainConfig, own: Mapping[str, list[Trajectory]]) -> dict[str, list[Trajectory]]:
+    """What is held out of: the branch's own rows, and those of the other experts."""
+    return {**own, **{part: sources.read(source) for part, source in other_sources(config).items()}}
+
+
 def _choose(
     config: TrainConfig,
     part: str,
     rows: Sequence[Trajectory],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     longest: int,
 ) -> list[tuple[Trajectory, Document]]:
-    """The first in the order of their hashes that are right, short enough and of different prompts."""
+    """The first in the order of their prompts' hashes that are right, short enough and of different prompts."""
     wanted = config.data.validation_rows
-    ordered = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
+    ordered = sorted(rows, key=lambda row: _digest(row.prompt))
     by_prompt: dict[tuple[Message, ...], Trajectory] = {}
     for row in ordered:
         by_prompt.setdefault(row.prompt, row)
@@ -108,6 +116,12 @@ def _choose(
         if len(chosen) >= wanted:
             return chosen[:wanted]
     raise _too_few(wanted, len(rows), part, len(chosen))
+
+
+def _digest(prompt: Sequence[Message]) -> bytes:
+    """Of the prompt and not of the id, which may come from the name of a file."""
+    text = json.dumps([message.as_dict() for message in prompt])
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _too_few(wanted: int, rows: int, part: str, found: int) -> UserError:

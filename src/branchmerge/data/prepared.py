@@ -2,7 +2,7 @@
 
     checkpoints/<domain>-<fingerprint of the work>/corpus/
         tokens.int32  the documents one after the other: those to train on, then those held out
-        corpus.json   id, tokens and prompt of each, the account of the rows, versions; SHA-256 of these and the tokens
+        corpus.json   id, tokens and prompt of each, the account of the rows, versions; SHA-256 of tokens and documents
 
 The tokens are mapped, not read, so that the processes of a node hold them in memory once. And graders are asked once: a
 program close to its time limit may pass today and fail tomorrow, or on another core; rows that come and go with that
@@ -27,7 +27,7 @@ from branchmerge.study import file_sha256, package_versions, whole_or_gone, writ
 from branchmerge.trajectories.sources import read_branch
 
 TOKENS, CORPUS = "tokens.int32", "corpus.json"
-FORMAT = 2
+FORMAT = 1
 
 
 def prepared(config: TrainConfig, start: Path, folder: Path, begun: bool) -> Corpus:
@@ -46,7 +46,7 @@ def prepared(config: TrainConfig, start: Path, folder: Path, begun: bool) -> Cor
 def _prepare(config: TrainConfig, start: Path, folder: Path, begun: bool) -> None:
     kept = _kept(folder)
     if kept is not None and (begun or kept["packages"] == package_versions()):
-        print(f"{folder}: rows as an earlier run prepared them; delete it to have them graded again", flush=True)
+        ranks.say(f"{folder}: rows as an earlier run prepared them; delete it to have them graded again")
         return
     rows = read_branch(config)
     tokenizer = backbone.load_tokenizer(start)
@@ -70,12 +70,12 @@ def write(corpus: Corpus, folder: Path) -> None:
         facts: dict[str, Any] = {
             "format": FORMAT,
             "packages": package_versions(),
+            "sha256": file_sha256(partial / TOKENS),
             "documents": [(document.id, len(document), document.prompt_len) for document in documents],
             "held_out": {part: len(chosen) for part, chosen in corpus.held_out.items()},
             "account": corpus.account,
         }
-        facts["sha256"] = _fingerprint(facts, partial)
-        write_text(partial / CORPUS, json.dumps(facts))
+        write_text(partial / CORPUS, json.dumps({**facts, "documents_sha256": _of_documents(facts)}))
         partial.rename(folder)
 
 
@@ -102,11 +102,13 @@ def _kept(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         facts = _facts(folder)
-        if facts["format"] == FORMAT and facts["sha256"] == _fingerprint(facts, folder):
+        documents = facts.get("documents_sha256")  # which was not always written
+        whole = facts["sha256"] == file_sha256(folder / TOKENS) and documents in (None, _of_documents(facts))
+        if facts["format"] == FORMAT and whole:
             return facts
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    print(f"warning: {folder}: not whole; preparing the rows again", flush=True)
+    ranks.say(f"warning: {folder}: not whole; preparing the rows again")
     return None
 
 
@@ -115,8 +117,6 @@ def _facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _fingerprint(facts: dict[str, Any], folder: Path) -> str:
-    """Of all that decides the training."""
-    deciding = [facts[name] for name in ("documents", "held_out", "account")]
-    text = json.dumps([file_sha256(folder / TOKENS), *deciding])
+def _of_documents(facts: dict[str, Any]) -> str:
+    text = json.dumps([facts["documents"], facts["held_out"]])
     return hashlib.sha256(text.encode()).hexdigest()

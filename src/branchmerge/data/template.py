@@ -11,13 +11,16 @@ response are tokenised apart, as they are at generation time.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from branchmerge.errors import UserError
 from branchmerge.trajectories.schema import Message, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PREFILL = "<think>\n"
 PART = 256
@@ -37,13 +40,13 @@ class Document:
         return len(self.tokens)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message]) -> str:
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message]) -> str:
     """The text the student continues: the conversation so far and the opening of the assistant's turn."""
     conversation = [message.as_dict() for message in prompt]
     return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, trajectories: Sequence[Trajectory]) -> Iterator[Document]:
+def tokenise(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Trajectory]) -> Iterator[Document]:
     """Token ids of each trajectory, ended by the end-of-sequence token.
 
     Raises:
@@ -53,13 +56,15 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, trajectories: Sequence[Trajecto
         part = trajectories[start : start + PART]
         try:
             yield from _tokenise(tokenizer, part)
+        except MemoryError:
+            raise
         except Exception:  # a template may compute, and so fail, in any way
             for trajectory in part:  # which one it is
                 _check(tokenizer, trajectory)
             raise
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, trajectories: Sequence[Trajectory]) -> list[Document]:
+def _tokenise(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Trajectory]) -> list[Document]:
     rendered = [_render(tokenizer, trajectory) for trajectory in trajectories]
     prompts = _ids(tokenizer, [prompt for prompt, _ in rendered])
     responses = _ids(tokenizer, [response for _, response in rendered])
@@ -69,7 +74,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, trajectories: Sequence[Traject
     ]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> tuple[str, str]:
+def _render(tokenizer: "PreTrainedTokenizerBase", trajectory: Trajectory) -> tuple[str, str]:
     """Prompt and response as the student would see them."""
     prompt, response = render_prompt(tokenizer, trajectory.prompt), trajectory.response
     if prompt.endswith(PREFILL):
@@ -78,16 +83,18 @@ def _render(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> tuple
     return prompt, response
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     # Said either way, lest it warn where a process is forked later; no forked one of ours tokenises.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     return ids
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> None:
+def _check(tokenizer: "PreTrainedTokenizerBase", trajectory: Trajectory) -> None:
     try:
         _tokenise(tokenizer, [trajectory])
+    except MemoryError:
+        raise
     except Exception as error:
         raise UserError(
             f"{trajectory.id}: cannot be written by the backbone's chat template and tokenizer"

@@ -6,7 +6,7 @@ says "the answer is ...".
 
 import re
 
-from branchmerge.trajectories.schema import LONGEST
+from branchmerge.trajectories.schema import MOST_DIGITS
 
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boldsymbol)\{([^{}]*)\}")
 STATED = re.compile(r"\b(?:answer|choice|option)\b[^.\n]{0,40}?(?:\bis\b|:|=)[\s*_$(\\]*", re.IGNORECASE)
@@ -24,7 +24,7 @@ def integer(text: str) -> int | None:
     right = re.sub(r"(?<=\d)(?:,|\\,|\\!|\{,\})(?=\d{3}\b)", "", right.removesuffix("^\\circ"))
     found = INTEGER.fullmatch(right.rstrip(". "))
     digits = found[0].partition(".")[0] if found else ""
-    return int(digits) if 0 < len(digits) <= LONGEST else None
+    return int(digits) if 0 < len(digits.lstrip("+-")) <= MOST_DIGITS else None
 
 
 def letter(text: str, letters: str = "ABCD") -> str | None:

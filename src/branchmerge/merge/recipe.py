@@ -17,7 +17,7 @@ from branchmerge.merge.rules import Rule, parse_rules
 from branchmerge.merge.tree import Tree, parse
 from branchmerge.merge.vocabulary import WAYS
 from branchmerge.student import backbone
-from branchmerge.study import Study, read_manifest
+from branchmerge.study import Study, place, read_manifest
 
 NOTHING = np.empty(0)
 """What a dry run merges."""
@@ -97,7 +97,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     tree = default if config.tree is None else parse(config.tree)
     folders = {leaf: _folder(study, leaf) for leaf in tree.leaves}
     if config.out is not None:
-        out = Path(config.out).expanduser()
+        out = place(config.out)
     else:
         out = study.merged(_name(operator_name, operator, usual, tree, default, rules, config.vocab))
     base = backbone.locate(config) if operator.needs_base() else None

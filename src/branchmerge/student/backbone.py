@@ -225,6 +225,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def shape_of(config: CommonConfig, checkpoint: Path | None) -> dict[str, Any]:
+    """Of the checkpoint where it is here, else of conf/backbone, which knows nothing of backbone.path; or empty."""
+    if checkpoint is not None:
+        return read_config(checkpoint)
+    return dict(config.backbone.shape) if config.backbone.path is None else {}
+
+
 def import_gguf(config: CommonConfig, package: str) -> Path:
     """Turn the GGUF file of an installed package into a plain checkpoint, once; returns its folder below outputs/."""
     backbone = config.backbone

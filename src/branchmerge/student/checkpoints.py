@@ -17,7 +17,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,21 +84,21 @@ class CheckpointFolder:
         needed, free = (self.keep_last + 1) * size, shutil.disk_usage(place).free
         if free < needed:
             ranks.say(
-                f"warning: {self.root}: up to {self.keep_last + 1} checkpoints of {size / 1e9:.2g} GB will lie there,"
-                f" the disk has {free / 1e9:.2g} GB left; what finds no room is not written: give another outputs=, or"
+                f"warning: {self.root}: up to {self.keep_last + 1} checkpoints of {size / 1e9:,.3f} GB will lie there,"
+                f" the disk has {free / 1e9:,.3f} GB left; what finds no room is not written: give another outputs=, or"
                 " trainer.checkpoint.keep_last=1"
             )
 
     def tell_of_others(self) -> None:
         """Say what lies there of branches of this name with other settings or data, which nothing else ever removes."""
-        for folder in sorted(self.root.glob(f"{glob.escape(self.name)}-{'[0-9a-f]' * DIGITS}")):
-            if folder != self.folder and any(folder.glob("step-*")):
-                size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                print(
-                    f"{folder}: holds {size / 1e9:.2g} GB of checkpoints of {self.name} with other settings or data;"
-                    " delete it if that training is not to go on",
-                    flush=True,
-                )
+        with suppress(OSError):  # as where another run removes them
+            for folder in sorted(self.root.glob(f"{glob.escape(self.name)}-{'[0-9a-f]' * DIGITS}")):
+                if folder != self.folder and any(folder.glob("step-*")):
+                    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                    ranks.say(
+                        f"{folder}: holds {size / 1e9:,.3f} GB of checkpoints of {self.name} with other settings or"
+                        " data; delete it if that training is not to go on"
+                    )
 
     def has_some(self) -> bool:
         return any(self.folder.glob("step-*"))

@@ -63,6 +63,15 @@ class Setting:
     gpu: bool = True
     """Attention and the chunks of the loss as on a GPU; else as on a CPU"""
 
+    @property
+    def device(self) -> str:
+        """In words"""
+        return "GPU" if self.gpu else "process"
+
+    @property
+    def devices(self) -> str:
+        return "GPUs" if self.gpu else "processes"
+
 
 @dataclass
 class Memory:

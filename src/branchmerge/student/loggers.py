@@ -2,12 +2,13 @@
 
 import csv
 import io
+import math
 import netrc
 import os
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from branchmerge.config import TrainConfig
+from branchmerge.errors import UserError
 from branchmerge.student import ranks
 from branchmerge.student.samples import SAMPLES
 from branchmerge.study import UNWRITABLE, write_text
@@ -44,7 +46,10 @@ def loggers_of(config: TrainConfig, folder: Path, first_step: int = 0) -> Iterat
         if config.logger.kind == "wandb":
             import wandb
 
-            wandb.finish(exit_code=int(failed))  # else the next branch of this process would go into the same run
+            try:
+                wandb.finish(exit_code=int(failed))  # else the next branch of this process would go into the same run
+            except Exception as error:
+                ranks.say(f"warning: W&B: {_said(error)}")
 
 
 def claim(folder: Path, work: str) -> None:
@@ -58,13 +63,19 @@ def claim(folder: Path, work: str) -> None:
 
 def _make(config: TrainConfig, folder: Path, first_step: int) -> list[Logger]:
     curve = _curve(folder, first_step)
-    if config.logger.kind == "wandb":
-        return [curve, _lenient(_wandb(config, folder, first_step))]
-    if config.logger.kind == "tensorboard":
-        return [curve, _lenient(_tensorboard(folder))]
-    if config.logger.kind == "mlflow":
-        return [curve, _lenient(_mlflow(config, folder))]
-    return [curve]
+    kind = config.logger.kind
+    make = {"wandb": _wandb, "tensorboard": _tensorboard, "mlflow": _mlflow}.get(kind)
+    if make is None:
+        return [curve]
+    try:
+        tracker = make(config, folder, first_step)
+        _ = tracker.experiment  # type: ignore[attr-defined]  # which begins it, so that what is wrong with it is seen
+    except Exception as error:
+        if not first_step:
+            raise UserError(f"logger={kind}: cannot be begun ({_said(error)}); mend that, or leave it out") from error
+        ranks.say(f"warning: logger={kind}: cannot be begun ({_said(error)}); training goes on without it")
+        return [curve]
+    return [curve, _lenient(tracker)]
 
 
 def _curve(folder: Path, first_step: int) -> CSVLogger:
@@ -74,11 +85,7 @@ def _curve(folder: Path, first_step: int) -> CSVLogger:
     path, kept = folder / METRICS, folder / KEPT
     rows = _rows_before(kept if kept.is_file() else path, first_step)
     columns = sorted({name for row in rows for name in row})
-    said = io.StringIO()
-    table = csv.DictWriter(said, columns)
-    table.writeheader()
-    table.writerows(rows)
-    write_text(kept, said.getvalue())
+    _write_rows(kept, columns, rows)
     curve = _Curve(folder, name="", version="", flush_logs_every_n_steps=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Experiment logs directory")  # other logs lie there too, and stay
@@ -100,6 +107,7 @@ class _Curve(CSVLogger):
         path = Path(self.log_dir) / METRICS
         size = path.stat().st_size if path.is_file() else 0
         try:
+            self._make_columns(path)
             super().save()
         except OSError as error:
             if error.errno not in UNWRITABLE:
@@ -110,31 +118,54 @@ class _Curve(CSVLogger):
                 ranks.say(f"warning: {path}: cannot be written ({error.strerror}); training goes on")
             self._told = True
 
+    def _make_columns(self, path: Path) -> None:
+        """For new metrics; Lightning's writer would empty the file for that, and a kill then would lose it."""
+        writer = self.experiment
+        columns = sorted({*writer.metrics_keys, *(name for row in writer.metrics for name in row)})
+        if path.is_file() and columns != writer.metrics_keys:
+            with path.open(newline="") as lines:
+                rows = list(csv.DictReader(lines))
+            _write_rows(path, columns, rows)
+            writer.metrics_keys = columns
+
+
+def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
+    """Whole or not at all."""
+    said = io.StringIO()
+    table = csv.DictWriter(said, columns)
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, said.getvalue())
+
 
 def _lenient(logger: Logger) -> Logger:
     """A tracker that fails, as its server is away or its disk full, ends no training: the CSV file has the curve."""
+    failed_at = -math.inf
 
-    def guarded(call: Callable[..., None]) -> Callable[..., None]:
+    def guarded(name: str, call: Callable[..., None]) -> Callable[..., None]:
         def tried(*given: Any, **named: Any) -> None:
-            if failures and time.monotonic() < failures[-1] + PAUSE:
+            nonlocal failed_at
+            if name != "finalize" and time.monotonic() < failed_at + PAUSE:
                 return
             try:
                 call(*given, **named)
             except Exception as error:  # of whatever library
-                said = " ".join(str(error).split())
-                if not failures:
+                if failed_at == -math.inf:
                     ranks.say(
-                        f"warning: {type(logger).__name__}: {type(error).__name__}: {said}; training goes on, with rows"
-                        f" left out there for {PAUSE:.0f} s at a time; {METRICS} has all"
+                        f"warning: {type(logger).__name__}: {_said(error)}; training goes on, with rows left out there"
+                        f" for {PAUSE:.0f} s at a time; {METRICS} has all"
                     )
-                failures.append(time.monotonic())
+                failed_at = time.monotonic()
 
         return tried
 
-    failures: list[float] = []
     for name in ("log_metrics", "save", "finalize"):
-        setattr(logger, name, guarded(getattr(logger, name)))
+        setattr(logger, name, guarded(name, getattr(logger, name)))
     return logger
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
@@ -206,13 +237,13 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def _tensorboard(folder: Path) -> Logger:
+def _tensorboard(_: TrainConfig, folder: Path, __: int) -> Logger:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     return TensorBoardLogger(folder, name="", version="tensorboard")
 
 
-def _mlflow(config: TrainConfig, folder: Path) -> Logger:
+def _mlflow(config: TrainConfig, folder: Path, _: int) -> Logger:
     """MLflow: to a server where one is named, else into `<folder>/mlflow.db`, which `mlflow ui` reads."""
     from lightning.pytorch.loggers import MLFlowLogger
 

@@ -65,6 +65,15 @@ def _by_head(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], model: P
     return cross_entropy(hidden, model.get_output_embeddings().weight, batch.targets)
 
 
+def check_hidden_states(model: PreTrainedModel) -> None:
+    """Refuse a model whose hidden states transformers does not give apart from its logits."""
+    if model.base_model is model:
+        raise UserError(
+            f"model_type={model.config.model_type}: transformers gives no hidden states of {type(model).__name__} apart"
+            " from its logits, which the loss is made of; take another kind of model"
+        )
+
+
 class PackedLoss(nn.Module):
     """A causal LM as training calls it: a packed row in, its summed loss out; the root of a sharded student.
 
@@ -74,18 +83,9 @@ class PackedLoss(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, context: ContextGroup | None = None, compiled: bool = False) -> None:
-        """`compiled`: the chunked loss is, by torch.compile.
-
-        Raises:
-            UserError: transformers has no way to the model's hidden states
-        """
+        """`compiled`: the chunked loss is, by torch.compile."""
         super().__init__()
-        if model.base_model is model:
-            kind = model.config.model_type
-            raise UserError(
-                f"model_type={kind}: transformers gives no hidden states of {type(model).__name__} apart from its"
-                " logits, which the loss is made of; take another kind of model"
-            )
+        check_hidden_states(model)
         self.model = model
         self.context = context
         self.chunked: Loss = partial(chunked_loss, compiled=True) if compiled else chunked_loss

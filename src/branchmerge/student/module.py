@@ -132,6 +132,14 @@ class Student(LightningModule):
             raise UserError(f"{said}; lower optim.lr={self.optim.lr}, or look at these rows")
         ranks.say(f"warning: {said}; left out ({self._skipped_in_a_row} of {self.max_skipped} in a row)")
 
+    def tell_if_broken_at_the_end(self) -> None:
+        """Warn where the last steps were left out."""
+        if self._skipped_in_a_row:
+            ranks.say(
+                f"warning: the last {self._skipped_in_a_row} of {self.total_steps} steps had no finite loss or"
+                " gradient, and the ones before them may have been bad already; look at the curve before you use it"
+            )
+
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
         self._step_before = self.trainer.global_step
         self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])  # torchao's is a tensor that changes

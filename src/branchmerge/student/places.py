@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from branchmerge.config import TrainConfig
-from branchmerge.study import Study
+from branchmerge.study import Study, place
 
 
 def result(config: TrainConfig) -> Path:
     """The expert, or the backbone that a study makes itself."""
     if config.out is not None:
-        return Path(config.out).expanduser()
+        return place(config.out)
     study = Study(config)
     return study.backbone if config.domain.name == "warmup" else study.expert(config.domain.name)
 
@@ -29,5 +29,5 @@ def checkpoints(config: TrainConfig) -> Path:
 
 
 def _beside(out: str, what: str) -> Path:
-    path = Path(out).expanduser()
+    path = place(out)
     return path.parent / f"{path.name}-{what}"

@@ -79,10 +79,10 @@ def make_plan(config: TrainConfig) -> Plan:
 
 def _shape(config: TrainConfig, checkpoint: Path | None) -> tuple[dict[str, Any], list[str]]:
     """The model's config: the checkpoint's where one is here, else the one in conf/backbone."""
-    if checkpoint is not None:
-        return backbone.read_config(checkpoint), [f"the model's shape is that of {checkpoint}"]
-    if config.backbone.path is None and config.backbone.shape:
-        return dict(config.backbone.shape), [f"the model's shape is backbone.shape of {config.backbone.name}"]
+    shape = backbone.shape_of(config, checkpoint)
+    if shape:
+        source = f"backbone.shape of {config.backbone.name}" if checkpoint is None else f"that of {checkpoint}"
+        return shape, [f"the model's shape is {source}"]
     raise UserError(
         f"plan=true: {config.backbone.path or config.backbone.pretrained} is not on this machine, and"
         f" backbone={config.backbone.name} has no shape; set backbone.path=/folder/of/a/model or backbone.shape"
@@ -208,7 +208,7 @@ def _changes(
         if size > base.context and base.world % size == 0 and backbone.can_share(base.shape, size)
     ]
     knobs.append((lambda setting: f"trainer.context_parallel={setting.context}", shared))
-    knobs.append((lambda setting: f"{setting.world} GPUs ({_launch(config, setting.world)})", more))
+    knobs.append((lambda setting: f"{setting.world} {setting.devices} ({_launch(config, setting.world)})", more))
     knobs.append((lambda setting: f"data.seq_len={setting.seq_len}", shorter))
     return [(said, settings) for said, settings in knobs if settings]
 
@@ -217,7 +217,8 @@ def _launch(config: TrainConfig, world: int) -> str:
     a_node = config.trainer.devices or GPUS_OF_A_NODE
     if world % a_node:
         a_node = GPUS_OF_A_NODE if world % GPUS_OF_A_NODE == 0 else world
-    return f"trainer=fsdp trainer.devices={a_node} trainer.num_nodes={world // a_node}"
+    apart = "" if config.trainer.gpus_per_job is None else " trainer.gpus_per_job=null"
+    return f"trainer=fsdp trainer.devices={a_node} trainer.num_nodes={world // a_node}{apart}"
 
 
 def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workload | None) -> list[str]:
@@ -239,19 +240,19 @@ def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workloa
     context = asked.context
     refused = [world for world in worlds if world % context or world % config.trainer.replicate]
     if refused:
-        notes.append(f"training refuses {', '.join(map(str, refused))} GPUs, which cannot be cut into such groups")
+        told = f"{', '.join(map(str, refused))} {asked.devices}"
+        notes.append(f"training refuses {told}, which cannot be cut into such groups")
     shared = [world for world in worlds if world not in refused]
     uneven = [world for world in shared if config.optim.global_batch % (world // context)]
     if uneven:
         notes.append(
-            f"{', '.join(map(str, uneven))} GPUs cannot share steps of {config.optim.global_batch} rows equally, so"
-            " some of them wait"
+            f"{', '.join(map(str, uneven))} {asked.devices} cannot share steps of {config.optim.global_batch} rows"
+            " equally, so some of them wait"
         )
     if asked.cpu_offload:
         notes.append("the time is without what goes between the CPU's memory and the GPU's, which may take longer")
     if not asked.gpu:
-        said = f"planning.tflops={config.planning.tflops:g}, planning.mfu={config.planning.mfu:g} and planning.price"
-        notes.append(f"the time is that of {said}; set them to this CPU's")
+        notes.append("planning.card_gib, tflops, mfu and price are a GPU's; set them to this CPU's")
     if asked.gpu:
         notes.append("activations are FlashAttention's: its result and a number for each head and token")
     if asked.eight_bit:

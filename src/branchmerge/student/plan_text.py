@@ -18,7 +18,7 @@ def told(plan: Plan) -> str:
     config, asked = plan.config, plan.asked
     card = config.planning
     verdict = "fits" if asked.fits else "DOES NOT FIT"
-    need, device = asked.memory.total / GIB, _device(asked)
+    need, device = asked.memory.total / GIB, asked.setting.device
     lines = [
         f"Plan of study {config.study.name}, domain {config.domain.name}: {verdict}.",
         f"  model     {config.backbone.path or config.backbone.name}, {asked.memory.parameters:,} parameters",
@@ -30,27 +30,20 @@ def told(plan: Plan) -> str:
         f"  disk      {_disk(plan)}",
         *_work(plan),
         "",
-        f"By number of {_several(device)}, at {asked.setting.seq_len:,} tokens (GiB a {device} at the peak of a step):",
-        _table(plan, plan.by_devices, _several(device)),
+        f"By number of {asked.setting.devices}, at {asked.setting.seq_len:,} tokens"
+        f" (GiB a {device} at the peak of a step):",
+        _table(plan, plan.by_devices, by_devices=True),
         f"By length of a row, on {_devices(asked)}:",
-        _table(plan, plan.by_length, "tokens"),
+        _table(plan, plan.by_length, by_devices=False),
         *_advice(plan),
         *(f"Note: {note}." for note in plan.notes),
     ]
     return "\n".join(lines)
 
 
-def _device(option: Option) -> str:
-    return "GPU" if option.setting.gpu else "process"
-
-
-def _several(device: str) -> str:
-    return "GPUs" if device == "GPU" else "processes"
-
-
 def _devices(option: Option) -> str:
-    device = _device(option)
-    return f"{option.setting.world} {_several(device) if option.setting.world > 1 else device}"
+    setting = option.setting
+    return f"{setting.world} {setting.devices if setting.world > 1 else setting.device}"
 
 
 def _machine(plan: Plan) -> str:
@@ -70,8 +63,8 @@ def _machine(plan: Plan) -> str:
 def _host(option: Option, nodes: int) -> str:
     if not option.setting.cpu_offload:
         return ""
-    held = sum(option.memory.shares.values()) / GIB
-    return f"; {held:.1f} GiB of the CPU's memory a GPU, {held * option.setting.world / nodes:.0f} a node"
+    held, setting = sum(option.memory.shares.values()) / GIB, option.setting
+    return f"; {held:.1f} GiB of the CPU's memory a {setting.device}, {held * setting.world / nodes:.0f} a node"
 
 
 def _disk(plan: Plan) -> str:
@@ -91,17 +84,18 @@ def _work(plan: Plan) -> list[str]:
     return [
         f"  work      {work.steps:,} steps, {work.rows:,} rows, {work.tokens:,} tokens,"
         f" {work.flops(asked.memory.work):.3g} FLOPs",
-        f"  time      {asked.hours:,.1f} hours, {asked.gpu_hours:,.0f} {_device(asked)} hours at {card.mfu:.0%} of"
-        f" {card.tflops:g} TFLOP/s; cost {asked.gpu_hours * card.price:,.0f} at {card.price:g} an hour",
+        f"  time      {asked.hours:,.1f} hours, {asked.gpu_hours:,.0f} {asked.setting.device} hours"
+        f" at {card.mfu:.0%} of {card.tflops:g} TFLOP/s;"
+        f" cost {asked.gpu_hours * card.price:,.0f} at {card.price:g} an hour",
     ]
 
 
-def _table(plan: Plan, options: Sequence[Option], by: str) -> str:
+def _table(plan: Plan, options: Sequence[Option], by_devices: bool) -> str:
     table = Table(box=box.MARKDOWN)
-    by_devices = by != "tokens"
+    by = plan.asked.setting.devices if by_devices else "tokens"
     with_time = by_devices and any(option.hours is not None for option in options)
     heads = [by, *(("rows",) if by_devices else ()), *KINDS, "peak", "fits"]
-    for head in [*heads, *(("hours", f"{_device(plan.asked)} hours", "cost") if with_time else ())]:
+    for head in [*heads, *(("hours", f"{plan.asked.setting.device} hours", "cost") if with_time else ())]:
         table.add_column(head, justify="right", no_wrap=True)
     for option in options:
         setting, memory = option.setting, option.memory
@@ -123,7 +117,8 @@ def _advice(plan: Plan) -> list[str]:
         return []
     if not plan.advice:
         return [
-            "Nothing tried makes it fit: neither recomputed activations, the CPU's memory, more GPUs nor shorter rows."
+            "Nothing tried makes it fit: neither recomputed activations, the CPU's memory, more"
+            f" {plan.asked.setting.devices} nor shorter rows."
         ]
     return (
         ["What makes it fit:"]

@@ -4,16 +4,17 @@ from branchmerge.config import TrainConfig
 from branchmerge.config_checks import check_packages
 from branchmerge.data import held_out
 from branchmerge.student import backbone, places
-from branchmerge.study import check_free
+from branchmerge.study import check_free, writing
 from branchmerge.trajectories.sources import read_branch
 
 
 def check_branch(config: TrainConfig) -> None:
     """Raise the UserErrors of a branch that show without its backbone; reads all its rows."""
     check_packages(config)
-    check_free(places.result(config))
-    checkpoint = backbone.find(config)
-    shape = backbone.read_config(checkpoint) if checkpoint else config.backbone.shape
+    folder = places.result(config)
+    with writing(folder):
+        check_free(folder)
+    shape = backbone.shape_of(config, backbone.find(config))
     if shape:
         backbone.check_heads(shape, config.trainer.context_parallel)
         backbone.check_rows(shape, config.data.seq_len)

@@ -1,6 +1,7 @@
 """What the student answers while it trains: one prompt, greedily, every so many steps, into samples.jsonl."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -62,11 +63,20 @@ class Samples(BetweenSteps):
             ranks.say(f"warning: {self.path}: cannot be written ({error.strerror}); training goes on")
 
     def _lines_before(self, step: int) -> list[str]:
-        """Of an earlier run; a line that was cut off is left out."""
+        """Of an earlier run; a line that was cut off or damaged is left out."""
         if not step or not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        # Not by splitlines, which knows more ends of lines than JSON's.
+        *lines, _ = self.path.read_bytes().split(b"\n")
+        return [line.decode() + "\n" for line in lines if _step_of(line) < step]
+
+
+def _step_of(line: bytes) -> float:
+    """Infinite where it is no sample."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def greedy(student: Student, document: Document, longest: int, end: int) -> list[int]:

@@ -20,10 +20,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from branchmerge.errors import UserError
+from branchmerge.merge.checkpoint import Reader
 from branchmerge.merge.shards import weight_files
-from branchmerge.student.backbone import check_whole
+from branchmerge.merge.tied import without_copies
+from branchmerge.student.backbone import check_whole, loading
 from branchmerge.student.compiling import allow_many_compilations
 from branchmerge.student.export import joins_weights, weights_of
+from branchmerge.student.loss import check_hidden_states
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,31 @@ def empty_model(folder: Path, attn: str) -> PreTrainedModel:
     model.tie_weights()
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a checkpoint that cannot be trained as its config.json says, from the headers of its files.
+
+    Raises:
+        UserError: an unknown kind of model, or one without hidden states; a weight is missing or of another shape, or
+            stored as tied and yet another
+    """
+    with loading(folder):
+        model = empty_model(folder, "sdpa")
+    check_hidden_states(model)
+    stored = Reader(folder)
+    without_copies({"backbone": stored})
+    if joins_weights(model):
+        return
+    weights = weights_of(model)
+    for name, weight in weights.items():
+        if name in stored.tensors and tuple(stored.tensors[name].shape) != tuple(weight.shape):
+            raise UserError(
+                f"{folder}: {name} has the shape {list(stored.tensors[name].shape)}, by config.json it would have"
+                f" {list(weight.shape)}; copy or download it again"
+            )
+    if not stored.tensors.keys() - weights.keys():
+        check_whole(folder, sorted(weights.keys() - stored.tensors.keys()))
 
 
 def layers(model: nn.Module) -> nn.ModuleList:

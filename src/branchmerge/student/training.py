@@ -32,6 +32,7 @@ from branchmerge.student.sharding import (
     Sharding,
     Spread,
     check_shardable,
+    check_weights,
     compile_layers,
     empty_model,
     load_weights,
@@ -62,6 +63,9 @@ def train(config: TrainConfig) -> Path:
     precision = _precision(config.trainer.precision, device)
     _check_alike(start, precision)
     folder = places.result(config)
+    if folder.resolve() == start.resolve():
+        raise UserError(f"out={folder}: is the model that the branch starts from; give another out=")
+    ranks.by_first(lambda: data_account(config))  # a mistake in it is told before another run is waited for
     with ExitStack() as stack:
         ranks.by_first(lambda: stack.enter_context(locked(folder)))
         planned = ranks.by_first(lambda: _plan_manifest(config, start, precision))  # as rows may change while it waits
@@ -72,6 +76,7 @@ def train(config: TrainConfig) -> Path:
             return folder
         ranks.say(f"{folder}: training domain {config.domain.name} from {start}")
         saved = _saved(config, planned)
+        ranks.by_first(lambda: check_weights(start))
         ranks.by_first(lambda: check_room(start, folder, getattr(torch, config.export_dtype)))
         ranks.check_shared(saved.folder)
         ranks.by_first(saved.tell_of_others)
@@ -79,8 +84,7 @@ def train(config: TrainConfig) -> Path:
             ranks.by_first(lambda: saved.tell_if_small(bytes_of_training(config) * numbers_in(start)))
         corpus = prepared(config, start, saved.folder / "corpus", ranks.by_first(saved.has_some))
         saved.rows = corpus.fingerprint
-        if ranks.is_first():
-            _tell(corpus)
+        _tell(corpus)
         ending = stack.enter_context(Ending())
         with publish(folder, planned) if ranks.is_first() else nullcontext(folder) as partial:
             student, facts = _fit(config, start, device, precision, corpus, saved, ending)
@@ -210,6 +214,7 @@ def _fit(
     seconds = resume.seconds
     if trainer.interrupted:
         raise KeyboardInterrupt
+    student.tell_if_broken_at_the_end()
     last_loss = float(trainer.callback_metrics["loss"])
     facts = {
         "steps": trainer.global_step, "skipped_steps": student.skipped,
@@ -263,12 +268,11 @@ def _tell(corpus: Corpus) -> None:
     """Say what became of the rows, before the long work starts."""
     for name, entry in corpus.account["sources"].items():
         dropped = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items()) or "none"
-        print(
+        ranks.say(
             f"{name}: kept {entry['kept']} of {entry['read']} rows ({entry['unverified']} unverified,"
-            f" {entry['truncated']} truncated); dropped: {dropped}",
-            flush=True,
+            f" {entry['truncated']} truncated); dropped: {dropped}"
         )
-    print(f"{len(corpus.plan.steps)} steps, {corpus.tokens} tokens, {corpus.supervised} of them learned", flush=True)
+    ranks.say(f"{len(corpus.plan.steps)} steps, {corpus.tokens} tokens, {corpus.supervised} of them learned")
 
 
 def _saved(config: TrainConfig, planned: Manifest) -> CheckpointFolder:

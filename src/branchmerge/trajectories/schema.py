@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
-LONGEST = 1000
+MOST_DIGITS = 1000
 """Digits of an integer that is an answer; Python reads none of more than 4,300."""
 GRADERS = ("math", "choice", "integer", "code", "livecodebench", "livecodebench_official")
 
@@ -62,11 +62,11 @@ class Reference:
             if not public and not private:
                 raise ValueError(f"a reference with grader {raw['grader']!r} needs its public or private tests")
             return Reference(raw["grader"], public=public, private=private, function=str(raw.get("function") or ""))
-        if "answer" not in raw:
+        if raw.get("answer") is None:
             raise ValueError(f"a reference with grader {raw['grader']!r} needs an answer")
-        if raw["grader"] == "integer" and not re.fullmatch(rf"[+-]?\d{{1,{LONGEST}}}", str(raw["answer"])):
+        if raw["grader"] == "integer" and not re.fullmatch(rf"[+-]?\d{{1,{MOST_DIGITS}}}", str(raw["answer"])):
             raise ValueError(
-                f"a reference with grader 'integer' needs an integer of at most {LONGEST} digits; its answer is"
+                f"a reference with grader 'integer' needs an integer of at most {MOST_DIGITS} digits; its answer is"
                 f" {str(raw['answer'])[:100]!r}"
             )
         return Reference(raw["grader"], answer=str(raw["answer"]))
@@ -116,5 +116,14 @@ class Trajectory:
             raise ValueError("the row has no user turn before the assistant's")
         reference = Reference.parse(raw["reference"]) if raw.get("reference") is not None else None
         row_id, domain = str(raw.get("id") or default_id), str(raw.get("domain") or "")
-        (row_id + domain).encode()  # which half a character (a lone surrogate) in them fails
+        if not _is_text(row_id + domain):
+            raise ValueError("its id or domain holds half a character (a lone surrogate)")
         return Trajectory(row_id, domain, tuple(messages), reference)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

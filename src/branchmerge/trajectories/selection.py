@@ -22,14 +22,16 @@ class Selection:
 
 
 def select(rows: Sequence[Trajectory], check: bool, progress: bool) -> Selection:
-    """Drop repeated rows (same prompt, same response) and, if `check`, those that their grader finds wrong.
+    """Drop rows without a response, repeated ones (same prompt, same response) and, if `check`, wrong ones.
 
     Args:
         progress: a bar, in a terminal
     """
     dropped: Counter[str] = Counter()
-    distinct = list({(row.prompt, row.response): row for row in rows}.values())
-    dropped["duplicate"] = len(rows) - len(distinct)
+    answered = [row for row in rows if row.response.strip()]
+    dropped["empty"] = len(rows) - len(answered)
+    distinct = list({(row.prompt, row.response): row for row in answered}.values())
+    dropped["duplicate"] = len(answered) - len(distinct)
     kept: list[Trajectory] = []
     unverified = 0
     verdicts = verify(distinct) if check else (UNVERIFIED for _ in distinct)

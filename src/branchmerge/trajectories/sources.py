@@ -171,6 +171,8 @@ def identity(source: SourceConfig) -> str:
 
 def _file(source: SourceConfig) -> Path:
     path = project_path(source.path)
+    if path.is_dir():
+        raise UserError(f"{source.path}: is a folder; give a JSONL file of trajectories with data.path=")
     if not path.is_file():
         raise UserError(f"{source.path}: no such file; give a JSONL file of trajectories with data.path=")
     if not os.access(path, os.R_OK):
@@ -188,6 +190,10 @@ def _raw_rows(source: SourceConfig) -> Iterator[tuple[str, str, Any]]:
                     continue
                 try:
                     raw = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path}:{number}: not UTF-8 text ({error.reason}); unpack or convert the file"
+                    ) from error
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}:{number}: not JSON ({error}); one object a line is expected") from error
                 yield f"{path}:{number}", f"{path.stem}-{number:05d}", raw
