@@ -234,7 +234,10 @@ def remove_left_overs(folder: Path) -> None:
 def place(out: str) -> Path:
     """The folder that `out=` means; where it is a link, the one that it leads to."""
     folder = Path(out).expanduser()
-    return folder.resolve() if os.path.islink(folder) else folder  # which is false for names that cannot be
+    with suppress(OSError):  # of names that cannot be, which are told later
+        if folder.is_symlink():
+            return folder.resolve()
+    return folder
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

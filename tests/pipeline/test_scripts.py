@@ -256,7 +256,7 @@ def test_members_that_would_make_the_same_result_are_told_before_the_first(
     own = (f"backbone.path={tiny_student}", "-m", "domain=math", "optim.lr=1e-3,1e-4")
     failed = run_warm("train", tiny_student, tmp_path, *own)
     assert failed.returncode == 1 and len(failed.stderr.strip().splitlines()) == 1
-    assert "experts/math: would be made twice, with optim.lr=1e-3 and with optim.lr=1e-4; put what" in failed.stderr
+    assert "experts/math: would be made twice, with optim.lr=0.001 and with optim.lr=0.0001; put what" in failed.stderr
     assert not (tmp_path / "tiny" / "experts").exists()
 
 

@@ -1,0 +1,27 @@
+"""What the three entry points share."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SPINS = "from branchmerge import cli; import os; cli.run(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
+INTERRUPTED = "from branchmerge import cli; import os, signal; cli.run(lambda: os.kill(os.getpid(), signal.SIGINT))"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=str,
+)
+def test_openmps_threads_let_go_of_their_core_unless_told_otherwise(given: dict[str, str], found: str) -> None:
+    bare = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", SPINS], env=bare | given, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == found
+
+
+def test_ctrl_c_ends_with_the_status_that_shells_give_it() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr == "interrupted; run the same command again to go on\n"
