@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -141,27 +141,6 @@ def together(task: Callable[[list[Any]], object], item: Any) -> None:
         _TOGETHER.setdefault(task, []).append(item)
     else:
         task([item])
-
-
-def check_places(members: Sequence[DictConfig]) -> None:
-    """Refuse a multirun of train.py in which two members would make the same result: the second one comes late."""
-    made: dict[str, list[str]] = {}
-    for member in members:
-        try:
-            if "domain" not in member or member.plan or member.redo:
-                continue
-            place = member.out or f"{member.outputs}/{member.study.name}/experts/{member.domain.name}"
-        except OmegaConfBaseException:  # what it lacks is told when its turn comes
-            continue
-        said = [str(override) for override in member.hydra.overrides.task]
-        if place in made:
-            pairs = (made[place], said), (said, made[place])
-            one, other = (" ".join(o for o in mine if o not in theirs) or "the same" for mine, theirs in pairs)
-            raise UserError(
-                f"{place}: would be made twice, with {one} and with {other}; put what differs into out=, such as"
-                " 'out=runs/${domain.name}-lr${optim.lr}'"
-            )
-        made[place] = said
 
 
 def one_line(error: BaseException) -> str:

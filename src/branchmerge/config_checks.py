@@ -111,7 +111,7 @@ def _check(node: Any, prefix: str) -> None:
             for key, entry in value.items():
                 if is_dataclass(entry):
                     _check(entry, f"{name}.{key}.")
-        choices, low, high = (item.metadata.get(name) for name in ("choices", "low", "high"))
+        choices, low, high = (item.metadata.get(key) for key in ("choices", "low", "high"))
         if value is None:
             continue
         if value == "" and not item.metadata.get("empty", True):

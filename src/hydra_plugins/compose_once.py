@@ -18,11 +18,11 @@ from hydra.core.override_parser.types import Override
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from branchmerge import cli
+from branchmerge.student import places
 
 
 class ComposeOnceSweeper(BasicSweeper):
-    """`hydra/sweeper=compose_once`; takes what `hydra/sweeper=basic` takes."""
+    """`hydra/sweeper=compose_once`; takes what `hydra/sweeper=basic` takes, but for branches of one place."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         loader = hydra_context.config_loader
@@ -38,7 +38,7 @@ class ComposeOnceSweeper(BasicSweeper):
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         members = [self._member(overrides) for overrides in batch]
-        cli.check_places(members)
+        places.check_members(members)
         for overrides, member in zip(batch, members, strict=True):
             self._checked[tuple(overrides)].append(member)
 

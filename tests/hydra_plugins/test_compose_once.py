@@ -1,4 +1,4 @@
-"""The sweeper of merge.py: every member has the config that Hydra composes, with less composing."""
+"""The sweeper of merge.py and train.py: every member has the config that Hydra composes, with less composing."""
 
 import json
 import os

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import resource
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ import torch
 from branches import branch, metrics
 from conftest import make_student
 from lightning import Callback, Trainer
-from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,11 +23,9 @@ from branchmerge.data.batch import make_batch
 from branchmerge.data.datamodule import Corpus, TrajectoryData, prepare
 from branchmerge.data.packing import Plan
 from branchmerge.data.template import Document
-from branchmerge.errors import UserError
-from branchmerge.student import attention, loggers
+from branchmerge.student import attention
 from branchmerge.student.backbone import load_model, load_tokenizer
 from branchmerge.student.flops import Shapes, peak_of
-from branchmerge.student.loggers import RUN_ID, loggers_of
 from branchmerge.student.loss import PackedLoss, summed_loss
 from branchmerge.student.module import Student
 from branchmerge.student.progress import StepProgress, utilisation
@@ -57,83 +53,6 @@ def fitted(student: Path, corpus: Corpus, folder: Path, *callbacks: Callback) ->
 def corpus(tiny_student: Path, tmp_path: Path) -> Corpus:
     settings = branch(tiny_student, tmp_path, "domain=math")
     return prepare(settings, read_branch(settings), load_tokenizer(tiny_student))
-
-
-def test_branches_of_one_process_have_wandb_runs_of_their_own_and_go_on_in_them(
-    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    for domain in ("math", "code"):
-        train(branch(tiny_student, tmp_path, f"domain={domain}", "logger=wandb", "optim.max_steps=1"))
-        logs = tmp_path / "tiny" / "logs" / "train" / domain
-        (run,) = logs.glob("wandb/offline-run-*/*.wandb")
-        assert run.name == f"run-{(logs / RUN_ID).read_text()}.wandb"
-    ids = []
-    for first_step in (0, 2, 0):
-        with loggers_of(branch(tiny_student, tmp_path, "domain=math", "logger=wandb"), logs, first_step):
-            ids.append((logs / RUN_ID).read_text())
-    assert ids[0] == ids[1] != ids[2]
-
-
-def test_a_tracker_that_failed_is_left_alone_for_a_while_but_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[str] = []
-
-    class Away(CSVLogger):
-        """A tracker whose server is away."""
-
-        def log_metrics(self, *_: Any, **__: Any) -> None:
-            asked.append("log")
-            raise ConnectionError("no route")
-
-        def finalize(self, status: str) -> None:
-            asked.append(status)
-
-    monkeypatch.setattr(loggers, "PAUSE", 0.2)
-    tracker = loggers._lenient(Away(tmp_path))
-    tracker.log_metrics({})
-    tracker.log_metrics({})
-    assert asked == ["log"]
-    time.sleep(0.3)
-    tracker.log_metrics({})
-    tracker.finalize("success")
-    assert asked == ["log", "log", "success"]
-    assert capsys.readouterr().out.count("warning: Away: ConnectionError: no route; training goes on") == 1
-
-
-def test_a_tracker_that_cannot_be_begun_ends_only_a_run_that_begins(
-    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "tensorboard").write_text("no folder")
-    settings = branch(tiny_student, tmp_path, "domain=math", "logger=tensorboard")
-    with pytest.raises(UserError, match="logger=tensorboard: cannot be begun"), loggers_of(settings, tmp_path):
-        pass
-    with loggers_of(settings, tmp_path, 3) as found:
-        assert len(found) == 1
-    assert "training goes on without it" in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
-def test_a_tracker_that_fails_ends_no_training(
-    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """TensorBoard where no file may grow beyond 4 kB, as on a full disk, and again when there is room."""
-    monkeypatch.setattr(loggers, "PAUSE", 0.0)
-    settings = branch(tiny_student, tmp_path, "domain=math", "logger=tensorboard")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with loggers_of(settings, tmp_path) as (curve, tracker):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        try:
-            for step in range(200):
-                tracker.log_metrics({"loss": 1.0}, step)
-                tracker.save()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        curve.log_metrics({"loss": 1.0}, 200)
-        tracker.finalize("success")
-    said = capsys.readouterr().out
-    assert said.count("warning: TensorBoardLogger: OSError: ") == 1 and "training goes on" in said
 
 
 def test_a_log_gets_the_first_step_the_last_one_and_few_between(

@@ -1,6 +1,5 @@
 """A killed or stopped branch goes on from its last checkpoint, to the same curve and the same weights."""
 
-import csv
 import errno
 import os
 import shutil
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,11 @@ import pytest
 import torch
 from branches import PROJECT, branch, metrics
 from lightning import Callback
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 
 from branchmerge.errors import UserError
 from branchmerge.student import checkpoints, training
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.export import export
-from branchmerge.student.loggers import KEPT, METRICS, loggers_of
 from branchmerge.student.training import train
 from branchmerge.study import Manifest, read_manifest, weights_sha256
 
@@ -250,64 +246,6 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
         assert found is not None and found.step == 2
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)  # torch may still hold the file that it gave up
-
-
-def test_a_damaged_curve_begins_anew(tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / METRICS).write_text("step,loss\n0,1.5\n1,\0garbage\n")
-    with loggers_of(branch(tiny_student, tmp_path, "domain=math"), tmp_path, 5) as (curve,):
-        curve.log_metrics({"loss": 2.0}, 5)
-    assert "damaged" in capsys.readouterr().out
-    assert [line.split(",")[0] for line in (tmp_path / METRICS).read_text().splitlines()[1:]] in (["2.0"], ["5"])
-
-
-def test_a_curve_outlives_a_kill_while_it_is_taken_over(tiny_student: Path, tmp_path: Path) -> None:
-    """Killed by itself where Lightning's writer has removed the curve, and no row is back yet."""
-    settings = branch(tiny_student, tmp_path, "domain=math")
-    with loggers_of(settings, tmp_path) as (curve,):
-        for step in range(4):
-            curve.log_metrics({"loss": 1 / 3 + step, "lr": 1e-4}, step)
-        curve.log_metrics({"validation": 2.0}, 3)
-        curve.save()
-    before = (tmp_path / METRICS).read_text().splitlines()
-    usual = _ExperimentWriter.__init__
-
-    def killed(writer: _ExperimentWriter, log_dir: str) -> None:
-        usual(writer, log_dir)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if not child:
-        with suppress(BaseException):
-            _ExperimentWriter.__init__ = killed  # type: ignore[method-assign]
-            loggers_of(settings, tmp_path, 3).__enter__()
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert not (tmp_path / METRICS).exists()
-    with loggers_of(settings, tmp_path, 3) as (curve,):
-        curve.log_metrics({"loss": 9.0, "grad_norm": 1.0}, 3)
-        curve.save()
-    rows = list(csv.DictReader((tmp_path / METRICS).open()))
-    assert [row["loss"] for row in rows] == [*(row.split(",")[0] for row in before[1:4]), "9.0"]
-    assert not (tmp_path / KEPT).exists()
-
-
-def test_a_run_that_goes_on_takes_over_no_curve_of_another(
-    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class InSecondStep(Callback):
-        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 2:
-                raise RuntimeError("as if killed")
-
-    usual = training.watchers
-    every = ("domain=math", "trainer.checkpoint.every_n_steps=1")
-    for rate in ("1e-4", "2e-3"):
-        with monkeypatch.context() as killed, pytest.raises(RuntimeError, match="as if killed"):
-            killed.setattr(training, "watchers", lambda *given: [*usual(*given), InSecondStep()])
-            train(branch(tiny_student, tmp_path, *every, f"optim.lr={rate}"))
-    train(branch(tiny_student, tmp_path, *every, "optim.lr=1e-4"))
-    curve = metrics(tmp_path, "math")
-    assert curve and all(float(row["lr"]) <= 1e-4 for row in curve)
 
 
 def test_checkpoints_of_other_settings_are_told_and_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

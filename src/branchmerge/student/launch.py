@@ -70,21 +70,22 @@ def launch(branches: Sequence[Branch]) -> None:
             " docs/training.md"
         )
     places = _places(branches[0].config)
-    for branch in branches:
-        check_groups(branch.config.trainer, _processes(branch.config))
+    processes = [_processes(branch.config) for branch in branches]
+    for branch, count in zip(branches, processes, strict=True):
+        check_groups(branch.config.trainer, count)
     free: SimpleQueue[Sequence[int] | None] = SimpleQueue()
     for place in places:
         free.put(place)
     with _running() as running, ThreadPoolExecutor(len(places)) as pool:
 
-        def run(branch: Branch) -> int:
+        def run(branch: Branch, count: int) -> int:
             place = free.get()
             try:
-                return running.run(branch, _processes(branch.config), place)
+                return running.run(branch, count, place)
             finally:
                 free.put(place)
 
-        statuses = list(pool.map(run, branches))
+        statuses = list(pool.map(run, branches, processes))
     if running.told_to_end:
         raise SystemExit(128 + running.told_to_end)
     failed = [b.config.domain.name for b, status in zip(branches, statuses, strict=True) if status]

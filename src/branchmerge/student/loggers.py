@@ -79,8 +79,9 @@ def _make(config: TrainConfig, folder: Path, first_step: int) -> list[Logger]:
 
 
 def _curve(folder: Path, first_step: int) -> CSVLogger:
-    """With the rows before a step, at whatever moment this process is killed: Lightning's writer begins by removing
-    what is there.
+    """The CSV file, with its rows of the steps before.
+
+    Lightning's writer begins by removing the file, so they lie beside it meanwhile: a kill at any moment loses none.
     """
     path, kept = folder / METRICS, folder / KEPT
     rows = _rows_before(kept if kept.is_file() else path, first_step)

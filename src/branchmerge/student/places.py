@@ -1,8 +1,14 @@
 """Where the files of a branch lie."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from branchmerge.config import TrainConfig
+from branchmerge.errors import UserError
 from branchmerge.study import Study, place
 
 
@@ -26,6 +32,28 @@ def checkpoints(config: TrainConfig) -> Path:
     if config.out is not None:
         return _beside(config.out, "checkpoints")
     return Study(config).checkpoints
+
+
+def check_members(members: Sequence[DictConfig]) -> None:
+    """Refuse a multirun in which two branches would make the same result: that of the second would be told late."""
+    made: dict[Path, list[str]] = {}
+    for member in members:
+        branch: Any = member  # composed, not yet typed
+        try:
+            if "domain" not in branch or branch.plan or branch.redo:
+                continue
+            folder = result(branch)
+        except OmegaConfBaseException:  # what it lacks is told when its turn comes
+            continue
+        said = [str(override) for override in branch.hydra.overrides.task]
+        if folder in made:
+            pairs = (made[folder], said), (said, made[folder])
+            one, other = (" ".join(o for o in mine if o not in theirs) or "the same" for mine, theirs in pairs)
+            raise UserError(
+                f"{folder}: would be made twice, with {one} and with {other}; put what differs into out=, such as"
+                " 'out=runs/${domain.name}-lr${optim.lr}'"
+            )
+        made[folder] = said
 
 
 def _beside(out: str, what: str) -> Path:

@@ -40,6 +40,7 @@ from branchmerge.student.sharding import (
 )
 from branchmerge.student.watch import watchers
 from branchmerge.study import Manifest, is_done, locked, parent_of, publish, read_manifest
+from branchmerge.trajectories.sources import check_files
 
 
 def train(config: TrainConfig) -> Path:
@@ -65,7 +66,7 @@ def train(config: TrainConfig) -> Path:
     folder = places.result(config)
     if folder.resolve() == start.resolve():
         raise UserError(f"out={folder}: is the model that the branch starts from; give another out=")
-    ranks.by_first(lambda: data_account(config))  # a mistake in it is told before another run is waited for
+    ranks.by_first(lambda: check_files(config))  # a mistake is told before another run is waited for
     with ExitStack() as stack:
         ranks.by_first(lambda: stack.enter_context(locked(folder)))
         planned = ranks.by_first(lambda: _plan_manifest(config, start, precision))  # as rows may change while it waits

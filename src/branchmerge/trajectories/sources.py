@@ -143,6 +143,13 @@ def read_branch(config: TrainConfig) -> dict[str, list[Trajectory]]:
     return {name: read(source) for name, source in of_branch(config).items()}
 
 
+def check_files(config: TrainConfig) -> None:
+    """Refuse sources of a branch whose files are not there; reads none of them."""
+    for source in of_branch(config).values():
+        if is_local(source):
+            _file(source)
+
+
 def at_most(source: SourceConfig, limit: int | None) -> SourceConfig:
     """The source with no more rows than `limit`; None changes nothing."""
     return source if limit is None else replace(source, limit=min(limit, source.limit or limit))
