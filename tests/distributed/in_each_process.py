@@ -16,7 +16,7 @@ import torch
 from branchmerge.errors import UserError
 from branchmerge.student import checkpoints, ranks
 from branchmerge.student.attention import PACKED_FLASH4, PACKED_SDPA
-from branchmerge.student.checkpoints import CheckpointFolder
+from branchmerge.student.checkpoints import CheckpointFolder, Position
 from branchmerge.student.trials import choose_attention
 from branchmerge.study import Manifest
 
@@ -58,7 +58,9 @@ def written(folder: Path, number: int) -> bool:
 
     checkpoints._sync = sync
     try:
-        return CheckpointFolder(folder, Manifest("expert", "math", {}, {}), 1).write(1, 1.0, 0, save)
+        return CheckpointFolder(folder, Manifest("expert", "math", {}, {}), 1).write(
+            Position(step=1, seconds=1.0), save
+        )
     finally:
         checkpoints._sync = usual
 

@@ -183,7 +183,7 @@ def test_no_way_of_spreading_changes_a_branch(untied: Path, rows: str, spread: P
     for name in (*WAYS, "copies of shards"):
         assert_equal_to(tmp_path, spread / name)
     manifest = read_manifest(spread / "copies" / "tiny" / "experts" / "math")
-    assert manifest is not None and len(manifest.training["devices"]) == 2
+    assert manifest is not None and len(manifest.training["runs"][-1]["devices"]) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,6 +312,10 @@ def test_a_branch_outlives_sigterm_the_death_of_a_process_and_of_all(
     assert said.count("going on after step") == 2
     assert f"{last}: not whole (state/__1_0.distcp has changed); going on from the one before" in said
     assert_equal_to(spread / "long", tmp_path / "four")
+    manifest = read_manifest(tmp_path / "four" / "tiny" / "experts" / "math")
+    assert manifest is not None
+    runs = [(run["from_step"], len(run["devices"])) for run in manifest.training["runs"]]
+    assert runs[:2] == [(0, 2), (first, 2)] and runs[-1][1] == 4 and runs == sorted(runs)
     experts = [each / "tiny" / "experts" / "math" for each in (outputs, spread / "long")]
     assert weights_sha256(experts[0]) == weights_sha256(experts[1])
     ours, theirs = metrics(outputs, "math"), metrics(spread / "long", "math")
@@ -327,6 +331,7 @@ def test_ctrl_c_saves_too(tiny_student: Path, rows: str, tmp_path: Path) -> None
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + signal.SIGINT and "told to end after step" in said, said
+    assert "waiting until the processes have saved; once more to end them at once" in said
     assert "Traceback" not in said, said
 
 

@@ -88,10 +88,14 @@ def test_only_several_tasks_of_srun_are_several_processes(
     assert ranks.is_one_of_several() == several
 
 
-def test_processes_have_the_time_to_end_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by a torchrun that does not know the variable: its own end of a process that ignores SIGTERM."""
-    monkeypatch.setattr(PContext.close, "__defaults__", PContext.close.__defaults__)
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")
+@pytest.mark.parametrize(("told", "said", "after_death"), [(signal.SIGTERM, "2", 60), (None, "60", 2)])
+def test_processes_have_the_time_to_end_that_is_said(
+    told: signal.Signals | None, said: str, after_death: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that ignore SIGTERM; also by a torchrun that does not know the variable. After a death it is short."""
+    monkeypatch.setattr(PContext, "close", PContext.close)
+    monkeypatch.setattr(local_processes, "SECONDS_AFTER_DEATH", after_death)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", said)
     local_processes.give_time()
     deaf = tmp_path / "deaf.py"
     deaf.write_text(
@@ -104,7 +108,7 @@ def test_processes_have_the_time_to_end_that_is_said(tmp_path: Path, monkeypatch
     while not heard.stat().st_size:
         time.sleep(0.05)
     began = time.monotonic()
-    processes.close(signal.SIGTERM)
+    processes.close(told)
     for number, handler in handlers.items():  # it set some for good
         if signal.getsignal(number) is not handler:
             signal.signal(number, handler)

@@ -62,7 +62,7 @@ def test_submitit_sends_each_domain_to_a_job(tiny_student: Path, tmp_path: Path)
     assert done.returncode == 0, done.stdout + done.stderr
     for domain in ("math", "code"):
         manifest = read_manifest(tmp_path / "tiny" / "experts" / domain)
-        assert manifest is not None and len(manifest.training["devices"]) == 2
+        assert manifest is not None and len(manifest.training["runs"][-1]["devices"]) == 2
 
 
 def test_a_step_of_one_task_starts_its_processes_itself(tiny_student: Path, tmp_path: Path) -> None:
@@ -72,4 +72,4 @@ def test_a_step_of_one_task_starts_its_processes_itself(tiny_student: Path, tmp_
     )
     assert done.returncode == 0, done.stdout + done.stderr
     manifest = read_manifest(tmp_path / "tiny" / "experts" / "math")
-    assert manifest is not None and len(manifest.training["devices"]) == 2
+    assert manifest is not None and len(manifest.training["runs"][-1]["devices"]) == 2

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from branchmerge.config import OptimConfig
-from branchmerge.student.checkpoints import load_state, save_state
+from branchmerge.student.checkpoints import generators, load_state, save_state
 from branchmerge.student.optim import lr_factor, make_optimizer
 
 
@@ -71,7 +71,7 @@ def test_moments_in_8_bits_learn_and_come_back_from_a_checkpoint(tmp_path: Path)
     losses = [step(layer, optimizer) for _ in range(3)]
     assert losses[0] > losses[1] > losses[2]
     assert optimizer.state[layer.weight]["exp_avg"].codes.dtype == torch.uint8 and layer.weight.dtype == torch.float32
-    save_state(tmp_path, layer, optimizer)
+    save_state(tmp_path, layer, optimizer, generators())
     others = made()
     load_state(tmp_path, *others)
     assert step(*others) == step(layer, optimizer)

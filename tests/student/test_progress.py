@@ -25,6 +25,7 @@ from branchmerge.data.packing import Plan
 from branchmerge.data.template import Document
 from branchmerge.student import attention
 from branchmerge.student.backbone import load_model, load_tokenizer
+from branchmerge.student.ending import Ending
 from branchmerge.student.flops import Shapes, peak_of
 from branchmerge.student.loss import PackedLoss, summed_loss
 from branchmerge.student.module import Student
@@ -132,7 +133,7 @@ def test_samples_are_what_the_model_itself_generates(tiny_student: Path, tmp_pat
 @pytest.mark.parametrize("harm", [b"\0\0\0\n", b'{"step": 1}', b"[]\n"])
 def test_damaged_samples_are_left_out(harm: bytes, tiny_student: Path, tmp_path: Path) -> None:
     """And what they say may hold characters that end lines elsewhere."""
-    samples = Samples(load_tokenizer(tiny_student), Document("a", np.arange(3), 1), 1, 4, tmp_path)
+    samples = Samples(load_tokenizer(tiny_student), Document("a", np.arange(3), 1), 1, 4, tmp_path, Ending())
     kept, later = (json.dumps({"step": step, "text": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n" for step in (2, 5))
     samples.path.write_bytes((kept + later).encode() + harm)
     assert samples._lines_before(4) == [kept]

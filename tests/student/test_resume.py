@@ -9,17 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from branches import PROJECT, branch, metrics
-from lightning import Callback
 
 from branchmerge.errors import UserError
-from branchmerge.student import checkpoints, training
-from branchmerge.student.checkpoints import CheckpointFolder
-from branchmerge.student.export import export
+from branchmerge.student import checkpoints
+from branchmerge.student.checkpoints import CheckpointFolder, Position
 from branchmerge.student.training import train
 from branchmerge.study import Manifest, read_manifest, weights_sha256
 
@@ -132,9 +129,9 @@ def test_checkpoints_come_by_the_clock(
     written: list[int] = []
     usual = CheckpointFolder.write
 
-    def write(self: CheckpointFolder, step: int, *given: Any) -> bool:
-        written.append(step)
-        return usual(self, step, *given)
+    def write(self: CheckpointFolder, position: Position, save: Callable[[Path], None]) -> bool:
+        written.append(position.step)
+        return usual(self, position, save)
 
     monkeypatch.setattr(CheckpointFolder, "write", write)
     clock = ("trainer.checkpoint.every_n_steps=null", f"trainer.checkpoint.every_n_minutes={minutes}")
@@ -172,7 +169,8 @@ def manifest(**work: object) -> Manifest:
 def folder_with(tmp_path: Path, *steps: int, keep_last: int = 3) -> CheckpointFolder:
     folder = CheckpointFolder(tmp_path, manifest(lr=1), keep_last)
     for step in steps:
-        assert folder.write(step, float(step), 0, lambda partial, step=step: torch.save(step, partial / "state.pt"))  # type: ignore[misc]
+        position = Position(step=step, seconds=float(step))
+        assert folder.write(position, lambda partial, step=step: torch.save(step, partial / "state.pt"))  # type: ignore[misc]
     return folder
 
 
@@ -205,7 +203,7 @@ def test_one_that_is_not_whole_is_passed_over(harm: str, tmp_path: Path, capsys:
     found = folder.newest()
     assert found is not None and found.step == 2
     assert f"warning: {last}: not whole" in capsys.readouterr().out
-    assert folder.write(4, 4.0, 0, lambda partial: torch.save(4, partial / "state.pt"))
+    assert folder.write(Position(step=4, seconds=4.0), lambda partial: torch.save(4, partial / "state.pt"))
     found = folder.newest()
     assert found is not None and found.step == 4
 
@@ -213,7 +211,7 @@ def test_one_that_is_not_whole_is_passed_over(harm: str, tmp_path: Path, capsys:
 def test_a_checkpoint_of_other_rows_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_with(tmp_path, 2)
     folder.rows = "ab"
-    assert folder.write(4, 4.0, 0, lambda partial: torch.save(4, partial / "state.pt"))
+    assert folder.write(Position(step=4, seconds=4.0), lambda partial: torch.save(4, partial / "state.pt"))
     found = folder.newest()
     assert found is not None and found.step == 4
     folder.rows = "cd"
@@ -237,9 +235,9 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
         optimizer = torch.optim.AdamW(model.parameters())
         fill = {
             "torch.save": lambda partial: torch.save(model.weight, partial / "state.pt"),
-            "shards": lambda partial: checkpoints.save_state(partial, model, optimizer),
+            "shards": lambda partial: checkpoints.save_state(partial, model, optimizer, checkpoints.generators()),
         }[writer]
-        assert not folder.write(4, 4.0, 0, fill)
+        assert not folder.write(Position(step=4, seconds=4.0), fill)
         assert "no room for a checkpoint" in capsys.readouterr().out
         assert [path.name for path in folder.folder.iterdir()] == ["step-00000002"]
         found = folder.newest()
@@ -286,62 +284,12 @@ def test_a_disk_without_room_for_the_expert_is_refused_first(tiny_student: Path,
         subprocess.run(["umount", "--lazy", outputs], check=True)
 
 
-def export_told(number: signal.Signals) -> Callable[..., str]:
-    """`export`, in a process that gets a signal as it begins."""
-
-    def told(*args: Any) -> str:
-        os.kill(os.getpid(), number)
-        return export(*args)
-
-    return told
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_comes_after_the_last_step_waits_until_all_is_published(
-    number: signal.Signals, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "export", export_told(number))
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as ended:
-        train(branch(tiny_student, tmp_path, "domain=math", "optim.max_steps=1"))
-    assert ended.value.code == 128 + number
-    assert read_manifest(tmp_path / "tiny" / "experts" / "math") is not None
-    assert not list((tmp_path / "tiny").rglob("*.partial"))
-    assert signal.getsignal(number) == before
-
-
-def test_ctrl_c_twice_after_the_last_step_ends_at_once(
-    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class InLastStep(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(training, "export", export_told(signal.SIGINT))
-    monkeypatch.setattr(training, "watchers", lambda *_: [InLastStep()])
-    with pytest.raises(KeyboardInterrupt):
-        train(branch(tiny_student, tmp_path, "domain=math", "optim.max_steps=1", "optim.global_batch=1"))
-    assert not (tmp_path / "tiny" / "experts" / "math").exists()
-
-
-def test_ctrl_c_that_is_ignored_stays_ignored(
-    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "export", export_told(signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        train(branch(tiny_student, tmp_path, "domain=math", "optim.max_steps=1"))
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     def fail(_: Path) -> None:
         raise OSError(errno.EIO, "broken disk")
 
     with pytest.raises(OSError, match="broken disk"):
-        folder_with(tmp_path).write(2, 2.0, 0, fail)
+        folder_with(tmp_path).write(Position(step=2, seconds=2.0), fail)
 
 
 def test_weights_moments_and_generators_come_back(tmp_path: Path) -> None:
@@ -359,7 +307,7 @@ def test_weights_moments_and_generators_come_back(tmp_path: Path) -> None:
 
     model, optimizer = made()
     step(model, optimizer)
-    checkpoints.save_state(tmp_path, model, optimizer)
+    checkpoints.save_state(tmp_path, model, optimizer, checkpoints.generators())
     expected = [step(model, optimizer) for _ in range(3)]
     other, its_optimizer = made()
     checkpoints.load_state(tmp_path, other, its_optimizer)

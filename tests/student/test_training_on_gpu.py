@@ -13,7 +13,7 @@ from test_attention import MODELS, documents, everywhere, heads
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.student import attention, flash4, trials
 from branchmerge.student.backbone import load_model
-from branchmerge.student.checkpoints import load_state, save_state
+from branchmerge.student.checkpoints import generators, load_state, save_state
 from branchmerge.student.loss import packed_logits
 from branchmerge.student.module import Student
 from branchmerge.student.training import train
@@ -113,7 +113,7 @@ def test_a_gpus_generator_comes_back(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2, device="cuda")).sum().backward()
     optimizer.step()
-    save_state(tmp_path, model, optimizer)
+    save_state(tmp_path, model, optimizer, generators())
     expected = torch.rand(3, device="cuda")
     load_state(tmp_path, model, optimizer)
     assert torch.equal(torch.rand(3, device="cuda"), expected)
@@ -155,7 +155,7 @@ def test_layers_compile_whole_with_flash_attention_4(tmp_path: Path) -> None:
         train(branch(student, tmp_path / attn, "domain=math", "trainer=gpu", *more))
         losses.append([float(row["loss"]) for row in metrics(tmp_path / attn, "math")])
     manifest = read_manifest(tmp_path / "flash_attention_4" / "tiny" / "experts" / "math")
-    assert manifest is not None and manifest.training["attention"] == attention.PACKED_FLASH4
+    assert manifest is not None and manifest.training["runs"][-1]["attention"] == attention.PACKED_FLASH4
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] > 0

@@ -1,12 +1,14 @@
 """Callbacks that look at the student between two optimizer steps and leave no trace in it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.distributed.fsdp import FSDPModule
+
+from branchmerge.student.ending import ToldToEndError
 
 
 class BetweenSteps(Callback):
@@ -15,7 +17,7 @@ class BetweenSteps(Callback):
     _seen: int | None = None
 
     def between_steps(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """`step` optimizer steps are done, and logged."""
+        """`step` optimizer steps are done, and logged. ToldToEndError may leave it, in all processes or in none."""
         raise NotImplementedError
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
@@ -28,7 +30,8 @@ class BetweenSteps(Callback):
         step = trainer.global_step
         if step != self._seen:
             self._seen = step
-            self.between_steps(trainer, module, step)
+            with suppress(ToldToEndError):
+                self.between_steps(trainer, module, step)
 
 
 def is_due(step: int, every: int | None, last: int) -> bool:

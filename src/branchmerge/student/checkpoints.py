@@ -18,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +42,30 @@ FULL = 1 << 24
 """A disk with less than so many bytes left was too small for what could not be written."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A finished one."""
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a branch is."""
 
-    folder: Path
     step: int
     """Optimizer steps done"""
     seconds: float
     """Of training until then"""
-    skipped: int
-    """Steps among them without a finite gradient"""
-
-
-@dataclass(frozen=True)
-class _Record:
-    step: int
-    seconds: float
-    sha256: dict[str, str]
     skipped: int = 0
+    """Steps among them without a finite gradient"""
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    """Those that did them, as the manifest will tell"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Position):
+    """A finished one."""
+
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record(Position):
+    sha256: dict[str, str]
     rows: str = ""
 
 
@@ -112,20 +117,20 @@ class CheckpointFolder:
             ranks.say(f"warning: {folder}: {why}; going on from the one before")
         return None
 
-    def write(self, step: int, seconds: float, skipped: int, save: Callable[[Path], None]) -> bool:
-        """Have `save` fill a folder, and keep it as the checkpoint of a step; older ones are removed after that.
+    def write(self, position: Position, save: Callable[[Path], None]) -> bool:
+        """Have `save` fill a folder, and keep it as the checkpoint of that step; older ones are removed after that.
 
         Returns:
             Whether it was written; on a full disk the last one stays, and a warning is printed.
         """
-        final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f".step-{step:08d}.partial"
+        final = self.folder / f"step-{position.step:08d}"
+        partial = self.folder / f".{final.name}.partial"
         digests: dict[str, str] = {}
         parts: list[Callable[[], Any]] = [
             lambda: self._make(partial),
             lambda: save(partial),
             lambda: digests.update(_fingerprints(partial)),
-            lambda: self._finish(partial, final, _Record(step, seconds, _joined(digests), skipped, self.rows)),
+            lambda: self._finish(partial, final, _Record(**vars(position), sha256=_joined(digests), rows=self.rows)),
         ]
         for part in parts:
             failed = self._try(part)
@@ -209,7 +214,8 @@ def _read(folder: Path, rows: str) -> tuple[Checkpoint | None, str]:
     why = next(filter(None, ranks.from_all(why)), "")
     if why or record is None:
         return None, why
-    return Checkpoint(folder, record.step, record.seconds, record.skipped), ""
+    at = {each.name: getattr(record, each.name) for each in fields(Position)}
+    return Checkpoint(folder=folder, **at), ""
 
 
 def _mine(names: list[str]) -> list[str]:
@@ -234,12 +240,16 @@ def _sync(paths: list[Path]) -> None:
             os.close(handle)
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write what training needs to go on exactly."""
+def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, drawn: dict[str, Any]) -> None:
+    """Write what training needs to go on exactly.
+
+    Args:
+        drawn: `generators` as the next step finds them
+    """
     weights, moments = get_state_dict(model, optimizer)
     with _quiet():
         save_shards({"model": weights, "optimizer": moments}, checkpoint_id=folder / STATE)
-    torch.save(_generators(), folder / GENERATORS.format(rank=ranks.rank()))
+    torch.save(drawn, folder / GENERATORS.format(rank=ranks.rank()))
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -253,10 +263,10 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     mine = folder / GENERATORS.format(rank=ranks.rank())
     if not mine.is_file():  # fewer processes wrote it: these draw other numbers, where they draw any
         return
-    generators: dict[str, Any] = torch.load(mine, weights_only=True)
-    torch.set_rng_state(generators["cpu"])
-    if generators["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(generators["cuda"])
+    drawn: dict[str, Any] = torch.load(mine, weights_only=True)
+    torch.set_rng_state(drawn["cpu"])
+    if drawn["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(drawn["cuda"])
 
 
 @contextmanager
@@ -267,6 +277,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _generators() -> dict[str, Any]:
-    """Of the CPU and of this process's GPU; the next run may see another number of them."""
+def generators() -> dict[str, Any]:
+    """Their states, on the CPU and on this process's GPU; the next run may see another number of GPUs."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}

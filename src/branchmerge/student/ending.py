@@ -8,6 +8,10 @@ from typing import Any, Self
 from branchmerge.student import ranks
 
 
+class ToldToEndError(Exception):
+    """Leaves what is done between two steps; the next run does it again."""
+
+
 class Ending:
     """From `listen` on such a signal is noted, for others to end the training when nothing is lost by it.
 
@@ -33,6 +37,15 @@ class Ending:
         for number in self._former:
             if number != self.signal:  # one that came is noted, and the next Ctrl-C ends at once
                 signal.signal(number, self._take_note)
+
+    def told(self) -> bool:
+        """Whether any process was; all of them ask this together."""
+        return ranks.summed(self.signal is not None) != [0]
+
+    def check(self, steps_left: int) -> None:
+        """Raise ToldToEndError where one was; after the last step there is no run that would do it again."""
+        if steps_left and self.told():
+            raise ToldToEndError
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

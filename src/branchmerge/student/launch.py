@@ -23,8 +23,8 @@ from branchmerge.config_checks import check_groups
 from branchmerge.errors import UserError
 from branchmerge.student import ranks
 
-SECONDS_TO_END = 50
-"""For processes that are told to end, as to save a checkpoint, before they are killed."""
+SECONDS_TO_END = 600
+"""For processes that are told to end, to save a checkpoint, before they are killed."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,8 @@ class _Running:
     def end(self, number: int, _: Any) -> None:
         """Tell them to save and end; a second Ctrl-C does not wait for it."""
         at_once = number == self.told_to_end == signal.SIGINT
+        if number == signal.SIGINT and not at_once:
+            ranks.say("\ninterrupted: waiting until the processes have saved; once more to end them at once")
         self.told_to_end = number
         for child in tuple(self._children):
             child.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)

@@ -6,16 +6,30 @@ python -m branchmerge.student.local_processes --standalone --nproc-per-node=8 tr
 import os
 import signal
 import sys
+from tempfile import TemporaryDirectory
 
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+SECONDS_AFTER_DEATH = 30
+"""For the others when a process dies: they mostly wait for it in vain."""
+
 
 def give_time() -> None:
-    """To processes that are told to end: what TORCH_ELASTIC_SHUTDOWN_TIMEOUT says, which torch before 2.12 ignores."""
-    death_signal, seconds = PContext.close.__defaults__ or (None, 30)
-    PContext.close.__defaults__ = (death_signal, int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", seconds)))
+    """To processes that are told to end: what TORCH_ELASTIC_SHUTDOWN_TIMEOUT says, which torch before 2.12 ignores.
+
+    Not to those that end because another died, which torch tells no signal for.
+    """
+    usual = PContext.close
+
+    def close(context: PContext, death_sig: signal.Signals | None = None, timeout: int | None = None) -> None:
+        if timeout is None:
+            said = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_AFTER_DEATH))
+            timeout = said if death_sig else SECONDS_AFTER_DEATH
+        usual(context, death_sig, timeout)
+
+    PContext.close = close  # type: ignore[method-assign, assignment]
 
 
 def told(failed: ChildFailedError) -> str:
@@ -31,7 +45,8 @@ def told(failed: ChildFailedError) -> str:
 if __name__ == "__main__":
     give_time()
     try:
-        main()
+        with TemporaryDirectory(prefix="branchmerge-torchrun-") as folder:  # its own would stay
+            main(["--log-dir", folder, *sys.argv[1:]])
     except SignalException as end:
         sys.exit(128 + end.sigval)
     except ChildFailedError as error:

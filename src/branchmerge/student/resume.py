@@ -8,30 +8,30 @@ from torch.optim import Optimizer
 
 from branchmerge.config import CheckpointConfig
 from branchmerge.student import ranks
-from branchmerge.student.checkpoints import Checkpoint, CheckpointFolder, load_state, save_state
+from branchmerge.student.checkpoints import Checkpoint, CheckpointFolder, Position, generators, load_state, save_state
 from branchmerge.student.ending import Ending
 from branchmerge.student.module import Student
 
 
 class Resume(Callback):
-    """Writes checkpoints between optimizer steps, and starts a run at the step of one.
+    """Writes checkpoints of whole optimizer steps, and starts a run at the step of one.
 
     The Trainer is handed the rows that are left (`TrajectoryData`), so its own counters of batches begin anew; only
     those of optimizer steps go on.
     """
 
     def __init__(
-        self, folder: CheckpointFolder, config: CheckpointConfig, begin: Checkpoint | None, ending: Ending
+        self, folder: CheckpointFolder, config: CheckpointConfig, begin: Checkpoint | None, run: dict[str, Any]
     ) -> None:
+        """`run`: what the manifest tells of this run, one of those that made the branch."""
         self.folder = folder
         self.config = config
         self.begin = begin
+        self.runs = [*(begin.runs if begin else ()), {"from_step": begin.step if begin else 0, **run}]
         self._saved = begin.step if begin else 0
-        self.ending = ending
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._started = self._saved_at = time.monotonic()
-        self.ending.listen()
         if self.begin is None:
             return
         loop = trainer.fit_loop.epoch_loop
@@ -45,28 +45,20 @@ class Resume(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         """Between steps: the one before has been logged."""
-        if trainer.global_step == self._saved or index % trainer.accumulate_grad_batches:
+        if index % trainer.accumulate_grad_batches:
             return
-        ending = trainer.strategy.reduce_boolean_decision(self.ending.signal is not None, all=False)
+        self._generators = generators()
+        if trainer.global_step == self._saved:
+            return
         assert isinstance(module, Student)
         left = module.total_steps - trainer.global_step
-        if ending or trainer.strategy.reduce_boolean_decision(self._is_due(trainer.global_step, left), all=False):
-            self._save(trainer, module)
-        if ending:
-            ranks.say(
-                f"told to end after step {trainer.global_step} of {self.folder.folder.name}; run the same command again"
-                " to go on"
-            )
-            raise SystemExit(self.ending.status)
+        if ranks.summed(self._is_due(trainer.global_step, left)) != [0]:
+            self.save(trainer, module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """What only a further step needs goes, as the Trainer would move it to the CPU, 12 bytes a parameter."""
         _optimizer(trainer).state.clear()
         module.zero_grad()
-
-    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """The Trainer has just put back the handlers that it found; the student is still to be published."""
-        self.ending.listen()
 
     @property
     def seconds(self) -> float:
@@ -81,13 +73,41 @@ class Resume(Callback):
         by_step = every is not None and step - self._saved >= every
         return by_step or (minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
 
-    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+    def save(self, trainer: Trainer, module: LightningModule) -> None:
+        """After the last whole step; where the next one has begun, it is begun anew with the same generators."""
         assert isinstance(module, Student)
-        step = trainer.global_step
-        self.folder.write(
-            step, self.seconds, module.skipped, lambda folder: save_state(folder, module, _optimizer(trainer))
+        if trainer.global_step == self._saved:
+            return
+        position = Position(step=trainer.global_step, seconds=self.seconds, skipped=module.skipped, runs=self.runs)
+        module.zero_grad()  # of the rows of a step that is not done
+        optimizer, drawn = _optimizer(trainer), self._generators
+        self.folder.write(position, lambda folder: save_state(folder, module, optimizer, drawn))
+        self._saved, self._saved_at = trainer.global_step, time.monotonic()
+
+
+class EndWhenTold(Callback):
+    """The last of the callbacks: those before it leave off what they do, and of a step not even a row is waited for."""
+
+    def __init__(self, resume: Resume, ending: Ending) -> None:
+        self.resume = resume
+        self.ending = ending
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.ending.listen()
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
+        if not self.ending.told():
+            return
+        self.resume.save(trainer, module)
+        ranks.say(
+            f"told to end after step {trainer.global_step} of {self.resume.folder.folder.name}; run the same command"
+            " again to go on"
         )
-        self._saved, self._saved_at = step, time.monotonic()
+        raise SystemExit(self.ending.status)
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """The Trainer has just put back the handlers that it found; the student is still to be published."""
+        self.ending.listen()
 
 
 def _optimizer(trainer: Trainer) -> Optimizer:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from branchmerge.data.batch import make_batch
 from branchmerge.data.template import Document
 from branchmerge.student import ranks
 from branchmerge.student.between_steps import BetweenSteps, is_due, untouched
+from branchmerge.student.ending import Ending
 from branchmerge.student.loss import packed_logits
 from branchmerge.student.module import Student
 from branchmerge.study import UNWRITABLE, write_text
@@ -28,7 +30,13 @@ class Samples(BetweenSteps):
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, document: Document, every: int, tokens: int, folder: Path
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        document: Document,
+        every: int,
+        tokens: int,
+        folder: Path,
+        ending: Ending,
     ) -> None:
         """
         Args:
@@ -40,6 +48,7 @@ class Samples(BetweenSteps):
         self.every = every
         self.tokens = tokens
         self.path = folder / SAMPLES
+        self.ending = ending
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if ranks.is_first():
@@ -49,8 +58,9 @@ class Samples(BetweenSteps):
         assert isinstance(module, Student)
         if not is_due(step, self.every, module.total_steps):
             return
+        check = partial(self.ending.check, module.total_steps - step)
         with untouched(trainer, module):
-            answer = greedy(module, self.document, self.tokens, self.tokenizer.eos_token_id)
+            answer = greedy(module, self.document, self.tokens, self.tokenizer.eos_token_id, check)
         if not ranks.is_first():
             return
         row = {"step": step, "id": self.document.id, "text": self.tokenizer.decode(answer)}
@@ -79,14 +89,17 @@ def _step_of(line: bytes) -> float:
         return math.inf
 
 
-def greedy(student: Student, document: Document, longest: int, end: int) -> list[int]:
+def greedy(student: Student, document: Document, longest: int, end: int, check: Callable[[], None]) -> list[int]:
     """The likeliest token after a document's prompt, and so on; computed as in training, without a cache.
+
+    `check` is called before each token.
 
     All processes of a sharded student do this together, and take the first one's tokens.
     """
     prompt = document.tokens[: document.prompt_len].tolist()
     answer: list[int] = []
     while len(answer) < longest:
+        check()
         tokens = np.array(prompt + answer)
         batch = make_batch([Document(document.id, tokens, len(tokens))], 1).to(student.device)
         last = torch.tensor([len(tokens) - 1], device=student.device)

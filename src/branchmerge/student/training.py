@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import warnings
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from branchmerge.student.forecast import bytes_of_training
 from branchmerge.student.loggers import claim, loggers_of
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
-from branchmerge.student.resume import Resume
+from branchmerge.student.resume import EndWhenTold, Resume
 from branchmerge.student.sharding import (
     Sharding,
     Spread,
@@ -176,6 +177,7 @@ def _fit(
     Goes on from the last checkpoint that is whole.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "The `srun` command")  # torchrun starts them as well
     seed_everything(config.seed, workers=True, verbose=False)
     steps = len(corpus.plan.steps)
     begin = saved.newest()
@@ -190,7 +192,8 @@ def _fit(
     share, shares = rows_of(context)
     student = _student(config, start, compute, attn, steps, context)
     logs = places.logs(config)
-    resume = Resume(saved, config.trainer.checkpoint, begin, ending)
+    run = {"attention": attn, "torch": torch.__version__, "devices": ranks.from_all(machine.describe(device))}
+    resume = Resume(saved, config.trainer.checkpoint, begin, run)
     with ExitStack() as during:
         ranks.by_first(lambda: claim(logs, saved.folder.name))
         loggers = during.enter_context(loggers_of(config, logs, first_step)) if ranks.is_first() else False
@@ -201,7 +204,7 @@ def _fit(
             gradient_clip_val=config.optim.grad_clip or None,
             logger=loggers,
             default_root_dir=logs,
-            callbacks=[resume, *watchers(config, corpus, start, logs)],
+            callbacks=[resume, *watchers(config, corpus, start, logs, ending), EndWhenTold(resume, ending)],
             enable_progress_bar=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -221,8 +224,7 @@ def _fit(
         "steps": trainer.global_step, "skipped_steps": student.skipped,
         "tokens": corpus.tokens, "supervised_tokens": corpus.supervised,
         "seconds": round(seconds, 2), "tokens_per_second": round(corpus.tokens / seconds, 1), "last_loss": last_loss,
-        "precision": precision, "attention": attn, "devices": ranks.from_all(machine.describe(device)),
-        "logs": str(logs),
+        "precision": precision, "runs": resume.runs, "logs": str(logs),
     }  # fmt: skip
     return student, facts
 

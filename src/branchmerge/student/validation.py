@@ -1,7 +1,8 @@
 """The loss on held-out trajectories of every domain, so that what a branch forgets is seen while it trains."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from lightning import LightningModule, Trainer
@@ -12,6 +13,7 @@ from branchmerge.data.template import Document
 from branchmerge.student import ranks
 from branchmerge.student.between_steps import BetweenSteps, is_due, untouched
 from branchmerge.student.context_parallel import rows_of
+from branchmerge.student.ending import Ending
 from branchmerge.student.module import Student
 
 Rows = list[list[Document]]
@@ -25,16 +27,20 @@ class Validation(BetweenSteps):
     steps.
     """
 
-    def __init__(self, held_out: Mapping[str, Sequence[Document]], capacity: int, every: int | None) -> None:
+    def __init__(
+        self, held_out: Mapping[str, Sequence[Document]], capacity: int, every: int | None, ending: Ending
+    ) -> None:
         self.rows = {part: packed(documents, capacity) for part, documents in held_out.items()}
         self.every = every
+        self.ending = ending
 
     def between_steps(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         assert isinstance(module, Student)
         if not is_due(step, self.every, module.total_steps):
             return
+        check = partial(self.ending.check, module.total_steps - step)
         with untouched(trainer, module):
-            losses = {part: mean_loss(module, rows) for part, rows in self.rows.items()}
+            losses = {part: mean_loss(module, rows, check) for part, rows in self.rows.items()}
         for logger in trainer.loggers:
             logger.log_metrics({f"val_loss/{part}": loss for part, loss in losses.items()}, step)
         told = ", ".join(f"{part} {loss:.4f}" for part, loss in losses.items())
@@ -47,10 +53,11 @@ def packed(documents: Sequence[Document], capacity: int) -> Rows:
     return [[documents[number] for number in row] for row in rows]
 
 
-def mean_loss(student: Student, rows: Rows) -> float:
-    """Over all learned tokens of the rows, which are dealt out to all processes."""
+def mean_loss(student: Student, rows: Rows, check: Callable[[], None]) -> float:
+    """Over all learned tokens of the rows, which are dealt out to all processes; `check` is called before each row."""
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     for batch in share(rows, *rows_of(student.packed.context)):
+        check()
         total += student.packed(batch.to(student.device)).double()
     (summed,) = ranks.summed(float(total))
     return summed / sum(supervised_tokens(document) for row in rows for document in row)

@@ -9,26 +9,28 @@ from branchmerge.config import TrainConfig
 from branchmerge.data.datamodule import Corpus
 from branchmerge.data.template import Document
 from branchmerge.student.backbone import context_length, load_tokenizer
+from branchmerge.student.ending import Ending
 from branchmerge.student.progress import StepProgress
 from branchmerge.student.samples import Samples
 from branchmerge.student.step_rows import StepRows
 from branchmerge.student.validation import Validation
 
 
-def watchers(config: TrainConfig, corpus: Corpus, start: Path, logs: Path) -> list[Callback]:
+def watchers(config: TrainConfig, corpus: Corpus, start: Path, logs: Path, ending: Ending) -> list[Callback]:
     """The callbacks that `config` asks for.
 
     Args:
         start: the checkpoint that the branch starts from, for its tokenizer.
+        ending: cuts short what is done between steps.
     """
     trainer = config.trainer
     found: list[Callback] = []
     if corpus.held_out:
-        found.append(Validation(corpus.held_out, config.data.seq_len, trainer.validate_every_n_steps))
+        found.append(Validation(corpus.held_out, config.data.seq_len, trainer.validate_every_n_steps, ending))
     if trainer.sample_every_n_steps is not None:
         tokenizer, document = load_tokenizer(start), _sampled(corpus)
         longest = min(trainer.sample_tokens, (context_length(start) or math.inf) - document.prompt_len)
-        found.append(Samples(tokenizer, document, trainer.sample_every_n_steps, int(longest), logs))
+        found.append(Samples(tokenizer, document, trainer.sample_every_n_steps, int(longest), logs, ending))
     found.append(StepRows(config.data.seq_len))  # after those that look at the student between steps, on other rows
     if trainer.progress:
         found.append(StepProgress(config.domain.name))
