@@ -6,6 +6,7 @@ torchrun ... tests/distributed/in_each_process.py FOLDER
 import errno
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from branchmerge.errors import UserError
-from branchmerge.student import checkpoints, ranks
+from branchmerge.student import agreement, checkpoints, ranks
 from branchmerge.student.attention import PACKED_FLASH4, PACKED_SDPA
 from branchmerge.student.checkpoints import CheckpointFolder, Position
 from branchmerge.student.trials import choose_attention
@@ -65,10 +66,29 @@ def written(folder: Path, number: int) -> bool:
         checkpoints._sync = usual
 
 
+def backbone_on(hosts: list[str], folder: Path, other: bool) -> str:
+    """Fingerprint of three files, as processes on such hosts find it; the second one may have another file."""
+    usual = socket.gethostname
+    mine = folder / f"backbone-{ranks.rank()}"
+    mine.mkdir(exist_ok=True)
+    for name in "abc":
+        changed = other and name == "b" and ranks.rank() == 1
+        (mine / f"{name}.safetensors").write_text(f"{name}{changed}")
+    socket.gethostname = lambda: hosts[ranks.rank()]
+    try:
+        return agreement.weights_sha256(mine)
+    finally:
+        socket.gethostname = usual
+
+
 def main(folder: Path) -> None:
     ranks.join(torch.device("cpu"))
     attn = (PACKED_FLASH4, PACKED_SDPA)[ranks.rank()]
+    apart = ["one", "two"]
     done = {
+        "weights": told(lambda: backbone_on(apart, folder, other=False)),
+        "weights on one host": told(lambda: backbone_on(["one"] * 2, folder, other=False)),
+        "other weights": told(lambda: backbone_on(apart, folder, other=True)),
         "user error": told(refuse(UserError("a mistake"))),
         "other error": told(refuse(UnsendableError("it broke"))),
         "full disk": told(lambda: written(folder, errno.EDQUOT)),

@@ -14,6 +14,7 @@ from spreading import FSDP, TORCHRUN
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
 from branchmerge.student import local_processes, ranks
+from branchmerge.study import weights_sha256
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,17 @@ def test_all_get_the_first_ones_error(both: list[dict[str, str]]) -> None:
 def test_a_disk_that_fails_for_one_of_them_is_told_to_all(both: list[dict[str, str]]) -> None:
     assert [each["full disk"] for each in both] == ["False"] * 2
     assert ["Input/output error" in each["broken disk"] for each in both] == [True] * 2
+
+
+def test_nodes_with_other_weights_are_refused(both: list[dict[str, str]], tmp_path: Path) -> None:
+    """And the files of one node are read by its processes together: two of three, and one."""
+    for name in "abc":
+        (tmp_path / f"{name}.safetensors").write_text(f"{name}False")
+    assert [each["weights"] for each in both] == [weights_sha256(tmp_path)] * 2
+    assert [each["weights on one host"] for each in both] == [weights_sha256(tmp_path)] * 2
+    for each in both:
+        assert each["other weights"].startswith("UserError")
+        assert "on two b.safetensors differs from the first node's" in each["other weights"]
 
 
 def test_processes_may_have_different_attention(both: list[dict[str, str]]) -> None:

@@ -43,6 +43,21 @@ def test_a_branch_does_not_take_the_place_of_its_own_backbone(tiny_student: Path
     assert read_manifest(expert) is not None
 
 
+def test_weights_that_are_not_those_of_their_manifest_are_refused(tiny_student: Path, tmp_path: Path) -> None:
+    """As a merge's operator would be blamed for what they do; what was trained from them before is done."""
+    start = train(branch(tiny_student, tmp_path, "domain=math"))
+    done = branch(start, tmp_path, "domain=code")
+    train(done)
+    content = bytearray((start / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (start / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"its manifest\.json says [0-9a-f]{12}: they were changed or damaged since"):
+        train(branch(start, tmp_path, "domain=science"))
+    assert train(done) == tmp_path / "tiny" / "experts" / "code"
+    (start / "manifest.json").unlink()
+    train(branch(start, tmp_path, "domain=science"))
+
+
 def test_weights_that_are_not_the_configs_are_told_before_any_row_is_graded(
     tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

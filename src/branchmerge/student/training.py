@@ -1,7 +1,6 @@
 """Train one branch: what train.py calls."""
 
 import logging
-import socket
 import warnings
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from branchmerge.data import held_out
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account
 from branchmerge.data.prepared import prepared
 from branchmerge.errors import UserError
-from branchmerge.student import attention, backbone, places, ranks, trials
+from branchmerge.student import agreement, attention, backbone, places, ranks, trials
 from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.context_parallel import ContextGroup, rows_of
@@ -40,7 +39,7 @@ from branchmerge.student.sharding import (
     shard,
 )
 from branchmerge.student.watch import watchers
-from branchmerge.study import Manifest, is_done, locked, parent_of, publish, read_manifest
+from branchmerge.study import Manifest, Parent, is_done, locked, publish, read_manifest
 from branchmerge.trajectories.sources import check_files
 
 
@@ -63,14 +62,16 @@ def train(config: TrainConfig) -> Path:
     backbone.check_heads(shape, config.trainer.context_parallel)
     backbone.check_rows(shape, config.data.seq_len)
     precision = _precision(config.trainer.precision, device)
-    _check_alike(start, precision)
+    agreement.check_alike(start, precision)
     folder = places.result(config)
     if folder.resolve() == start.resolve():
         raise UserError(f"out={folder}: is the model that the branch starts from; give another out=")
     ranks.by_first(lambda: check_files(config))  # a mistake is told before another run is waited for
     with ExitStack() as stack:
         ranks.by_first(lambda: stack.enter_context(locked(folder)))
-        planned = ranks.by_first(lambda: _plan_manifest(config, start, precision))  # as rows may change while it waits
+        known = ranks.by_first(lambda: _known_weights(start))
+        parent = Parent(str(start), known or agreement.weights_sha256(start))
+        planned = ranks.by_first(lambda: _plan_manifest(config, parent, precision))  # rows may change while it waits
         ranks.by_first(lambda: _check_redo(config, folder))
         if ranks.by_first(lambda: is_done(folder, planned, config.overwrite)) and not config.redo:
             ranks.say(f"{folder}: done already")
@@ -78,6 +79,8 @@ def train(config: TrainConfig) -> Path:
             return folder
         ranks.say(f"{folder}: training domain {config.domain.name} from {start}")
         saved = _saved(config, planned)
+        if known:
+            agreement.check_weights(start, known)
         ranks.by_first(lambda: check_weights(start))
         ranks.by_first(lambda: check_room(start, folder, getattr(torch, config.export_dtype)))
         ranks.check_shared(saved.folder)
@@ -123,19 +126,6 @@ def _device(config: TrainConfig) -> torch.device:
             " each see all of them (Slurm: --gpus-per-node, not --gpus-per-task)"
         )
     return torch.device("cuda", number)
-
-
-def _check_alike(start: Path, precision: str) -> None:
-    """Refuse nodes that would do different work: by copies of the backbone, or by what their devices are fast at."""
-    facts = {"trainer.precision": precision, **backbone.identity(start)}
-    (_, first), *others = ranks.from_all((socket.gethostname(), facts))
-    for host, theirs in others:
-        unlike = sorted(name for name in {*first, *theirs} if first.get(name) != theirs.get(name))
-        if unlike:
-            raise UserError(
-                f"{start}: on {host} {', '.join(unlike)} differs from the first node's; give all nodes the same"
-                " backbone and set trainer.precision"
-            )
 
 
 def _rows_of_each(config: TrainConfig, shares: int) -> int:
@@ -300,7 +290,13 @@ def _optim(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config.optim).items() if (key, value) != ("optimizer", "adamw")}
 
 
-def _plan_manifest(config: TrainConfig, start: Path, precision: str) -> Manifest:
+def _known_weights(start: Path) -> str:
+    """Fingerprint of the backbone's weights where its manifest tells it, for work that may be done already."""
+    manifest = read_manifest(start)
+    return manifest.weights_sha256 if manifest else ""
+
+
+def _plan_manifest(config: TrainConfig, parent: Parent, precision: str) -> Manifest:
     """The manifest as far as it is known before the work; `work` leaves out paths and what cannot change the result."""
     account = data_account(config)
     apart = ("path", "format", "workers", "limit", "validation_rows", "packed_rows")
@@ -312,10 +308,10 @@ def _plan_manifest(config: TrainConfig, start: Path, precision: str) -> Manifest
     work = {
         "domain": config.domain.name, "data": {**data, "sources": sources}, "optim": _optim(config),
         "seed": config.seed, "precision": precision, "export_dtype": config.export_dtype,
-        "backbone": backbone.identity(start),
+        "backbone": backbone.identity(Path(parent.path)),
     }  # fmt: skip
     kind = "backbone" if config.domain.name == "warmup" and config.out is None else "expert"
     return Manifest(
         kind, config.domain.name, asdict(config), work,
-        parents=[parent_of(start)], data=account, seeds={"seed": config.seed},
+        parents=[parent], data=account, seeds={"seed": config.seed},
     )  # fmt: skip

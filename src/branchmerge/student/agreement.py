@@ -1,0 +1,62 @@
+"""That all nodes train from the same backbone, and from the weights that its manifest names."""
+
+import socket
+from pathlib import Path
+
+from branchmerge.errors import UserError
+from branchmerge.student import backbone, ranks
+from branchmerge.study import file_sha256, fingerprint
+
+
+def check_alike(start: Path, precision: str) -> None:
+    """Refuse nodes that would do different work: by copies of the backbone, or by what their devices are fast at."""
+    facts = {"trainer.precision": precision, **backbone.identity(start)}
+    _check_same(start, ranks.from_all((socket.gethostname(), facts)), "set trainer.precision")
+
+
+def weights_sha256(start: Path) -> str:
+    """Fingerprint of the backbone's weights, as in manifests; the processes of each node read its files together.
+
+    Raises:
+        UserError: another node has other files, or cannot read one
+    """
+    host = socket.gethostname()
+    neighbours = [rank for rank, name in enumerate(ranks.from_all(host)) if name == host]
+    names = sorted(path.name for path in start.glob("*.safetensors"))
+    read = {name: _sha256(start / name) for name in names[neighbours.index(ranks.rank()) :: len(neighbours)]}
+    found: dict[str, dict[str, str]] = {}
+    for place, digests in ranks.from_all((host, read)):
+        found.setdefault(place, {}).update(digests)
+    _check_same(start, list(found.items()), "copy the first one's")
+    return fingerprint(found[host])
+
+
+def check_weights(start: Path, expected: str) -> None:
+    """Refuse weights that are not those of the manifest beside them."""
+    found = weights_sha256(start)
+    if found != expected:
+        raise UserError(
+            f"{start}: its weights have the fingerprint {found[:12]}, its manifest.json says {expected[:12]}: they were"
+            " changed or damaged since; restore them, have them made again, or remove the manifest to take them as they"
+            " are"
+        )
+
+
+def _check_same(start: Path, facts: list[tuple[str, dict[str, str]]], remedy: str) -> None:
+    """`facts`: of nodes, by name; those of the first process come first."""
+    (_, first), *others = facts
+    for host, theirs in others:
+        unlike = sorted(name for name in {*first, *theirs} if first.get(name) != theirs.get(name))
+        if unlike:
+            raise UserError(
+                f"{start}: on {host} {', '.join(unlike)} differs from the first node's; give all nodes the same"
+                f" backbone, and {remedy}"
+            )
+
+
+def _sha256(path: Path) -> str:
+    """Or why there is none, which another node's differs from."""
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
