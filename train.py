@@ -1,5 +1,7 @@
 """Train one branch: `python train.py domain=math`, or `-m domain=math,code,science` for all. See conf/train.yaml."""
 
+import gc
+
 import hydra
 from omegaconf import DictConfig
 
@@ -33,6 +35,7 @@ def main(cfg: DictConfig) -> None:
         check_branch(branch)  # before minutes go into the backbone
         train(typed(cli.compose_domain("warmup"), config.TrainConfig))
     train(branch)
+    gc.collect()  # model and Trainer know each other, and the next member of a multirun needs their memory
     cli.together(ranks.leave, None)  # torchrun's processes meet once, whatever number of members they train
 
 

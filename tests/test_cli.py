@@ -1,10 +1,14 @@
 """What the three entry points share."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
+
+from branchmerge.cli import importing
 
 SPINS = "from branchmerge import cli; import os; cli.run(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
 INTERRUPTED = "from branchmerge import cli; import os, signal; cli.run(lambda: os.kill(os.getpid(), signal.SIGINT))"
@@ -25,3 +29,20 @@ def test_ctrl_c_ends_with_the_status_that_shells_give_it() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60)
     assert done.returncode == 130
     assert done.stderr == "interrupted; run the same command again to go on\n"
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_a_member_of_a_multirun_leaves_is_collected() -> None:
+    """The next one imports nothing new; what it froze then would stay for ever."""
+    with importing():
+        pass
+    left = weakref.ref(_Cycle())
+    with importing():
+        pass
+    assert left() is not None
+    gc.collect()
+    assert left() is None

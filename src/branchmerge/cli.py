@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from branchmerge.errors import UserError
+from branchmerge.machine import end_with_parent
 
 SHOW = "BRANCHMERGE_FULL_ERROR"
 """Where `run` keeps what the user said of tracebacks."""
@@ -42,6 +43,8 @@ def run(main: Callable[[], None]) -> None:
     Hydra prints its own version of every exception unless HYDRA_FULL_ERROR is set, so it is set here and the
     user's own setting decides below whether a mistake shows its traceback too.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     os.environ[SHOW] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -123,10 +126,12 @@ def only(*keys: str) -> None:
 def importing() -> Iterator[None]:
     """Import large libraries without collecting garbage meanwhile, and leave what they made alone from then on."""
     gc.disable()
+    known = len(sys.modules)
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > known:  # not for a multirun's next member, which would keep what the last one left
+            gc.freeze()
         gc.enable()
 
 

@@ -58,9 +58,11 @@ def check_trainer(trainer: TrainerConfig) -> None:
     if not trainer.sharded:
         defaults = TrainerConfig()
         for name in ("devices", "num_nodes", "gpus_per_job", "replicate", "context_parallel", "cpu_offload"):
-            if getattr(trainer, name) != getattr(defaults, name):
+            given = getattr(trainer, name)
+            if given != getattr(defaults, name) and (name, given) != ("devices", 1):
                 raise UserError(
-                    f"trainer.{name}={getattr(trainer, name)}: takes several devices; leave trainer.strategy=single out"
+                    f"trainer.{name}={given}: trainer.strategy={trainer.strategy} is a training on one device; for"
+                    " several use trainer=fsdp"
                 )
     if trainer.gpus_per_job is not None and trainer.devices not in (None, trainer.gpus_per_job):
         raise UserError(

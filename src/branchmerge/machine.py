@@ -1,7 +1,10 @@
 """What this machine is and what it does fast."""
 
+import ctypes
 import os
 import platform
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +47,13 @@ def computes_bf16(device: "torch.device") -> bool:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def end_with_parent() -> None:
+    """Get SIGTERM when the process that started this one dies, however it does (Linux): no training goes on unseen."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 def cpu_flags() -> set[str]:

@@ -4,6 +4,7 @@ import json
 import resource
 from pathlib import Path
 
+import psutil
 import pytest
 from branches import branch
 
@@ -11,7 +12,9 @@ from branchmerge.config import TrainConfig
 from branchmerge.data.datamodule import Corpus, prepare
 from branchmerge.data.prepared import CORPUS, TOKENS, prepared, read, write
 from branchmerge.errors import UserError
+from branchmerge.evaluation.graders import grade
 from branchmerge.student.backbone import load_tokenizer
+from branchmerge.trajectories.schema import Reference
 from branchmerge.trajectories.sources import read_branch
 
 
@@ -50,12 +53,20 @@ def test_a_token_takes_four_bytes_which_are_mapped(config: TrainConfig, corpus: 
     assert not any(document.tokens.flags.owndata for document in documents)
 
 
+def math_workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "math_worker" in " ".join(child.cmdline())]
+
+
 def test_rows_are_asked_for_once(tiny_student: Path, tmp_path: Path) -> None:
+    """And whom they are asked of is gone then: a worker of math-verify holds 50 MB."""
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "What is 6 x 7?"}, {"role": "assistant", "content": "\\boxed{42}"}]
-    rows.write_text(json.dumps({"messages": turns, "reference": {"grader": "math", "answer": "42"}}) + "\n")
+    rows.write_text(json.dumps({"messages": turns, "reference": {"grader": "math", "answer": "\\frac{84}{2}"}}) + "\n")
     config = branch(tiny_student, tmp_path, "domain=math", f"data.path={rows}", "optim.global_batch=1")
+    verdict = grade("\\boxed{42}", Reference("math", answer="\\frac{84}{2}"))
+    assert verdict.correct and math_workers()
     first = prepared(config, tiny_student, tmp_path / "corpus", begun=False)
+    assert len(first.documents) == 1 and not math_workers()
     rows.unlink()
     assert said(prepared(config, tiny_student, tmp_path / "corpus", begun=False)) == said(first)
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from branchmerge.data.template import PREFILL, Document, render_prompt, tokenise
+from branchmerge.data.template import Document, opening, render_prompt, tokenise
+from branchmerge.evaluation.graders import final_part
 from branchmerge.trajectories.schema import Message, Trajectory
 
 RESPONSE = "<think>\n12 x 7 = 84\n</think>\n\n\\boxed{84}"
@@ -17,14 +18,22 @@ def tokenizer(tiny_student: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tiny_student)
 
 
-@pytest.fixture
-def prefilling(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Its template opens the reasoning, as R1-Distill's does."""
+PREFILL = "<think>\n"
+
+
+def prefilled(tokenizer: PreTrainedTokenizerBase, opened: str) -> PreTrainedTokenizerBase:
+    """Its template opens the reasoning."""
     opening = "<|im_start|>assistant\n"
     template = str(tokenizer.chat_template)
-    tokenizer.chat_template = template.replace(f"'{opening}'", f"'{opening}{PREFILL}'")
+    tokenizer.chat_template = template.replace(f"'{opening}'", f"'{opening}{opened}'")
     assert tokenizer.chat_template != template
     return tokenizer
+
+
+@pytest.fixture
+def prefilling(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """As R1-Distill's does."""
+    return prefilled(tokenizer, PREFILL)
 
 
 def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -90,7 +99,45 @@ def test_reasoning_opened_by_the_template_is_not_opened_twice(prefilling: PreTra
     )
 
 
-def test_response_without_reasoning_stays_whole_after_an_opened_one(prefilling: PreTrainedTokenizerBase) -> None:
-    bare = Trajectory("t", "math", (MESSAGES[1], Message("assistant", "\\boxed{84}")))
-    document = document_of(prefilling, bare)
-    assert prefilling.decode(document.tokens[document.prompt_len :]) == "\\boxed{84}<|im_end|>"
+@pytest.mark.parametrize(
+    ("opened", "response", "learned"),
+    [
+        (PREFILL, "<think>\nhm\n</think>\n\n1", "hm\n</think>\n\n1"),
+        (PREFILL, "<think>hm</think>1", "hm</think>1"),
+        (PREFILL, "\n <think>\nhm</think>1", "hm</think>1"),
+        (PREFILL, "<think>\n\nhm</think>1", "\nhm</think>1"),
+        ("<think>", "<think>\nhm\n</think>\n\n1", "\nhm\n</think>\n\n1"),
+        (PREFILL, "hm\n</think>\n\n1", "hm\n</think>\n\n1"),  # as DeepSeek's own server gives it
+        (PREFILL, "<think>\nhm", "hm"),  # cut off by the teacher: no answer
+        (PREFILL, "1", "\n</think>\n\n1"),
+        ("", "<think>\nhm\n</think>\n\n1", "<think>\nhm\n</think>\n\n1"),
+        ("", "1", "1"),
+    ],
+)
+def test_what_is_learned_is_graded_as_the_row_was(
+    opened: str, response: str, learned: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """What a student that has learned it by heart says is stored with what the template opened."""
+    if opened:
+        prefilled(tokenizer, opened)
+    document = document_of(tokenizer, Trajectory("t", "math", (MESSAGES[1], Message("assistant", response))))
+    said = tokenizer.decode(document.tokens[document.prompt_len :])
+    assert said == f"{learned}<|im_end|>"
+    stored = opening(render_prompt(tokenizer, MESSAGES[1:2])) + learned
+    answer = final_part(stored)
+    assert (answer and answer.strip()) == (None if response == "<think>\nhm" else "1")
+
+
+def test_a_response_has_one_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    def document(response: str) -> Document:
+        return document_of(tokenizer, Trajectory("t", "math", (MESSAGES[1], Message("assistant", response))))
+
+    assert tokenizer.decode(document("1<|im_end|>").tokens).endswith("assistant\n1<|im_end|>")
+    assert not document("1<|im_end|>").ends_early
+    assert document("By <|im_end|> it ends.").ends_early
+
+
+def test_templates_that_tell_the_date_tell_the_same_one_every_day(tokenizer: PreTrainedTokenizerBase) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
+    tokenizer.chat_template = template
+    assert render_prompt(tokenizer, MESSAGES[1:2]).startswith("26 Jul 2024<|im_start|>user")

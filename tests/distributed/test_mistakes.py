@@ -18,14 +18,20 @@ from branchmerge.student.sharding import empty_model, load_weights
 from branchmerge.student.training import train
 
 
-def test_mistakes_are_told_before_any_process_starts(tiny_student: Path, tmp_path: Path) -> None:
+def test_mistakes_are_told_before_any_process_starts(
+    tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="weights kept in bfloat16 stand still"):
         branch(tiny_student, tmp_path, *FSDP, "trainer.precision=bf16-true")
     experts = make_student(tmp_path / "mixtral", model_type="mixtral", num_local_experts=4)
     with pytest.raises(UserError, match="MixtralForCausalLM has other weights in memory than in its checkpoint"):
         train(branch(experts, tmp_path, *FSDP, "domain=math", "trainer.devices=1"))
-    with pytest.raises(UserError, match="takes several devices"):
+    with pytest.raises(UserError, match=r"backbone\.attn=flash_attention_2: that version of flash-attn"):
+        train(branch(tiny_student, tmp_path, "backbone.attn=flash_attention_2", "trainer.precision=bf16-mixed"))
+    assert "kept" not in capsys.readouterr().out  # nor is any row read
+    with pytest.raises(UserError, match="is a training on one device"):
         branch(tiny_student, tmp_path, "trainer.strategy=single", "trainer.devices=2", "optim.global_batch=2")
+    assert not branch(tiny_student, tmp_path, "trainer.devices=1").trainer.sharded
     with pytest.raises(UserError, match=r"trainer\.replicate=3: 2 devices cannot be cut into so many equal sets"):
         branch(tiny_student, tmp_path, *FSDP, "trainer.devices=2", "optim.global_batch=2", "trainer.replicate=3")
     with pytest.raises(UserError, match=r"trainer\.gpus_per_job=2: trainer\.devices=4 asks for another number"):

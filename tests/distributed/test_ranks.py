@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from branches import PROJECT, metrics
 from spreading import FSDP, TORCHRUN
@@ -46,6 +47,27 @@ def test_all_get_the_first_ones_error(both: list[dict[str, str]]) -> None:
 def test_a_disk_that_fails_for_one_of_them_is_told_to_all(both: list[dict[str, str]]) -> None:
     assert [each["full disk"] for each in both] == ["False"] * 2
     assert ["Input/output error" in each["broken disk"] for each in both] == [True] * 2
+
+
+def test_none_outlives_its_torchrun_also_while_it_imports(tiny_student: Path, tmp_path: Path) -> None:
+    """It would wait half an hour for a store that has gone."""
+    command = [
+        sys.executable, "-m", "branchmerge.student.local_processes", "--standalone", "--nproc-per-node=2", "train.py",
+        "--config-dir", "tests/conf", "study=tiny", *FSDP, f"backbone.path={tiny_student}", f"outputs={tmp_path}",
+    ]  # fmt: skip
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as torchrun:
+        end = time.monotonic() + 120
+        workers: list[psutil.Process] = []
+        while len(workers) < 2 or not all(_has_loaded(worker, "libtorch") for worker in workers):
+            workers = psutil.Process(torchrun.pid).children()
+            assert time.monotonic() < end and torchrun.poll() is None
+            time.sleep(0.01)
+        torchrun.kill()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+def _has_loaded(process: psutil.Process, library: str) -> bool:
+    return library in Path(f"/proc/{process.pid}/maps").read_text()
 
 
 def test_nodes_with_other_weights_are_refused(both: list[dict[str, str]], tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from branchmerge import config
 from branchmerge.config import EvaluateConfig
 from branchmerge.config_checks import typed
-from branchmerge.data.template import PREFILL
 from branchmerge.errors import UserError
 from branchmerge.evaluation.benchmark import TASKS, load_benchmark
 from branchmerge.evaluation.stats import mean_and_stderr
@@ -117,7 +116,7 @@ def ask(task: Any, lm: Any, limit: int = QUESTIONS) -> list[dict[str, Any]]:
 
 def scripted(domain: str, student: Path, right: int, wrong: int) -> Scripted:
     """Right answers to the first questions, then wrong ones, then four in which no answer can be found."""
-    lost = ["", "I don't know.", f"{PREFILL}it may be \\boxed{{A}} or ```python\n1\n```", "\\boxed{"]
+    lost = ["", "I don't know.", "<think>\nit may be \\boxed{A} or ```python\n1\n```", "\\boxed{"]
     answers = {}
     for number, problem in enumerate(islice(problems(domain), QUESTIONS)):
         if number < right:
@@ -205,5 +204,5 @@ def test_an_unknown_task_is_refused_with_the_own_ones() -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_a_box_inside_opened_reasoning_is_no_answer(tasks: dict[str, Any], name: str) -> None:
     doc = next(iter(tasks[name].eval_docs))
-    response = f"{PREFILL}\\boxed{{{doc['reference'].get('answer')}}}"
+    response = f"<think>\n\\boxed{{{doc['reference'].get('answer')}}}"
     assert tasks[name].process_results(doc, [response]) == {"accuracy": 0.0, "no_answer": 1.0}

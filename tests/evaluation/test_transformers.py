@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from branchmerge.config import BackendConfig
-from branchmerge.data.template import PREFILL, tokenise
+from branchmerge.data.template import tokenise
 from branchmerge.evaluation.backends.hf import SeededSampling, Transformers
 from branchmerge.evaluation.requests import Request, Response, Sampling, requests_for
 from branchmerge.student.backbone import load_tokenizer
@@ -89,7 +89,7 @@ def test_the_model_is_fed_the_ids_it_was_trained_on(student: Path) -> None:
     responses(model, requests)
     expected = []
     for question in QUESTIONS:
-        row = Trajectory("x", "math", (Message("user", question), Message("assistant", f"{PREFILL}hm\n</think>\n\n1")))
+        row = Trajectory("x", "math", (Message("user", question), Message("assistant", "<think>\nhm\n</think>\n\n1")))
         (document,) = tokenise(load_tokenizer(student), [row])
         expected.append(document.tokens[: document.prompt_len].tolist())
     assert sorted(fed) == sorted(expected)
@@ -145,9 +145,11 @@ def test_tokens_are_drawn_from_the_distribution_that_transformers_defines(sampli
 
 def test_responses_begin_with_the_reasoning_that_the_template_opened(tiny_student: Path, tmp_path: Path) -> None:
     thinking = edited(tiny_student, tmp_path / "thinking", **THINKING)
-    assert all(response.text.startswith(PREFILL) for response in responses(backend(thinking), asked(GREEDY)).values())
+    assert all(
+        response.text.startswith("<think>\n") for response in responses(backend(thinking), asked(GREEDY)).values()
+    )
     bare = responses(backend(tiny_student), asked(GREEDY)).values()
-    assert not any(response.text.startswith(PREFILL) for response in bare)
+    assert not any(response.text.startswith("<think>\n") for response in bare)
 
 
 def test_tokens_are_counted_as_generated_and_a_cut_is_told(tiny_student: Path) -> None:

@@ -219,8 +219,12 @@ def test_auto_takes_the_newest_flash_attention_made_for_the_device(
 
 def test_flash_attention_that_is_named_needs_half_precision_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash4, "is_installed", lambda: False)
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(attention, "is_flash_attn_3_available", lambda: False)
     cuda = torch.device("cuda")
     assert attention.implementation("flash_attention_2", cuda, torch.bfloat16) == "flash_attention_2"
+    with pytest.raises(UserError, match=r"backbone\.attn=flash_attention_3: that version of flash-attn"):
+        attention.implementation("flash_attention_3", cuda, torch.bfloat16)
     with pytest.raises(UserError, match=r"backbone\.attn=flash_attention_2: it has no float32"):
         attention.implementation("flash_attention_2", cuda, torch.float32)
     with pytest.raises(UserError, match="the package flash-attn-4 is not installed"):

@@ -29,6 +29,8 @@ def test_an_expert_is_what_was_trained_rounded_to_bfloat16_in_shards(tied: bool,
     assert ("lm_head.weight" in index["weight_map"]) is not tied
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and config["architectures"] == ["Qwen2ForCausalLM"]
+    as_before = json.loads((backbone / "config.json").read_text())
+    assert config == as_before | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}  # under names other versions know
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert loaded.dtype == torch.bfloat16
     expected = dict(model.named_parameters())

@@ -220,6 +220,24 @@ def test_a_checkpoint_of_other_rows_is_left_out(tmp_path: Path, capsys: pytest.C
     assert "made of other rows than those that were prepared now" in capsys.readouterr().out
 
 
+def test_later_ones_that_were_passed_over_do_not_outlive_new_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else they would count as the last ones, and what is written would go at once."""
+    folder = folder_with(tmp_path, 400, 500, keep_last=2)
+    for left in folder.folder.iterdir():
+        (left / "state.pt").unlink()
+    assert folder.newest() is None
+    said = capsys.readouterr().out
+    assert "step-00000500: not whole" in said and "going on from the one before\n" in said
+    assert said.endswith("starting anew\n")
+    for step in (10, 20, 30):
+        assert folder.write(Position(step=step, seconds=1.0), lambda partial: torch.save(1, partial / "state.pt"))
+    found = folder.newest()
+    assert found is not None and found.step == 30
+    assert sorted(path.name for path in folder.folder.iterdir()) == ["step-00000020", "step-00000030"]
+
+
 @pytest.mark.parametrize("writer", ["torch.save", "shards"])
 def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
     writer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -292,7 +310,10 @@ def test_another_error_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
         folder_with(tmp_path).write(Position(step=2, seconds=2.0), fail)
 
 
-def test_weights_moments_and_generators_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [0, 1])
+def test_weights_moments_and_generators_come_back(steps: int, tmp_path: Path) -> None:
+    """Also where there are no moments yet, as all steps were left out; and to save them changes none."""
+
     def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(1)
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
@@ -305,10 +326,13 @@ def test_weights_moments_and_generators_come_back(tmp_path: Path) -> None:
         optimizer.zero_grad()
         return loss.item()
 
+    unsaved = made()
+    expected = [step(*unsaved) for _ in range(steps + 3)][steps:]
     model, optimizer = made()
-    step(model, optimizer)
+    for _ in range(steps):
+        step(model, optimizer)
     checkpoints.save_state(tmp_path, model, optimizer, checkpoints.generators())
-    expected = [step(model, optimizer) for _ in range(3)]
+    assert [step(model, optimizer) for _ in range(3)] == expected
     other, its_optimizer = made()
     checkpoints.load_state(tmp_path, other, its_optimizer)
     assert [step(other, its_optimizer) for _ in range(3)] == expected

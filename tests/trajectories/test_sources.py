@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from branches import branch
 
 from branchmerge.config import SourceConfig
 from branchmerge.errors import UserError
 from branchmerge.evaluation.graders import grade
 from branchmerge.trajectories.schema import Reference, Trajectory
-from branchmerge.trajectories.sources import identity, is_held_out, is_local, read
+from branchmerge.trajectories.sources import identity, is_held_out, is_local, read, unpinned
 
 GSM8K = {
     "question": "Ann packs 3 boxes of 400 pens and sells none. How many pens?",
@@ -209,3 +210,9 @@ def test_identity_of_a_file_is_its_sha256(tmp_path: Path) -> None:
 
 def test_identity_of_a_hub_dataset_is_its_revision() -> None:
     assert identity(SourceConfig(path="openai/gsm8k", revision="e53f048")) == "openai/gsm8k@e53f048"
+
+
+def test_hub_datasets_without_a_revision_are_known(tiny_student: Path, tmp_path: Path) -> None:
+    of_the_hub = ("domain=mixture", "study.corpus.math.path=owner/rows", "study.corpus.code.path=owner/rows")
+    config = branch(tiny_student, tmp_path, *of_the_hub, "study.corpus.code.revision=0123abc")
+    assert unpinned(config) == ["math"]

@@ -112,7 +112,9 @@ def _choose(
         # Graded a few at a time: the rest of another domain's rows is of no use here.
         right = select(candidates[start : start + wanted], config.data.verify, progress=False).rows
         documents = zip(right, tokenise(tokenizer, right), strict=True)
-        chosen += [(row, document) for row, document in documents if len(document) <= longest]
+        chosen += [
+            (row, document) for row, document in documents if len(document) <= longest and not document.ends_early
+        ]
         if len(chosen) >= wanted:
             return chosen[:wanted]
     raise _too_few(wanted, len(rows), part, len(chosen))

@@ -22,6 +22,7 @@ import numpy as np
 from branchmerge.config import TrainConfig
 from branchmerge.data.datamodule import Corpus, plan_of, prepare
 from branchmerge.data.template import Document
+from branchmerge.evaluation.math_worker import end_workers
 from branchmerge.student import backbone, ranks
 from branchmerge.study import file_sha256, package_versions, whole_or_gone, write_text
 from branchmerge.trajectories.sources import read_branch
@@ -51,7 +52,10 @@ def _prepare(config: TrainConfig, start: Path, folder: Path, begun: bool) -> Non
     rows = read_branch(config)
     tokenizer = backbone.load_tokenizer(start)
     backbone.check_tokenizer(tokenizer, start)
-    write(prepare(config, rows, tokenizer, backbone.context_length(start)), folder)
+    try:
+        write(prepare(config, rows, tokenizer, backbone.context_length(start)), folder)
+    finally:
+        end_workers()  # 50 MB each, through all of the training
 
 
 def write(corpus: Corpus, folder: Path) -> None:

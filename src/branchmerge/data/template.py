@@ -9,8 +9,10 @@ response are tokenised apart, as they are at generation time.
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +24,13 @@ from branchmerge.trajectories.schema import Message, Trajectory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PREFILL = "<think>\n"
+OPEN, CLOSE = "<think>", "</think>"
+OPENED = re.compile(r"<think>\s*$")
+"""At the end of a prompt: the template has opened the reasoning"""
+NO_REASONING = "\n</think>\n\n"
+"""What closes it at once, for a response that has none"""
+TODAY = date(2024, 7, 26)
+"""For templates that tell the date (Llama 3's default), so that the same configuration always gives the same tokens"""
 PART = 256
 """Trajectories that a tokenizer gets at once, to work on with all cores"""
 
@@ -39,11 +47,27 @@ class Document:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def ends_early(self) -> bool:
+        """Whether the end-of-sequence token, its last, stands in the middle of what is learned, too."""
+        *learned, end = self.tokens[self.prompt_len :].tolist()
+        return end in learned
+
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message]) -> str:
     """The text the student continues: the conversation so far and the opening of the assistant's turn."""
     conversation = [message.as_dict() for message in prompt]
-    return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+    return str(
+        tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, tokenize=False, strftime_now=TODAY.strftime
+        )
+    )
+
+
+def opening(prompt: str) -> str:
+    """What a rendered prompt opened for the response: a <think> and the white space after it, or nothing."""
+    found = OPENED.search(prompt)
+    return found[0] if found else ""
 
 
 def tokenise(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Trajectory]) -> Iterator[Document]:
@@ -75,11 +99,16 @@ def _tokenise(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Traje
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", trajectory: Trajectory) -> tuple[str, str]:
-    """Prompt and response as the student would see them."""
-    prompt, response = render_prompt(tokenizer, trajectory.prompt), trajectory.response
-    if prompt.endswith(PREFILL):
-        # The template has opened the reasoning already.
-        response = response.removeprefix(PREFILL)
+    """Prompt and response as the student would see them: one <think>, and one end."""
+    prompt = render_prompt(tokenizer, trajectory.prompt)
+    response = trajectory.response.removesuffix(tokenizer.eos_token)
+    opened = opening(prompt)
+    if not opened:
+        return prompt, response
+    if response.lstrip().startswith(OPEN):
+        response = response.lstrip().removeprefix(OPEN).removeprefix(opened.removeprefix(OPEN))
+    elif CLOSE not in response:
+        response = NO_REASONING + response
     return prompt, response
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from branchmerge.data.template import PREFILL, render_prompt
+from branchmerge.data.template import opening, render_prompt
 from branchmerge.evaluation.requests import Messages
 from branchmerge.student.backbone import check_tokenizer, load_tokenizer
 
@@ -21,7 +21,7 @@ class Encoder:
     def opening(self, messages: Messages) -> str:
         """What the template opened for the response: a <think>, or nothing. A response is stored with it: without it
         one that was cut off while it still reasoned would look like one without reasoning."""
-        return PREFILL if self._prompt(messages).endswith(PREFILL) else ""
+        return opening(self._prompt(messages))
 
     def _prompt(self, messages: Messages) -> str:
         return render_prompt(self.tokenizer, messages)

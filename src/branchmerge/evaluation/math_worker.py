@@ -172,9 +172,16 @@ def math_equal(gold: str, answer: str) -> bool | None:
     return _pool().equal(gold, answer)
 
 
+def end_workers() -> None:
+    """Those that wait for work; more work starts new ones."""
+    _pool().close()
+
+
 @cache
 def _pool() -> MathPool:
-    pool = MathPool(size=os.cpu_count() or 1)
+    from branchmerge.machine import cores  # not by the worker
+
+    pool = MathPool(size=cores())
     atexit.register(pool.close)
     return pool
 

@@ -309,6 +309,9 @@ def implementation(attn: str, device: torch.device, compute: torch.dtype, shared
             f"backbone.attn={attn}: the package flash-attn-4 is not installed, not whole, or of a version not known"
             " here; pip install 'flash-attn-4[cu13]', or leave it out"
         )
+    packages = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if attn in packages and not packages[attn]():
+        raise UserError(f"backbone.attn={attn}: that version of flash-attn is not installed here; leave it out")
     return {"sdpa": PACKED_SDPA, "flash_attention_4": PACKED_FLASH4}.get(attn, attn)
 
 

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from branchmerge.config import CommonConfig
 from branchmerge.errors import UserError
 from branchmerge.student.export import TOKENIZER_FILES
-from branchmerge.study import MANIFEST, Manifest, Study, file_sha256, is_done, locked, publish, read_manifest
+from branchmerge.study import (
+    MANIFEST,
+    Manifest,
+    Study,
+    file_sha256,
+    is_done,
+    locked,
+    publish,
+    read_manifest,
+    write_json,
+)
 
 if TYPE_CHECKING:  # imported where a model is loaded: merging only needs to find the folder
     import torch
@@ -267,6 +277,8 @@ def _write_gguf(file: Path, out: Path) -> None:
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    shape = read_config(out)  # with the name that transformers 4 knows it by
+    write_json(out / "config.json", {**shape, "rope_theta": shape["rope_parameters"]["rope_theta"]})
 
 
 def load_model(folder: Path, dtype: "torch.dtype", attn: str = "sdpa") -> "PreTrainedModel":

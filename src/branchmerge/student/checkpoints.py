@@ -110,11 +110,13 @@ class CheckpointFolder:
 
     def newest(self) -> Checkpoint | None:
         """The last one that is whole; says which are not."""
-        for folder in ranks.by_first(lambda: sorted(self.folder.glob("step-*"), reverse=True)):
+        folders = ranks.by_first(lambda: sorted(self.folder.glob("step-*"), reverse=True))
+        for folder in folders:
             found, why = _read(folder, self.rows)
             if found is not None:
                 return found
-            ranks.say(f"warning: {folder}: {why}; going on from the one before")
+            then = "starting anew" if folder == folders[-1] else "going on from the one before"
+            ranks.say(f"warning: {folder}: {why}; {then}")
         return None
 
     def write(self, position: Position, save: Callable[[Path], None]) -> bool:
@@ -140,8 +142,10 @@ class CheckpointFolder:
                 ranks.say(f"warning: {final}: no room for a checkpoint ({failed}); training goes on without it")
                 return False
         if ranks.is_first():
-            for old in sorted(self.folder.glob("step-*"))[: -self.keep_last]:
-                shutil.rmtree(old)
+            there = sorted(self.folder.glob("step-*"))
+            last = there.index(final) + 1
+            for folder in [*there[: max(0, last - self.keep_last)], *there[last:]]:  # later ones were passed over
+                shutil.rmtree(folder)
         return True
 
     def _try(self, part: Callable[[], Any]) -> str:
@@ -182,6 +186,8 @@ class CheckpointFolder:
         """When the branch's result is published."""
         if ranks.is_first():
             shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # of other branches
+                self.root.rmdir()
 
 
 def _fingerprints(partial: Path) -> dict[str, str]:
@@ -246,7 +252,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, drawn: dict
     Args:
         drawn: `generators` as the next step finds them
     """
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = _state(model, optimizer)
     with _quiet():
         save_shards({"model": weights, "optimizer": moments}, checkpoint_id=folder / STATE)
     torch.save(drawn, folder / GENERATORS.format(rank=ranks.rank()))
@@ -254,7 +260,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, drawn: dict
 
 def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Put a checkpoint's weights, moments and generators in place."""
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = _state(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
     # Partial: weights that no step reached (a vision tower's) have no moments in the file, and keep those of the start.
     with _quiet():
@@ -267,6 +273,16 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     torch.set_rng_state(drawn["cpu"])
     if drawn["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(drawn["cuda"])
+
+
+def _state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of weights and of moments, which may not be there yet: torch makes them by a step, which must not count."""
+    if not optimizer.state:
+        get_state_dict(model, optimizer)
+        for state in optimizer.state.values():
+            state["step"].zero_()
+    weights, moments = get_state_dict(model, optimizer)
+    return weights, moments
 
 
 @contextmanager

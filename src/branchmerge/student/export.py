@@ -1,5 +1,6 @@
 """Write a trained student as a Hugging Face checkpoint whose tokenizer is the backbone's, byte for byte."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from math import prod
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from branchmerge.errors import UserError
-from branchmerge.study import fingerprint
+from branchmerge.study import fingerprint, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +40,7 @@ def export(
     def write() -> str:
         try:
             sha256 = _write(weights, wholes, out, dtype, max_shard_bytes)
-            model.config.dtype = dtype
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(out)
+            write_config(backbone, out, type(model).__name__, dtype)
             copy_tokenizer(backbone, out)
             return sha256
         finally:
@@ -50,6 +49,22 @@ def export(
     if not ranks.is_first():
         _exhaust(wholes)
     return ranks.by_first(write)
+
+
+def write_config(backbone: Path, out: Path, architecture: str, dtype: "torch.dtype") -> None:
+    """The backbone's config.json with what changed, and not as this transformers would write it.
+
+    Its version 5 writes rope_theta by another name, without which version 4, and what builds on it, silently takes
+    10,000.
+    """
+    config = json.loads((backbone / "config.json").read_text())
+    config.pop("quantization_config", None)
+    name = str(dtype).removeprefix("torch.")
+    config |= {"architectures": [architecture], "dtype": name, "torch_dtype": name}
+    for part in config.values():
+        if isinstance(part, dict):  # the text part of a model that also sees
+            part |= {key: name for key in ("dtype", "torch_dtype") if key in part}
+    write_json(out / "config.json", config)
 
 
 def _write(

@@ -146,7 +146,7 @@ class _Running:
             if self.told_to_end:
                 return ranks.PREEMPTED
             # In a process group of its own, as Ctrl-C in a terminal goes to all of one, and would not let it save.
-            child = subprocess.Popen(command, env=environment, preexec_fn=ranks.end_with_parent, process_group=0)
+            child = subprocess.Popen(command, env=environment, preexec_fn=machine.end_with_parent, process_group=0)
             self._children.add(child)
         if self.told_to_end:  # while it was being started
             child.send_signal(signal.SIGTERM)

@@ -1,5 +1,7 @@
 """What is wrong with a branch, found before its processes are started or minutes go into its backbone."""
 
+from typing import Any
+
 from branchmerge.config import TrainConfig
 from branchmerge.config_checks import check_packages
 from branchmerge.data import held_out
@@ -16,6 +18,11 @@ def check_branch(config: TrainConfig) -> None:
         check_free(folder)
     shape = backbone.shape_of(config, backbone.find(config))
     if shape:
-        backbone.check_heads(shape, config.trainer.context_parallel)
-        backbone.check_rows(shape, config.data.seq_len)
+        check_shape(config, shape)
     held_out.check_count(config, read_branch(config))
+
+
+def check_shape(config: TrainConfig, shape: dict[str, Any]) -> None:
+    """Refuse a model that cannot train so, by its config.json."""
+    backbone.check_heads(shape, config.trainer.context_parallel)
+    backbone.check_rows(shape, config.data.seq_len)

@@ -3,7 +3,6 @@
 A training on several devices is one process a device, started by torchrun or Slurm; alone, everything here is trivial.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
+from branchmerge import machine
 from branchmerge.errors import UserError
 from branchmerge.study import writing
 
@@ -67,19 +67,12 @@ def environment() -> "ClusterEnvironment | None":
         raise UserError(str(error)) from error
 
 
-def end_with_parent() -> None:
-    """Get SIGTERM when the process that started this one dies, however it does (Linux): no training goes on unseen."""
-    set_death_signal = 1  # PR_SET_PDEATHSIG
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
-
-
 def join(device: torch.device) -> None:
     """Meet the other processes of this training; returns when all are there."""
     found = environment()
     if found is None or dist.is_initialized():
         return
-    end_with_parent()
+    machine.end_with_parent()
     os.environ.setdefault("MASTER_ADDR", found.main_address)
     os.environ.setdefault("MASTER_PORT", str(found.main_port))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

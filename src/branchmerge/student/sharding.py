@@ -68,16 +68,18 @@ def empty_model(folder: Path, attn: str) -> PreTrainedModel:
     return model
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path, sharded: bool) -> None:
     """Refuse a checkpoint that cannot be trained as its config.json says, from the headers of its files.
 
     Raises:
-        UserError: an unknown kind of model, or one without hidden states; a weight is missing or of another shape, or
-            stored as tied and yet another
+        UserError: an unknown kind of model, or one without hidden states, or one that cannot be `sharded` and shall be;
+            a weight is missing or of another shape, or stored as tied and yet another
     """
     with loading(folder):
         model = empty_model(folder, "sdpa")
     check_hidden_states(model)
+    if sharded:
+        check_shardable(model)
     stored = Reader(folder)
     without_copies({"backbone": stored})
     if joins_weights(model):
@@ -121,6 +123,7 @@ def check_shardable(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has other weights in memory than in its checkpoint, so a device cannot read its"
             " share alone; train it on one device (trainer.strategy=single)"
         )
+    layers(model)
 
 
 def shard(root: nn.Module, model: PreTrainedModel, sharding: Sharding, mesh: DeviceMesh) -> None:

@@ -1,6 +1,7 @@
 """Train one branch: what train.py calls."""
 
 import logging
+import math
 import warnings
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from branchmerge.student.forecast import bytes_of_training
 from branchmerge.student.loggers import claim, loggers_of
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.module import Student
+from branchmerge.student.preflight import check_shape
 from branchmerge.student.resume import EndWhenTold, Resume
 from branchmerge.student.sharding import (
     Sharding,
@@ -40,7 +42,7 @@ from branchmerge.student.sharding import (
 )
 from branchmerge.student.watch import watchers
 from branchmerge.study import Manifest, Parent, is_done, locked, publish, read_manifest
-from branchmerge.trajectories.sources import check_files
+from branchmerge.trajectories.sources import check_files, unpinned
 
 
 def train(config: TrainConfig) -> Path:
@@ -59,14 +61,20 @@ def train(config: TrainConfig) -> Path:
     start = ranks.by_first(lambda: backbone.locate(config, config.domain.name))
     ranks.check_seen(start, "give a backbone.path= on a disk that all nodes share (for one of the hub: share HF_HOME)")
     shape = backbone.read_config(start)
-    backbone.check_heads(shape, config.trainer.context_parallel)
-    backbone.check_rows(shape, config.data.seq_len)
+    check_shape(config, shape)
     precision = _precision(config.trainer.precision, device)
+    compute = _compute(precision)
+    attn = attention.implementation(config.backbone.attn, device, compute, config.trainer.context_parallel > 1)
     agreement.check_alike(start, precision)
     folder = places.result(config)
     if folder.resolve() == start.resolve():
         raise UserError(f"out={folder}: is the model that the branch starts from; give another out=")
     ranks.by_first(lambda: check_files(config))  # a mistake is told before another run is waited for
+    for name in unpinned(config):
+        ranks.say(
+            f"warning: {name}: a dataset of the hub without a revision may change from run to run without a word; set"
+            f" study.corpus.{name}.revision=COMMIT"
+        )
     with ExitStack() as stack:
         ranks.by_first(lambda: stack.enter_context(locked(folder)))
         known = ranks.by_first(lambda: _known_weights(start))
@@ -81,7 +89,7 @@ def train(config: TrainConfig) -> Path:
         saved = _saved(config, planned)
         if known:
             agreement.check_weights(start, known)
-        ranks.by_first(lambda: check_weights(start))
+        ranks.by_first(lambda: check_weights(start, config.trainer.sharded))
         ranks.by_first(lambda: check_room(start, folder, getattr(torch, config.export_dtype)))
         ranks.check_shared(saved.folder)
         ranks.by_first(saved.tell_of_others)
@@ -92,16 +100,18 @@ def train(config: TrainConfig) -> Path:
         _tell(corpus)
         ending = stack.enter_context(Ending())
         with publish(folder, planned) if ranks.is_first() else nullcontext(folder) as partial:
-            student, facts = _fit(config, start, device, precision, corpus, saved, ending)
+            chosen = trials.choose_attention(attn, backbone.head_shape(shape), device, compute)
+            student, facts = _fit(config, start, device, precision, chosen, corpus, saved, ending)
             planned.data = corpus.account
             planned.training = facts
             check_finite(student.model, f"{folder}: after training")
             planned.weights_sha256 = export(student.model, start, partial, getattr(torch, config.export_dtype))
         saved.remove()
         ranks.wait()  # until it is published
+        loss = "not finite" if facts["last_loss"] is None else f"{facts['last_loss']:.3f}"
         ranks.say(
             f"{folder}: {facts['steps']} steps, {facts['tokens']} tokens, {facts['seconds']:.0f} s,"
-            f" {facts['tokens_per_second']:.0f} tokens/s, last loss {facts['last_loss']:.3f}"
+            f" {facts['tokens_per_second']:.0f} tokens/s, last loss {loss}"
         )
     return folder
 
@@ -158,6 +168,7 @@ def _fit(
     start: Path,
     device: torch.device,
     precision: str,
+    attn: str,
     corpus: Corpus,
     saved: CheckpointFolder,
     ending: Ending,
@@ -174,13 +185,9 @@ def _fit(
     first_step = begin.step if begin else 0
     if begin is not None:
         ranks.say(f"{begin.folder}: going on after step {begin.step} of {steps}")
-    shared = config.trainer.context_parallel
-    compute = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
-    attn = attention.implementation(config.backbone.attn, device, compute, shared > 1)
-    attn = trials.choose_attention(attn, backbone.head_shape(backbone.read_config(start)), device, compute)
-    context = ContextGroup.join(shared)
+    context = ContextGroup.join(config.trainer.context_parallel)
     share, shares = rows_of(context)
-    student = _student(config, start, compute, attn, steps, context)
+    student = _student(config, start, _compute(precision), attn, steps, context)
     logs = places.logs(config)
     run = {"attention": attn, "torch": torch.__version__, "devices": ranks.from_all(machine.describe(device))}
     resume = Resume(saved, config.trainer.checkpoint, begin, run)
@@ -209,11 +216,12 @@ def _fit(
     if trainer.interrupted:
         raise KeyboardInterrupt
     student.tell_if_broken_at_the_end()
-    last_loss = float(trainer.callback_metrics["loss"])
+    last_loss = float(trainer.callback_metrics["loss"])  # not finite where that step was left out
     facts = {
         "steps": trainer.global_step, "skipped_steps": student.skipped,
         "tokens": corpus.tokens, "supervised_tokens": corpus.supervised,
-        "seconds": round(seconds, 2), "tokens_per_second": round(corpus.tokens / seconds, 1), "last_loss": last_loss,
+        "seconds": round(seconds, 2), "tokens_per_second": round(corpus.tokens / seconds, 1),
+        "last_loss": last_loss if math.isfinite(last_loss) else None,
         "precision": precision, "runs": resume.runs, "logs": str(logs),
     }  # fmt: skip
     return student, facts
@@ -277,6 +285,11 @@ def _precision(asked: str, device: torch.device) -> str:
     if asked != "auto":
         return asked
     return "bf16-mixed" if machine.computes_bf16(device) else "32-true"
+
+
+def _compute(precision: str) -> torch.dtype:
+    """Of the matrix products."""
+    return torch.bfloat16 if precision == "bf16-mixed" else torch.float32
 
 
 def _products(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -150,6 +150,11 @@ def check_files(config: TrainConfig) -> None:
             _file(source)
 
 
+def unpinned(config: TrainConfig) -> list[str]:
+    """Names of the branch's hub datasets of no revision: which rows they gave cannot be told later."""
+    return [name for name, source in of_branch(config).items() if not is_local(source) and source.revision is None]
+
+
 def at_most(source: SourceConfig, limit: int | None) -> SourceConfig:
     """The source with no more rows than `limit`; None changes nothing."""
     return source if limit is None else replace(source, limit=min(limit, source.limit or limit))

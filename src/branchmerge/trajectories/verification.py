@@ -1,11 +1,11 @@
 """Grade what the teacher wrote with the same graders that will grade the student."""
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from branchmerge.errors import UserError
 from branchmerge.evaluation.graders import grade
+from branchmerge.machine import cores
 from branchmerge.trajectories.schema import Trajectory
 
 UNVERIFIED = "unverified"
@@ -17,7 +17,7 @@ def verify(rows: Sequence[Trajectory]) -> Iterator[str]:
 
     As many side by side as there are cores: code and math-verify run in processes of their own.
     """
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=cores()) as pool:
         yield from pool.map(_reason, rows)
 
 

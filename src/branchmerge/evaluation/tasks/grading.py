@@ -1,12 +1,12 @@
 """Shared by all tasks: hand responses to the graders and report what lm-eval averages over the questions."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from branchmerge.evaluation.graders import NO_ANSWER, RUNS_CODE, SECONDARY, Verdict, grade
 from branchmerge.evaluation.metrics import avg_at_k, maj_at_k, pass_at_k
+from branchmerge.machine import cores
 from branchmerge.trajectories.schema import Reference
 
 WITHOUT_VOTES = (*RUNS_CODE, "")
@@ -36,7 +36,7 @@ def grade_responses(doc: dict[str, Any], results: Sequence[str] | Sequence[Seque
     if not responses:
         raise ValueError(f"the question {doc['id']} has no response")
     reference = Reference.parse(doc["reference"])
-    with ThreadPoolExecutor(max_workers=min(len(responses), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(len(responses), cores())) as pool:
         verdicts = list(pool.map(lambda response: grade(response, reference), responses))
     return metrics(verdicts, reference.grader)
 
