@@ -15,7 +15,7 @@ from branchmerge.student.training import train
 
 WORKER = PROJECT / "tests" / "distributed" / "train_branches.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-COMPARED = ("loss", "grad_norm", "lr", "tokens", "supervised_tokens")
+COMPARED = ("loss", "grad_norm", "lr", "tokens", "supervised_tokens", "rows", "padding_share")
 FSDP = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.progress=false")
 
 

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -191,13 +191,13 @@ def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
         planned.created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         write_json(partial / MANIFEST, asdict(planned))
         _sync(partial)
-        if folder.exists():
-            retired = folder.parent / f".{folder.name}.partial-retired"
+        retired = folder.parent / f".{folder.name}.partial-retired"
+        if replaced := folder.exists():
             folder.rename(retired)
-            partial.rename(folder)
+        partial.rename(folder)
+        sync(folder.parent)
+        if replaced:
             shutil.rmtree(retired)
-        else:
-            partial.rename(folder)
 
 
 @contextmanager
@@ -371,9 +371,17 @@ def _short(value: Any) -> str:
 
 def _sync(folder: Path) -> None:
     """Bring every file of a folder to the disk before the rename makes it visible."""
-    for path in folder.rglob("*"):
+    for path in [*folder.rglob("*"), folder]:
         if path.is_file():
             path.chmod(0o644)
-            descriptor = os.open(path, os.O_RDONLY)
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder where its disk can, to the disk, to outlive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():
             os.fsync(descriptor)
-            os.close(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,25 +1,33 @@
 """What test_ranks.py has two processes do; each prints a line of JSON: what became of it, by name.
 
-torchrun ... tests/distributed/in_each_process.py FOLDER
+torchrun ... tests/distributed/in_each_process.py FOLDER STUDENT
 """
 
 import errno
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from branches import branch, metrics
+from spreading import FSDP
 
+from branchmerge.data.batch import Batch
 from branchmerge.errors import UserError
-from branchmerge.student import agreement, checkpoints, ranks
+from branchmerge.student import agreement, checkpoints, ranks, resume
 from branchmerge.student.attention import PACKED_FLASH4, PACKED_SDPA
 from branchmerge.student.checkpoints import CheckpointFolder, Position
+from branchmerge.student.export import check_finite
+from branchmerge.student.module import Student
+from branchmerge.student.training import train
 from branchmerge.student.trials import choose_attention
-from branchmerge.study import Manifest
+from branchmerge.study import Manifest, weights_sha256
 
 
 class UnsendableError(Exception):
@@ -34,7 +42,7 @@ def told(work: Callable[[], object]) -> str:
     """What it returned or raised."""
     try:
         return str(work())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -47,23 +55,23 @@ def refuse(error: Exception) -> Callable[[], str]:
 
 def written(folder: Path, number: int) -> bool:
     """A checkpoint of which the second process's part is not on the disk in the end; `number` says why."""
-    usual = checkpoints._sync
+    usual = checkpoints.sync
 
-    def sync(paths: list[Path]) -> None:
+    def sync(path: Path) -> None:
         if ranks.rank() == 1:
             raise OSError(number, os.strerror(number))
-        usual(paths)
+        usual(path)
 
     def save(partial: Path) -> None:
         (partial / f"part-{ranks.rank()}").write_bytes(b"weights")
 
-    checkpoints._sync = sync
+    checkpoints.sync = sync
     try:
         return CheckpointFolder(folder, Manifest("expert", "math", {}, {}), 1).write(
             Position(step=1, seconds=1.0), save
         )
     finally:
-        checkpoints._sync = usual
+        checkpoints.sync = usual
 
 
 def backbone_on(hosts: list[str], folder: Path, other: bool) -> str:
@@ -81,11 +89,47 @@ def backbone_on(hosts: list[str], folder: Path, other: bool) -> str:
         socket.gethostname = usual
 
 
-def main(folder: Path) -> None:
+def interrupted(folder: Path, student: Path) -> list[object]:
+    """A branch of two processes: only the first one's clock says that it is time to save, only the second is told.
+
+    Returns:
+        how it ended, the steps that were saved, and whether the next run made of it what it would have been
+    """
+    settings = (*FSDP, "domain=math", "optim.max_steps=4", "trainer.checkpoint.every_n_steps=null",
+                "trainer.checkpoint.every_n_minutes=1e-9")  # fmt: skip
+    usual_step, usual_time = Student.training_step, resume.time
+
+    def step(self: Student, batch: Batch, index: int) -> torch.Tensor:
+        if ranks.rank() == 1 and self.trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return usual_step(self, batch, index)
+
+    if ranks.rank() == 1:
+        resume.time = SimpleNamespace(monotonic=lambda: 0.0)
+    Student.training_step = step
+    ended = told(lambda: train(branch(student, folder / "cut", *settings)))
+    Student.training_step, resume.time = usual_step, usual_time
+    saved = sorted(path.name for path in (folder / "cut").glob("tiny/checkpoints/*/step-*"))
+    made = [train(branch(student, folder / name, *settings)) for name in ("cut", "whole")]
+    ranks.wait()
+    curves = [[row["loss"] for row in metrics(folder / name, "math")] for name in ("cut", "whole")]
+    return [ended, saved, curves[0] == curves[1], weights_sha256(made[0]) == weights_sha256(made[1])]
+
+
+def broken(places: list[int]) -> torch.nn.Linear:
+    """A layer that is broken in some of the processes."""
+    layer = torch.nn.Linear(2, 2)
+    if ranks.rank() in places:
+        torch.nn.init.constant_(layer.weight, torch.nan)
+    return layer
+
+
+def main(folder: Path, student: Path) -> None:
     ranks.join(torch.device("cpu"))
     attn = (PACKED_FLASH4, PACKED_SDPA)[ranks.rank()]
     apart = ["one", "two"]
-    done = {
+    precision = ("trainer.precision=32-true", "trainer.precision=bf16-mixed")[ranks.rank()]
+    done: dict[str, object] = {
         "weights": told(lambda: backbone_on(apart, folder, other=False)),
         "weights on one host": told(lambda: backbone_on(["one"] * 2, folder, other=False)),
         "other weights": told(lambda: backbone_on(apart, folder, other=True)),
@@ -93,6 +137,10 @@ def main(folder: Path) -> None:
         "other error": told(refuse(UnsendableError("it broke"))),
         "full disk": told(lambda: written(folder, errno.EDQUOT)),
         "broken disk": told(lambda: written(folder, errno.EIO)),
+        "interrupted": interrupted(folder, student),
+        "broken weights": told(lambda: check_finite(broken([1]), "here")),
+        "whole weights": told(lambda: check_finite(broken([]), "here")),
+        "other precision": told(lambda: train(branch(student, folder, *FSDP, "domain=math", precision))),
         "attention": told(lambda: choose_attention(attn, None, torch.device("cpu"), torch.bfloat16)),
     }
     print(json.dumps(done), flush=True)
@@ -100,4 +148,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from branches import PROJECT, metrics
-from spreading import FSDP, TORCHRUN
+from conftest import make_student
+from spreading import FSDP, TORCHRUN, started
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, Std, start_processes
 
 from branchmerge.student import local_processes, ranks
@@ -19,17 +22,19 @@ from branchmerge.study import weights_sha256
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes tell."""
     folder = tmp_path_factory.mktemp("both")
+    student = make_student(tmp_path_factory.mktemp("student") / "dropout", attention_dropout=0.2)
     command = [
         *TORCHRUN,
         f"--log-dir={folder / 'logs'}",
         "--redirects=1",
         "tests/distributed/in_each_process.py",
         folder,
+        student,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT / "tests")}
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     logs = sorted((folder / "logs").rglob("stdout.log"))
@@ -37,16 +42,61 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [json.loads(log.read_text().splitlines()[-1]) for log in logs]
 
 
-def test_all_get_the_first_ones_error(both: list[dict[str, str]]) -> None:
+def test_all_get_the_first_ones_error(both: list[dict[str, Any]]) -> None:
     assert [each["user error"] for each in both] == ["UserError: a mistake"] * 2
     assert [each["other error"] for each in both] == [
         "UnsendableError: it broke", "RuntimeError: UnsendableError: it broke",
     ]  # fmt: skip
 
 
-def test_a_disk_that_fails_for_one_of_them_is_told_to_all(both: list[dict[str, str]]) -> None:
+def test_a_disk_that_fails_for_one_of_them_is_told_to_all(both: list[dict[str, Any]]) -> None:
     assert [each["full disk"] for each in both] == ["False"] * 2
     assert ["Input/output error" in each["broken disk"] for each in both] == [True] * 2
+
+
+FAILING = """
+import os, runpy, sys
+from branchmerge.student.module import Student
+
+usual = Student.training_step
+
+def failing(self, batch, index):
+    if os.environ["RANK"] == "1" and self.trainer.global_step == 1:
+        raise ValueError("a broken row")
+    return usual(self, batch, index)
+
+Student.training_step = failing
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_step_that_fails_in_one_of_them_names_it_and_its_rows(tiny_student: Path, tmp_path: Path) -> None:
+    """And the other says that it lost one, not that its own rows are to blame."""
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING)
+    settings = (*FSDP, "domain=math", f"backbone.path={tiny_student}", f"outputs={tmp_path}")
+    command = [*TORCHRUN, program, "--config-dir", "tests/conf", "study=tiny", *settings]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert re.search(r"^rank 1 failed at step 1 on the rows math-\d+(, math-\d+)* \(ValueError\)$", done.stderr, re.M)
+    assert re.search(r"^rank 0 failed at step 1 as it could not reach another rank: ", done.stderr, re.M), done.stderr
+
+
+@pytest.mark.parametrize("victim", ["train.py", "torchrun"])
+def test_none_outlives_what_started_it(victim: str, tiny_student: Path, tmp_path: Path) -> None:
+    """In the middle of a training, however that dies."""
+    with started(tiny_student, tmp_path, "domain=math", "optim.epochs=9999", "trainer.devices=2") as launcher:
+        curve = tmp_path / "tiny" / "logs" / "train" / "math" / "metrics.csv"
+        end = time.monotonic() + 200
+        while not curve.is_file():
+            assert time.monotonic() < end and launcher.poll() is None
+            time.sleep(0.05)
+        started_by_it = psutil.Process(launcher.pid).children(recursive=True)
+        (torchrun,) = psutil.Process(launcher.pid).children()
+        assert len(started_by_it) >= 3
+        (psutil.Process(launcher.pid) if victim == "train.py" else torchrun).kill()
+        assert not psutil.wait_procs(started_by_it, timeout=60)[1]
 
 
 def test_none_outlives_its_torchrun_also_while_it_imports(tiny_student: Path, tmp_path: Path) -> None:
@@ -70,7 +120,7 @@ def _has_loaded(process: psutil.Process, library: str) -> bool:
     return library in Path(f"/proc/{process.pid}/maps").read_text()
 
 
-def test_nodes_with_other_weights_are_refused(both: list[dict[str, str]], tmp_path: Path) -> None:
+def test_nodes_with_other_weights_are_refused(both: list[dict[str, Any]], tmp_path: Path) -> None:
     """And the files of one node are read by its processes together: two of three, and one."""
     for name in "abc":
         (tmp_path / f"{name}.safetensors").write_text(f"{name}False")
@@ -81,7 +131,23 @@ def test_nodes_with_other_weights_are_refused(both: list[dict[str, str]], tmp_pa
         assert "on two b.safetensors differs from the first node's" in each["other weights"]
 
 
-def test_processes_may_have_different_attention(both: list[dict[str, str]]) -> None:
+def test_one_of_them_may_be_told_to_end_or_find_it_time_to_save(both: list[dict[str, Any]]) -> None:
+    """All save at the same steps then and end together, and go on with the random numbers that each had."""
+    saved = ["step-00000002", "step-00000003"]
+    assert [each["interrupted"] for each in both] == [["SystemExit: 143", saved, True, True]] * 2
+
+
+def test_weights_that_are_no_numbers_in_one_of_them_are_told_by_all(both: list[dict[str, Any]]) -> None:
+    assert [each["whole weights"] for each in both] == ["None"] * 2
+    assert all("here 1 weights such as weight hold values that are no numbers" in b["broken weights"] for b in both)
+
+
+def test_processes_that_would_compute_in_other_precisions_are_refused(both: list[dict[str, Any]]) -> None:
+    """Of two hosts, as one device may be fast at bfloat16 and another not."""
+    assert all("trainer.precision differs from the first node's" in each["other precision"] for each in both)
+
+
+def test_processes_may_have_different_attention(both: list[dict[str, Any]]) -> None:
     """FlashAttention 4 on some of the devices only, which is then tried there."""
     assert [each["attention"] for each in both] == ["packed_sdpa"] * 2
 

@@ -7,16 +7,18 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from branchmerge.data.batch import Batch, make_batch, supervised_tokens
 from branchmerge.data.template import Document
 from branchmerge.student import attention, liger_loss
 from branchmerge.student.backbone import load_model
 from branchmerge.student.chunked_loss import summed_cross_entropy
-from branchmerge.student.loss import Loss, PackedLoss, chunked_loss, fused_loss, summed_loss
+from branchmerge.student.loss import Loss, PackedLoss, chunked_loss, fused_loss, inputs, summed_loss
 from branchmerge.student.trials import choose_loss
 
 # Learned tokens 60, 7, 33 and 3: the uneven counts with which a mean of means goes badly wrong.
@@ -122,3 +124,16 @@ def test_liger_gives_the_chunked_loss() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": str(int(device == "cpu"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "''"
+
+
+def test_a_cache_is_refused(tiny_student: Path) -> None:
+    """An empty one changes nothing in our attention, but transformers' own then sees the row as one document."""
+    root = PackedLoss(load_model(tiny_student, torch.float32, attention.PACKED_SDPA))
+    batch = make_batch([Document("a", np.arange(8), 1)], 7)
+
+    def with_cache(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        return model(**{**inputs(batch), "use_cache": True}).logits.sum()
+
+    with pytest.raises(attention.PackedRowError, match="packed rows take no cache"):
+        root.compute(with_cache, batch)
+    assert root(batch) > 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from branches import branch, metrics
 from conftest import make_student
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -171,6 +171,34 @@ def test_two_documents_cost_less_than_one_of_their_length(tiny_student: Path) ->
     assert shapes.flops_of(two) == 6 * (1000 * 20 + 10 * 18) + 12 * 64 * 110
 
 
+def test_the_work_of_a_step_is_that_of_all_its_rows(tiny_student: Path, corpus: Corpus, tmp_path: Path) -> None:
+    """On a CPU nothing is told of it, so its shapes are given."""
+    shapes, told = Shapes(matrices=1000, head=10, attended=64), []
+
+    class Counting(StepProgress):
+        def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+            super().on_train_start(trainer, module)
+            self._shapes = shapes
+
+        def _said(self, trainer: Trainer, module: Student, step: int, flops: float) -> str:
+            told.append(flops)
+            return ""
+
+    fitted(tiny_student, corpus, tmp_path, Counting("math", Console(file=io.StringIO())))
+    rows = [[make_batch([corpus.documents[i] for i in row], 1) for row in step] for step in corpus.plan.steps]
+    assert [len(step) for step in rows] == [2, 2, 2]
+    assert told == [sum(shapes.flops_of(row) for row in step) for step in rows]
+
+
+def test_the_time_left_is_reckoned_from_the_steps_of_this_run(tiny_student: Path) -> None:
+    """Two steps in twenty seconds, after the ten of an earlier run."""
+    module = Student(PackedLoss(load_model(tiny_student, torch.float32)), OptimConfig(), 22)
+    trainer: Any = SimpleNamespace(callback_metrics={"tokens_per_second": 1.0, "loss": 1.0})
+    progress = StepProgress("math")
+    progress._first, progress._began = 10, time.monotonic() - 20
+    assert progress._said(trainer, module, 12, 0.0).endswith("ETA 0:01:40")
+
+
 def test_on_a_gpu_memory_and_utilisation_are_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no such device here, so what torch says of it is given."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 << 30)
@@ -186,6 +214,7 @@ def test_on_a_gpu_memory_and_utilisation_are_told_too(monkeypatch: pytest.Monkey
 def test_cards_are_known_by_torchs_names() -> None:
     known = {
         "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12,
+        "NVIDIA H200 NVL": 835e12,
         "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A10G": None, "NVIDIA GeForce RTX 4090": 165e12, "Tesla T4": None,
     }  # fmt: skip
     assert {card: peak_of(card) for card in known} == known

@@ -14,9 +14,11 @@ import pytest
 import torch
 from branches import PROJECT, branch, metrics
 
+from branchmerge.config import CheckpointConfig
 from branchmerge.errors import UserError
 from branchmerge.student import checkpoints
 from branchmerge.student.checkpoints import CheckpointFolder, Position
+from branchmerge.student.resume import Resume
 from branchmerge.student.training import train
 from branchmerge.study import Manifest, read_manifest, weights_sha256
 
@@ -122,6 +124,40 @@ def test_killed_between_the_rows_of_a_step_with_a_worker(
     assert_same_branch(tmp_path, uninterrupted)
 
 
+WHILE_SAVING = """
+import os, runpy, signal, sys
+from branchmerge.student import checkpoints
+
+usual = checkpoints.save_shards
+
+def dying(*given, **named):
+    usual(*given, **named)
+    if "step-00000006" in str(named["checkpoint_id"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoints.save_shards = dying
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_killed_while_it_writes_a_checkpoint(
+    tiny_student: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = started(tiny_student, tmp_path, program=("-c", WHILE_SAVING))
+    said = killed.communicate()[0]
+    assert killed.returncode == -signal.SIGKILL and steps_saved(tmp_path) == [2, 4], said
+    (left,) = tmp_path.glob("tiny/checkpoints/*/.step-*")
+    folder = folder_with(left.parent.parent)
+    folder.folder = left.parent
+    assert folder.write(Position(step=5, seconds=1.0), lambda partial: torch.save(1, partial / "state.pt"))
+    assert not left.exists() and steps_saved(tmp_path) == [2, 4, 5]
+    shutil.rmtree(left.parent / "step-00000005")
+    train(branch(tiny_student, tmp_path, *SETTINGS))
+    assert "going on after step 4 of 20" in capsys.readouterr().out
+    assert_same_branch(tmp_path, uninterrupted)
+
+
 @pytest.mark.parametrize(("minutes", "expected"), [("1e-9", [1, 2]), ("1000", [])])
 def test_checkpoints_come_by_the_clock(
     minutes: str, expected: list[int], tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -139,6 +175,13 @@ def test_checkpoints_come_by_the_clock(
     assert written == expected
 
 
+def test_ten_minutes_are_ten_minutes(tmp_path: Path) -> None:
+    resume = Resume(folder_with(tmp_path), CheckpointConfig(every_n_minutes=10), None, {})
+    for seconds, due in ((599, False), (601, True)):
+        resume._saved_at = time.monotonic() - seconds
+        assert resume._is_due(step=5, left=9) is due
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_it_saves_and_goes_on_later(
     sent: signal.Signals,
@@ -147,11 +190,12 @@ def test_told_to_end_it_saves_and_goes_on_later(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """A terminal and Slurm tell all processes of it, those too that make its rows."""
     never = "trainer.checkpoint.every_n_steps=1000"
     curve_file = tmp_path / "tiny" / "logs" / "train" / "math" / "metrics.csv"
-    process = started(tiny_student, tmp_path, never)
+    process = started(tiny_student, tmp_path, never, "data.workers=2")
     wait_for(lambda: curve_file.is_file() and len(curve_file.read_text().splitlines()) > 1, process)
-    process.send_signal(sent)
+    os.killpg(process.pid, sent)
     said = process.communicate()[0]
     assert process.returncode == 128 + sent, said
     assert "run the same command again to go on" in said and "Traceback" not in said
@@ -256,7 +300,7 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
             "shards": lambda partial: checkpoints.save_state(partial, model, optimizer, checkpoints.generators()),
         }[writer]
         assert not folder.write(Position(step=4, seconds=4.0), fill)
-        assert "no room for a checkpoint" in capsys.readouterr().out
+        assert "this checkpoint cannot be written" in capsys.readouterr().out
         assert [path.name for path in folder.folder.iterdir()] == ["step-00000002"]
         found = folder.newest()
         assert found is not None and found.step == 2

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,26 @@ def test_other_answers_to_a_held_out_prompt_are_not_trained_on(tiny_student: Pat
     assert len(found.documents) == 12
     with pytest.raises(UserError, match=r"data\.validation_rows=6: of 20 rows of data\.path only 5 can be held out"):
         corpus(tiny_student, tmp_path, "domain=math", f"data.path={file}", "data.validation_rows=6")
+
+
+def test_right_rows_are_held_out_wherever_they_stand(tiny_student: Path, tmp_path: Path) -> None:
+    def held_out(numbers: Sequence[int], wrong: set[int]) -> set[str]:
+        rows = [
+            {"id": f"{n}", "reference": {"grader": "math", "answer": f"{n}"}, "messages": [
+                {"role": "user", "content": f"Say {n}."},
+                {"role": "assistant", "content": f"\\boxed{{{n + 100 * (n in wrong)}}}"}]}
+            for n in numbers
+        ]  # fmt: skip
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = corpus(tiny_student, tmp_path, "domain=math", f"data.path={file}", "data.validation_rows=3")
+        return {document.id for document in found.held_out["data.path"]}
+
+    chosen = held_out(range(12), wrong=set())
+    assert held_out(range(11, -1, -1), wrong=set()) == chosen != {"0", "1", "2"}
+    first, *others = sorted(chosen)
+    without = held_out(range(12), wrong={int(first)})
+    assert len(without) == 3 and without & chosen == set(others)
 
 
 def test_the_loss_is_that_of_the_documents_alone_and_falls(tiny_student: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """From raw rows to the training's packed batches: read, select, tokenise, plan."""
 
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -90,18 +91,25 @@ class TrajectoryData(LightningDataModule):
         self.rank, self.world = rank, world
         self.workers = workers
         self.pinned = pinned
+        self.came_at = 0.0
+        """When the last row did, by time.perf_counter"""
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        self.came_at = time.perf_counter()
+        return batch
 
     def train_dataloader(self) -> DataLoader[Batch]:
         steps = self.corpus.plan.steps[self.first_step :]
         rows = PackedRows(self.corpus.documents, steps, self.rank, self.world)
         return DataLoader(
-            rows, batch_size=None, num_workers=self.workers, worker_init_fn=_ignore_sigterm, pin_memory=self.pinned
+            rows, batch_size=None, num_workers=self.workers, worker_init_fn=_ignore_signals, pin_memory=self.pinned
         )
 
 
-def _ignore_sigterm(_: int) -> None:
-    """A worker ends with its process, which may want some rows more before it saves."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _ignore_signals(_: int) -> None:
+    """A worker ends with its process, which may want some rows more before it saves; a terminal tells both."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def data_account(config: TrainConfig) -> dict[str, Any]:

@@ -13,7 +13,6 @@ all of this together, and need a folder that all of them see.
 import glob
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
 from branchmerge.student import ranks
-from branchmerge.study import UNWRITABLE, Manifest, file_sha256, write_json
+from branchmerge.study import UNWRITABLE, Manifest, file_sha256, sync, write_json
 
 DONE = "checkpoint.json"
 STATE, GENERATORS = "state", "generators-{rank}.pt"
@@ -123,7 +122,7 @@ class CheckpointFolder:
         """Have `save` fill a folder, and keep it as the checkpoint of that step; older ones are removed after that.
 
         Returns:
-            Whether it was written; on a full disk the last one stays, and a warning is printed.
+            Whether it was written; where the disk is full or not ours the last one stays, and a warning is printed.
         """
         final = self.folder / f"step-{position.step:08d}"
         partial = self.folder / f".{final.name}.partial"
@@ -139,7 +138,7 @@ class CheckpointFolder:
             if failed:
                 if ranks.is_first():
                     shutil.rmtree(partial, ignore_errors=True)
-                ranks.say(f"warning: {final}: no room for a checkpoint ({failed}); training goes on without it")
+                ranks.say(f"warning: {final}: this checkpoint cannot be written ({failed}); training goes on")
                 return False
         if ranks.is_first():
             there = sorted(self.folder.glob("step-*"))
@@ -149,7 +148,7 @@ class CheckpointFolder:
         return True
 
     def _try(self, part: Callable[[], Any]) -> str:
-        """Do it in all processes; why it failed where the disk is full, empty where it did not; raises other errors.
+        """Do it in all processes; why it failed where the disk takes it not, empty where it did; raises other errors.
 
         What a part asks of the other processes it must ask before anything of it can fail.
         """
@@ -177,10 +176,12 @@ class CheckpointFolder:
         """Write down what it is, and give it its name."""
         if ranks.is_first():
             write_json(partial / DONE, asdict(record))
-            _sync([partial / DONE, partial])
+            for path in (partial / DONE, *filter(Path.is_dir, partial.rglob("*")), partial):
+                sync(path)
             if final.exists():  # one that was not whole
                 shutil.rmtree(final)
             partial.rename(final)
+            sync(self.folder)  # before older ones go
 
     def remove(self) -> None:
         """When the branch's result is published."""
@@ -196,7 +197,8 @@ def _fingerprints(partial: Path) -> dict[str, str]:
         lambda: sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
     )
     files = _mine(listed)
-    _sync([partial / name for name in files])
+    for name in files:
+        sync(partial / name)
     return {name: file_sha256(partial / name) for name in files}
 
 
@@ -234,16 +236,6 @@ def _no_room(folder: Path, error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in UNWRITABLE
     return folder.exists() and shutil.disk_usage(folder).free < FULL
-
-
-def _sync(paths: list[Path]) -> None:
-    """To the disk, so that a checkpoint outlives a power failure."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, drawn: dict[str, Any]) -> None:

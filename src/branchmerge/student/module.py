@@ -56,7 +56,8 @@ class Student(LightningModule):
         self._fused_loss = fused_loss
         self._skipped_in_a_row = 0
         self.skipped = 0  # steps of the branch, those of earlier runs included
-        self._since = 0.0
+        self._since = self._waited = 0.0
+        self._ended: float | None = None
         self._begin_step()
 
     @property
@@ -85,8 +86,8 @@ class Student(LightningModule):
         Lightning divides by the number of micro-batches and, with several ranks, gradients are averaged over them;
         both are multiplied back, since the division by `supervised_in_step` is the only one meant.
         """
-        if not self._tokens:
-            self._since = time.perf_counter()
+        if not self._shares:
+            self._since = time.perf_counter() - self._waited
         share = self.packed(batch) / batch.supervised_in_step
         self._shares.append((share.detach(), batch.ids))
         if (supervised := batch.supervised) and self.counts_rows:  # an idle row has none
@@ -141,13 +142,19 @@ class Student(LightningModule):
             )
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
+        """Waiting for the row counts to its step's time, what callbacks do between two steps does not."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self._waited = 0.0 if self._ended is None else data.came_at - self._ended
         self._step_before = self.trainer.global_step
         self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])  # torchao's is a tensor that changes
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, _: int) -> None:
         """Log once per optimizer step."""
-        if self.trainer.global_step == self._step_before:
-            return
+        if self.trainer.global_step != self._step_before:
+            self._log_step()
+        self._ended = time.perf_counter()
+
+    def _log_step(self) -> None:
         loss, tokens, supervised = ranks.summed(sum(self._losses()), self._tokens, self._supervised)
         seconds = time.perf_counter() - self._since
         self.log("loss", loss, prog_bar=True)
