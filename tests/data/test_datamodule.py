@@ -93,11 +93,12 @@ def test_account_changes_with_the_file(tmp_path: Path) -> None:
 
 def test_account_tells_what_became_of_every_row(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     wrong = raw_row(5, "\\boxed{7}", "6")
-    config = train_config(tmp_path, [right(1), right(1), right(2), wrong, raw_row(3, "free"), LONG])
+    twice = raw_row(6, "One end<|im_end|> and another.")
+    config = train_config(tmp_path, [right(1), right(1), right(2), wrong, raw_row(3, "free"), LONG, twice])
     corpus = prepared(config, tokenizer)
     entry = corpus.account["sources"]["math"]
-    assert entry["dropped"] == {"duplicate": 1, "wrong_answer": 1, "too_long": 1}
-    assert (entry["read"], entry["kept"], entry["unverified"], entry["truncated"]) == (6, 3, 2, 0)
+    assert entry["dropped"] == {"duplicate": 1, "wrong_answer": 1, "ends_early": 1, "too_long": 1}
+    assert (entry["read"], entry["kept"], entry["unverified"], entry["truncated"]) == (7, 3, 3, 0)
     assert [document.id for document in corpus.documents] == ["r1", "r2", "r3"]
 
 

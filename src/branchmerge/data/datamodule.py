@@ -142,13 +142,14 @@ def prepare(
         hidden = None if config.trainer.progress else True  # None: as in `select`
         tokenised = tokenise(tokenizer, selection.rows)
         part_documents = list(tqdm(tokenised, total=len(selection.rows), desc="tokenise", disable=hidden))
-        ending_early = sum(document.ends_early for document in part_documents)
-        if ending_early:
-            selection.dropped["ends_early"] = ending_early
-            part_documents = [document for document in part_documents if not document.ends_early]
-        fitting, cut = _fit(part_documents, longest, config.data.too_long)
-        if len(fitting) < len(part_documents):
-            selection.dropped["too_long"] = len(part_documents) - len(fitting)
+        whole = [document for document in part_documents if not document.ends_early]
+        fitting, cut = _fit(whole, longest, config.data.too_long)
+        for reason, count in (
+            ("ends_early", len(part_documents) - len(whole)),
+            ("too_long", len(whole) - len(fitting)),
+        ):
+            if count:
+                selection.dropped[reason] = count
         entry |= {
             "read": len(part), "kept": len(fitting), "dropped": selection.dropped,
             "truncated": cut, "unverified": selection.unverified,

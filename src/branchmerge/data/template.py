@@ -50,8 +50,7 @@ class Document:
     @property
     def ends_early(self) -> bool:
         """Whether the end-of-sequence token, its last, stands in the middle of what is learned, too."""
-        *learned, end = self.tokens[self.prompt_len :].tolist()
-        return end in learned
+        return bool((self.tokens[self.prompt_len : -1] == self.tokens[-1]).any())
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message]) -> str:
