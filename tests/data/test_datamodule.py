@@ -98,7 +98,7 @@ def test_account_tells_what_became_of_every_row(tmp_path: Path, tokenizer: PreTr
     corpus = prepared(config, tokenizer)
     entry = corpus.account["sources"]["math"]
     assert entry["dropped"] == {"duplicate": 1, "wrong_answer": 1, "ends_early": 1, "too_long": 1}
-    assert (entry["read"], entry["kept"], entry["unverified"], entry["truncated"]) == (7, 3, 3, 0)
+    assert (entry["read"], entry["kept"], entry["unverified"], entry["truncated"]) == (7, 3, 1, 0)
     assert [document.id for document in corpus.documents] == ["r1", "r2", "r3"]
 
 

@@ -59,12 +59,12 @@ def test_every_row_read_is_kept_or_counted(check: bool) -> None:
 
 def test_rows_without_reference_are_kept_and_counted() -> None:
     selection = select([UNREFERENCED, RIGHT], check=True, progress=False)
-    assert (selection.rows, selection.unverified, selection.dropped) == ([UNREFERENCED, RIGHT], 1, {})
+    assert (selection.rows, selection.dropped) == ([UNREFERENCED, RIGHT], {})
 
 
 def test_without_check_wrong_rows_stay_and_all_count_as_unverified() -> None:
     selection = select([RIGHT, WRONG, RIGHT], check=False, progress=False)
-    assert (selection.rows, selection.unverified, selection.dropped) == ([RIGHT, WRONG], 2, {"duplicate": 1})
+    assert (selection.rows, selection.dropped) == ([RIGHT, WRONG], {"duplicate": 1})
 
 
 def test_two_responses_to_one_question_are_no_duplicates() -> None:

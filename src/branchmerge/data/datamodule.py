@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -141,24 +142,24 @@ def prepare(
         entry = account["sources"][name]
         hidden = None if config.trainer.progress else True  # None: as in `select`
         tokenised = tokenise(tokenizer, selection.rows)
-        part_documents = list(tqdm(tokenised, total=len(selection.rows), desc="tokenise", disable=hidden))
-        whole = [document for document in part_documents if not document.ends_early]
-        fitting, cut = _fit(whole, longest, config.data.too_long)
-        for reason, count in (
-            ("ends_early", len(part_documents) - len(whole)),
-            ("too_long", len(whole) - len(fitting)),
-        ):
-            if count:
-                selection.dropped[reason] = count
+        bar = tqdm(tokenised, total=len(selection.rows), desc="tokenise", disable=hidden)
+        dropped, kept, cut, unverified = Counter(selection.dropped), len(documents), 0, 0
+        for row, document in zip(selection.rows, bar, strict=True):
+            reason = _why_not(document, longest, config.data.too_long)
+            if reason:
+                dropped[reason] += 1
+                continue
+            cut += len(document) > longest
+            unverified += row.reference is None or not config.data.verify
+            documents.append(Document(document.id, document.tokens[:longest], document.prompt_len))
         entry |= {
-            "read": len(part), "kept": len(fitting), "dropped": selection.dropped,
-            "truncated": cut, "unverified": selection.unverified,
+            "read": len(part), "kept": len(documents) - kept, "dropped": dict(dropped),
+            "truncated": cut, "unverified": unverified,
         }  # fmt: skip
-        documents += fitting
     if not documents:
-        dropped = {name: entry["dropped"] for name, entry in account["sources"].items()}
+        lost = {name: entry["dropped"] for name, entry in account["sources"].items()}
         raise UserError(
-            f"domain={config.domain.name}: no trajectory is left to train on (dropped: {dropped});"
+            f"domain={config.domain.name}: no trajectory is left to train on (dropped: {lost});"
             f" check the data, data.verify, and data.seq_len and the model's context ({longest} tokens at most)"
         )
     if config.data.packed_rows is not None:
@@ -178,17 +179,12 @@ def plan_of(config: TrainConfig, documents: Sequence[Document]) -> Plan:
     return make_plan(lengths, config.data.seq_len, optim.global_batch, optim.epochs, optim.max_steps, config.seed)
 
 
-def _fit(documents: list[Document], longest: int, too_long: str) -> tuple[list[Document], int]:
-    """Drop or cut documents of more than `longest` tokens; returns the rest and how many were cut.
+def _why_not(document: Document, longest: int, too_long: str) -> str:
+    """The reason where a document is dropped: it ends in the middle, or more than `longest` tokens may not be cut off.
 
-    A document whose prompt alone is that long has nothing to learn left and is dropped in either case.
+    A prompt that alone is that long has nothing to learn after it, and is dropped in either case.
     """
-    fitting: list[Document] = []
-    cut = 0
-    for document in documents:
-        if len(document) <= longest:
-            fitting.append(document)
-        elif too_long == "truncate" and document.prompt_len < longest:
-            fitting.append(Document(document.id, document.tokens[:longest], document.prompt_len))
-            cut += 1
-    return fitting, cut
+    if document.ends_early:
+        return "ends_early"
+    cannot_be_cut = too_long == "drop" or document.prompt_len >= longest
+    return "too_long" if len(document) > longest and cannot_be_cut else ""

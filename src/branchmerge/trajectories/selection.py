@@ -17,8 +17,6 @@ class Selection:
     rows: list[Trajectory]
     read: int
     dropped: dict[str, int] = field(default_factory=dict)
-    unverified: int = 0
-    """Kept rows that carry no reference, so that nothing could be checked."""
 
 
 def select(rows: Sequence[Trajectory], check: bool, progress: bool) -> Selection:
@@ -33,14 +31,12 @@ def select(rows: Sequence[Trajectory], check: bool, progress: bool) -> Selection
     distinct = list({(row.prompt, row.response): row for row in answered}.values())
     dropped["duplicate"] = len(answered) - len(distinct)
     kept: list[Trajectory] = []
-    unverified = 0
     verdicts = verify(distinct) if check else (UNVERIFIED for _ in distinct)
     hidden = None if progress else True  # None: as long as this is no terminal
     bar = tqdm(zip(distinct, verdicts, strict=True), total=len(distinct), desc="verify", disable=hidden)
     for row, verdict in bar:
         if verdict in (CORRECT, UNVERIFIED):
             kept.append(row)
-            unverified += verdict == UNVERIFIED
         else:
             dropped[verdict] += 1
-    return Selection(kept, len(rows), {reason: n for reason, n in sorted(dropped.items()) if n}, unverified)
+    return Selection(kept, len(rows), {reason: n for reason, n in sorted(dropped.items()) if n})
