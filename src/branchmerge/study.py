@@ -250,20 +250,27 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the right to make `folder`; wait, and say so once, while another process makes it."""
+def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the right to make `folder`; wait, and say so once, while another process makes it.
+
+    Without waiting it yields whether it is held.
+    """
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            with suppress(OSError):  # a reader that has gone
-                print(f"waiting for another process that is making {folder}", flush=True)
-            lock.acquire()
+            if wait:
+                with suppress(OSError):  # a reader that has gone
+                    print(f"waiting for another process that is making {folder}", flush=True)
+                lock.acquire()
+    if not lock.is_locked:
+        yield False
+        return
     try:
         remove_left_overs(folder)
-        yield
+        yield True
     finally:
         lock.release()
 

@@ -29,12 +29,14 @@ from branchmerge import config
 from branchmerge.config import EvaluateConfig
 from branchmerge.config_checks import typed
 from branchmerge.errors import UserError
-from branchmerge.evaluation import sandbox
+from branchmerge.evaluation import models, preflight, run, sandbox
 from branchmerge.evaluation.backends import openai
 from branchmerge.evaluation.benchmark import Benchmark, load_benchmark
 from branchmerge.evaluation.graders import Verdict
-from branchmerge.evaluation.requests import Response, Sampling
+from branchmerge.evaluation.requests import Request, Response, Sampling
 from branchmerge.evaluation.run import evaluate
+from branchmerge.machine import cores
+from branchmerge.study import locked
 from branchmerge.trajectories.demo_teacher import problems
 from branchmerge.trajectories.schema import Message
 
@@ -165,6 +167,71 @@ def test_score_only_grades_what_is_there_and_asks_nothing(tmp_path: Path) -> Non
         asked = len(server.bodies)
         (score,) = evaluate(composed(*arguments, "score_only=true"))
         assert (score.questions, score.missing, len(server.bodies)) == (4, 2, asked)
+
+
+def test_score_only_neither_waits_for_a_run_that_goes_on_nor_disturbs_it(tmp_path: Path) -> None:
+    with serving(Server(told("math", right))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]")
+        (whole,) = evaluate(composed(*arguments))
+    folder = tmp_path / "demo" / "scores" / "served" / "student"
+    stored, kept = folder / "responses" / "demo_math.jsonl", folder / "demo_math.json"
+    kept.unlink()
+    *lines, last = stored.read_bytes().splitlines(keepends=True)
+    half = b"".join(lines) + last[:30]  # the other run is writing it
+    stored.write_bytes(half)
+    with locked(folder):
+        (score,) = evaluate(composed(*arguments, "score_only=true"))
+        assert (score.questions, score.missing) == (QUESTIONS - 1, 1)
+        assert stored.read_bytes() == half and not kept.exists()
+    (alone,) = evaluate(composed(*arguments, "score_only=true"))
+    assert alone.value == score.value and kept.exists()
+    kept.write_text(kept.read_text().replace('"value"', '"worth"'))  # of another version
+    stored.write_bytes(b"".join(lines) + last)
+    (again,) = evaluate(composed(*arguments, "score_only=true"))
+    assert (again.value, again.questions) == (whole.value, QUESTIONS)
+
+
+def test_what_fails_is_counted_once(tmp_path: Path) -> None:
+    """Though a task follows that has all its responses."""
+    with serving(Server(told("code", right))) as server:
+        evaluate(composed(*settings(server, tmp_path, "benchmark.tasks=[demo_code]")))
+    with serving(Server(told("math", lambda *_: None))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math,demo_code]", "allow_missing=false")
+        (tmp_path / "demo" / "scores" / "served" / "student" / "demo_code.json").unlink()
+        with pytest.raises(UserError, match=f"^{QUESTIONS} samples could not be generated"):
+            evaluate(composed(*arguments))
+
+
+def test_what_is_not_graded_yet_is_left_when_something_is_wrong() -> None:
+    begun: list[int] = []
+
+    def slow(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.2)
+
+    with pytest.raises(KeyboardInterrupt), run._threads() as pool:
+        for number in range(100):
+            pool.submit(slow, number)
+        raise KeyboardInterrupt
+    time.sleep(0.5)
+    assert len(begun) <= cores()
+
+
+def test_responses_that_are_there_need_no_more_room(tmp_path: Path) -> None:
+    request = Request("t", "q", 0, (Message("user", "x"),), Sampling(max_new_tokens=1 << 40), 0)
+    with pytest.raises(UserError, match="1 responses may take"):
+        preflight.check_room([request], 0, tmp_path)
+    preflight.check_room([request], 16 << 40, tmp_path)
+
+
+def test_a_model_that_is_named_twice_is_one(tiny_student: Path, tmp_path: Path) -> None:
+    named = f"models=[{tiny_student},{tiny_student}/]"
+    assert len(models.find(composed(named, f"outputs={tmp_path}"))) == 1
+
+
+def test_samples_of_a_greedy_task_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_benchmark(composed("benchmark.tasks=[demo_math]", "benchmark.samples=4", f"outputs={tmp_path}"))
+    assert "note: demo_math is greedy, so the 4 samples of a question" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:

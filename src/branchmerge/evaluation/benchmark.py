@@ -150,6 +150,8 @@ def load_benchmark(config: EvaluateConfig) -> list[Benchmark]:
         if chosen.max_new_tokens is not None:
             given = replace(given, max_new_tokens=chosen.max_new_tokens)
         samples = chosen.samples or int(task.config.repeats or 1)
+        if (chosen.samples or 1) > 1 and not given.temperature:
+            print(f"note: {name} is greedy, so the {samples} samples of a question are likely the same one", flush=True)
         system = system_prompt(name, chosen.prompt_style)
         found.append(Benchmark(task, samples, given, system, chosen.limit))
     return found

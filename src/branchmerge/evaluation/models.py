@@ -32,7 +32,8 @@ def find(config: EvaluateConfig) -> list[Model]:
                     f"note: no expert {domain} yet (python train.py study={study.root.name} domain={domain})",
                     flush=True,
                 )
-    return [_find(config, study, name) for name in asked]
+    found = {model.name: model for model in (_find(config, study, name) for name in asked)}
+    return list(found.values())  # one that was named twice is one
 
 
 def _served(config: EvaluateConfig, study: Study) -> Model:

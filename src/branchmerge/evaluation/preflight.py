@@ -35,10 +35,14 @@ def check_context(requests: Sequence[Request], context: int | None, encoder: Enc
         )
 
 
-def check_room(requests: Sequence[Request], folder: Path) -> None:
-    """Refuse more responses than the disk of a folder has room for; raises UserError."""
+def check_room(requests: Sequence[Request], there: int, folder: Path) -> None:
+    """Refuse more responses than the disk of a folder has room for; raises UserError.
+
+    Args:
+        there: bytes that responses to some of the requests take already
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    needed = BYTES_A_TOKEN * sum(request.sampling.max_new_tokens for request in requests)
+    needed = BYTES_A_TOKEN * sum(request.sampling.max_new_tokens for request in requests) - there
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

@@ -7,9 +7,9 @@ Grading goes on beside generation. What was generated is kept, so a killed run g
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ def evaluate(config: EvaluateConfig) -> list[Score]:
     failures: list[str] = []
     for number, model in enumerate(found, start=1):
         place = f"[{number}/{len(found)}] {model.name}"
-        with locked(_folder(config, model)):
-            told, failed = _score_model(config, model, tasks, place)
+        with locked(_folder(config, model), wait=not config.score_only) as alone:
+            told, failed = _score_model(config, model, tasks, place, alone)
         failures += failed
         for score in told:
             lacking = f" ({score.missing} samples missing)" if score.missing else ""
@@ -76,6 +76,7 @@ def _preflight(config: EvaluateConfig, found: Sequence[Model], tasks: Sequence[B
     if config.score_only:
         return
     to_come: list[Request] = []
+    there = 0
     for model in found:
         encoder = Encoder(model.folder) if model.folder is not None else None
         context = backends.context(config.backend, model.folder)
@@ -84,11 +85,17 @@ def _preflight(config: EvaluateConfig, found: Sequence[Model], tasks: Sequence[B
                 requests = task.requests(config.seed)
                 preflight.check_context(requests, context, encoder)
                 to_come += requests
-    preflight.check_room(to_come, Study(config).root)
+                path = _responses(config, model, task)
+                there += path.stat().st_size if path.is_file() else 0
+    preflight.check_room(to_come, there, Study(config).root)
 
 
 def _folder(config: EvaluateConfig, model: Model) -> Path:
     return Study(config).root / "scores" / model.name
+
+
+def _responses(config: EvaluateConfig, model: Model, task: Benchmark) -> Path:
+    return _folder(config, model) / "responses" / f"{task.name}.jsonl"
 
 
 def _finished(config: EvaluateConfig, model: Model, task: Benchmark) -> Score | None:
@@ -118,9 +125,13 @@ def _key(config: EvaluateConfig, model: Model, task: Benchmark) -> dict[str, Any
 
 
 def _score_model(
-    config: EvaluateConfig, model: Model, tasks: Sequence[Benchmark], place: str
+    config: EvaluateConfig, model: Model, tasks: Sequence[Benchmark], place: str, alone: bool
 ) -> tuple[list[Score], list[str]]:
-    """The scores of one model, and why samples are missing that should have been generated."""
+    """The scores of one model, and why samples are missing that should have been generated.
+
+    Args:
+        alone: no other run generates for this model; else the scores are told, and not kept
+    """
     scores: list[Score] = []
     failures: list[str] = []
     backend: backends.Backend | None = None
@@ -131,10 +142,10 @@ def _score_model(
                 scores.append(score)
                 continue
             began = time.perf_counter()
-            path = _folder(config, model) / "responses" / f"{task.name}.jsonl"
+            path = _responses(config, model, task)
             if config.overwrite and not config.score_only:
                 path.unlink(missing_ok=True)
-            with SampleStore(path, _facts(config, model, task)) as responses:
+            with SampleStore(path, _facts(config, model, task), read_only=config.score_only) as responses:
                 requests = task.requests(config.seed)
                 missing = [request for request in requests if responses.get(request) is None]
                 if missing and not config.score_only:
@@ -142,12 +153,16 @@ def _score_model(
                     if backend is None:
                         backend = backends.load(config.backend, model.folder)
                         stack.callback(backend.close)
-                graded = _graded(config, task, requests, responses, None if config.score_only else backend)
-            if backend is not None:
+                generating = bool(missing) and not config.score_only
+                graded = _graded(config, task, requests, responses, backend if generating else None)
+            if backend is not None and generating:
                 failures += backend.failures
             if graded:
                 seconds = time.perf_counter() - began
-                scores.append(_score(config, model, task, graded, len(requests) - len(graded), seconds))
+                score = _score(config, model, task, graded, len(requests) - len(graded), seconds)
+                if alone:
+                    store.write(_folder(config, model), score, [one.row() for one in graded])
+                scores.append(score)
     return scores, failures
 
 
@@ -162,7 +177,7 @@ def _graded(
 
     The graders run programs and math-verify in processes of their own, so threads wait for them, no more.
     """
-    with ThreadPoolExecutor(machine.cores(), "grade") as pool:
+    with _threads() as pool:
         grading: dict[Request, Future[Graded]] = {}
 
         def begin(request: Request, response: Response) -> None:
@@ -185,12 +200,23 @@ def _graded(
         return [grading[request].result() for request in requests if request in grading]
 
 
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many as there are cores; where something is wrong, what they have not begun is left."""
+    pool = ThreadPoolExecutor(machine.cores(), "grade")
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
 def _score(
     config: EvaluateConfig, model: Model, task: Benchmark, graded: Sequence[Graded], missing: int, seconds: float
 ) -> Score:
-    """Sum up and store."""
     accuracy, means = summarise(graded, task.grader)
-    score = Score(
+    return Score(
         model=model.name,
         task=task.name,
         value=accuracy.mean,
@@ -211,5 +237,3 @@ def _score(
         metrics=means,
         token_source=backends.token_source(config.backend),
     )
-    store.write(_folder(config, model), score, [one.row() for one in graded])
-    return score

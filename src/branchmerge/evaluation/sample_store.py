@@ -16,18 +16,20 @@ from branchmerge.evaluation.requests import Request, Response
 
 
 class SampleStore:
-    """The responses of one model to one task; one process at a time may have it open (see `study.locked`)."""
+    """The responses of one model to one task; one process at a time may add to it (see `study.locked`)."""
 
-    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, facts: Mapping[str, Any], read_only: bool = False) -> None:
         """
         Args:
             facts: what decides a response besides the request: model, backend, task version
+            read_only: another process may be adding to it
         """
         self.path = path
         self.facts = dict(facts)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._responses = self._load()
+        flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_APPEND
+        self._descriptor = os.open(path, flags | os.O_CREAT, 0o644)
+        self._responses = self._load(read_only)
 
     def __enter__(self) -> "SampleStore":
         return self
@@ -62,10 +64,10 @@ class SampleStore:
             ) from error
         self._responses |= {key: response for key, _, response in keyed}
 
-    def _load(self) -> dict[str, Response]:
+    def _load(self, read_only: bool) -> dict[str, Response]:
         raw = self.path.read_bytes()
         whole = raw.rfind(b"\n") + 1
-        if whole < len(raw):
+        if whole < len(raw) and not read_only:
             os.ftruncate(self._descriptor, whole)
         found = {}
         for number, line in enumerate(raw[:whole].splitlines(), start=1):

@@ -53,11 +53,11 @@ class Score:
 
 
 def read(folder: Path, task: str, key: Mapping[str, Any]) -> Score | None:
-    """The finished score for this key, None where there is none."""
-    path = folder / f"{task}.json"
-    if not path.is_file():
+    """The finished score for this key, None where there is none that this version can read."""
+    try:
+        score = Score(**json.loads((folder / f"{task}.json").read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # a new score takes its place
         return None
-    score = Score(**json.loads(path.read_text()))
     return score if score.key == json.loads(json.dumps(key)) else None
 
 
