@@ -89,18 +89,22 @@ def backbone_on(hosts: list[str], folder: Path, other: bool) -> str:
         socket.gethostname = usual
 
 
-def interrupted(folder: Path, student: Path) -> list[object]:
-    """A branch of two processes: only the first one's clock says that it is time to save, only the second is told.
+def interrupted(folder: Path, student: Path, *when: str) -> list[object]:
+    """A branch of two rows a process and step, of which only the second is told to end, between those of the third.
+
+    And where it is saved by the clock, only the first one's says that it is time.
+
+    Args:
+        when: it is saved besides
 
     Returns:
         how it ended, the steps that were saved, and whether the next run made of it what it would have been
     """
-    settings = (*FSDP, "domain=math", "optim.max_steps=4", "trainer.checkpoint.every_n_steps=null",
-                "trainer.checkpoint.every_n_minutes=1e-9")  # fmt: skip
+    settings = (*FSDP, "domain=math", "optim.epochs=4", "optim.max_steps=4", "optim.global_batch=4", *when)
     usual_step, usual_time = Student.training_step, resume.time
 
     def step(self: Student, batch: Batch, index: int) -> torch.Tensor:
-        if ranks.rank() == 1 and self.trainer.global_step == 2:
+        if ranks.rank() == 1 and index == 2 * 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return usual_step(self, batch, index)
 
@@ -137,7 +141,13 @@ def main(folder: Path, student: Path) -> None:
         "other error": told(refuse(UnsendableError("it broke"))),
         "full disk": told(lambda: written(folder, errno.EDQUOT)),
         "broken disk": told(lambda: written(folder, errno.EIO)),
-        "interrupted": interrupted(folder, student),
+        "by the clock": interrupted(
+            folder / "clock",
+            student,
+            "trainer.checkpoint.every_n_steps=null",
+            "trainer.checkpoint.every_n_minutes=1e-9",
+        ),
+        "told": interrupted(folder / "told", student, "trainer.checkpoint.every_n_steps=1000"),
         "broken weights": told(lambda: check_finite(broken([1]), "here")),
         "whole weights": told(lambda: check_finite(broken([]), "here")),
         "other precision": told(lambda: train(branch(student, folder, *FSDP, "domain=math", precision))),
