@@ -2,6 +2,7 @@
 
 import json
 import resource
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from serving import Server, completion, serving
 
 from branchmerge.config import BackendConfig
 from branchmerge.errors import UserError
+from branchmerge.evaluation import backends
 from branchmerge.evaluation.backends import openai
 from branchmerge.evaluation.backends.openai import Servers
 from branchmerge.evaluation.requests import Request, Response, Sampling, requests_for
@@ -76,6 +78,19 @@ def test_vllm_is_told_not_to_take_the_models_own_settings() -> None:
         responses(servers, asked(1))
     assert servers.context == 4096
     assert server.bodies[0]["top_k"] == -1 and server.bodies[0]["repetition_penalty"] == 1.0
+
+
+TOLD = BackendConfig(kind="openai", model="student")
+VLLM = BackendConfig(kind="vllm", dtype="float32", device="cpu", batch_size=4)
+
+
+def test_what_decides_a_response_is_in_its_key_and_earlier_keys_stay() -> None:
+    assert backends.facts(TOLD) == {"backend": "openai", "model": "student"}
+    assert backends.facts(replace(TOLD, revision="step 200")) == {**backends.facts(TOLD), "revision": "step 200"}
+    usual = {"backend": "vllm", "dtype": "float32", "batch_size": 4}
+    assert backends.facts(VLLM) == usual
+    arguments = ["--quantization", "fp8"]
+    assert backends.facts(replace(VLLM, vllm_arguments=arguments)) == {**usual, "vllm_arguments": arguments}
 
 
 BOTH = Response("<think>\n1 + 1\n</think>\n\n\\boxed{2}", 7, "stop")

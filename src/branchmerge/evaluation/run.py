@@ -124,11 +124,13 @@ def _score_model(
     scores: list[Score] = []
     failures: list[str] = []
     backend: backends.Backend | None = None
+    reused = False
     with ExitStack() as stack:
         for task in tasks:
             score = _finished(config, model, task)
             if score is not None:
                 scores.append(score)
+                reused = True
                 continue
             began = time.perf_counter()
             path = _folder(config, model) / "responses" / f"{task.name}.jsonl"
@@ -137,6 +139,7 @@ def _score_model(
             with SampleStore(path, _facts(config, model, task)) as responses:
                 requests = task.requests(config.seed)
                 missing = [request for request in requests if responses.get(request) is None]
+                reused = reused or len(missing) < len(requests)
                 if missing and not config.score_only:
                     print(f"{place} scoring on {task.name}: {len(missing)} of {len(requests)} responses", flush=True)
                     if backend is None:
@@ -148,6 +151,12 @@ def _score_model(
             if graded:
                 seconds = time.perf_counter() - began
                 scores.append(_score(config, model, task, graded, len(requests) - len(graded), seconds))
+    if reused and model.folder is None and not config.backend.revision:
+        print(
+            f"note: stored responses of {config.backend.model} are used; if another model is served under that name"
+            " now, set backend.revision=",
+            flush=True,
+        )
     return scores, failures
 
 
