@@ -2,6 +2,8 @@
 
 import json
 import resource
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -109,6 +111,59 @@ BOTH = Response("<think>\n1 + 1\n</think>\n\n\\boxed{2}", 7, "stop")
 def test_reasoning_that_comes_apart_is_put_in_front(told: dict[str, Any], expected: Response) -> None:
     with serving(Server(lambda body, tries: told)) as server:
         assert list(responses(backend(server), asked(1)).values()) == [expected]
+
+
+def test_a_server_that_asks_to_wait_is_not_asked_before() -> None:
+    times: list[float] = []
+
+    def second_time(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
+        times.append(time.monotonic())
+        return web.Response(status=429, headers={"Retry-After": "2"}) if tries == 1 else echo(body, tries)
+
+    with serving(Server(second_time)) as server:
+        assert len(responses(backend(server), asked(1))) == 1
+    assert 2.0 <= times[1] - times[0] < 10.0
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_given_time_and_not_a_number_of_tries(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    monkeypatch.setattr(openai, "LONGEST_WAIT", 0.02)
+
+    def tenth_time(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
+        return web.Response(status=status) if tries < 10 else echo(body, tries)
+
+    with serving(Server(tenth_time)) as server:
+        servers = backend(server, retries=1)
+        assert len(responses(servers, asked(2))) == 2 and servers.failures == []
+
+
+def test_a_server_that_comes_back_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai, "LONGEST_WAIT", 0.05)
+    with serving(Server(echo)) as first:
+        servers = backend(first, retries=1)
+    second, found = Server(echo), {}
+    thread = threading.Thread(target=lambda: found.update(responses(servers, asked(1))))
+    thread.start()
+    time.sleep(1.0)  # more than twenty tries
+    with serving(second, port=int(first.url.split(":")[2].split("/")[0])):
+        thread.join(30)
+    assert len(found) == 1 and servers.failures == []
+
+
+def test_servers_that_stay_busy_or_away_are_failures_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Servers, "patience", 1.0)
+    monkeypatch.setattr(openai, "LONGEST_WAIT", 0.02)
+
+    def busy(body: dict[str, Any], tries: int) -> web.Response:
+        return web.Response(status=429, text="busy", headers={"Retry-After": "3600"})
+
+    with serving(Server(busy)) as server:
+        servers = backend(server, retries=1, concurrency=1)
+        began = time.monotonic()
+        assert responses(servers, asked(20)) == {}  # the later ones do not wait again
+    assert 1.0 <= time.monotonic() - began < 10.0
+    assert len(servers.failures) == 20 and "answers 429: busy" in servers.failures[0]
+    assert responses(servers, asked(1)) == {} and "ConnectError" in servers.failures[0]
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

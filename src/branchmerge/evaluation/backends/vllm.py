@@ -39,6 +39,7 @@ class VLLM(Servers):
     """A vLLM server of a checkpoint; ends with this object or with this process, however that ends."""
 
     path = "completions"
+    patience = 0.0  # a server of our own that refuses a request has ended
 
     def __init__(self, backend: BackendConfig, folder: Path) -> None:
         """
