@@ -113,6 +113,43 @@ def test_reasoning_that_comes_apart_is_put_in_front(told: dict[str, Any], expect
         assert list(responses(backend(server), asked(1)).values()) == [expected]
 
 
+@pytest.mark.parametrize("finish", ["abort", "error", "content_filter", "tool_calls", None])
+def test_a_response_that_is_not_whole_is_a_failure(finish: Any) -> None:
+    with serving(Server(lambda body, tries: completion("<think>\nI was just thin", finish))) as server:
+        servers = backend(server, retries=1)
+        assert responses(servers, asked(1)) == {}
+    assert len(server.bodies) == 2 and f"its finish_reason is {finish}" in servers.failures[0]
+
+
+@pytest.mark.parametrize("finish", ["stop", "eos", "eos_token", "stop_sequence"])
+def test_servers_have_several_names_for_the_end(finish: str) -> None:
+    with serving(Server(lambda body, tries: completion("2", finish))) as server:
+        assert list(responses(backend(server), asked(1)).values()) == [Response("2", 7, "stop")]
+
+
+def choice(message: Any, **usage: Any) -> dict[str, Any]:
+    return {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage or {"completion_tokens": 1}}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        choice(None), choice("hi"), choice({"content": [{"type": "text", "text": "2"}]}), choice({"content": {}}),
+        choice({"content": "2", "reasoning": {"text": "?"}}), choice({"content": "2"}, completion_tokens=None),
+        {**choice({"content": "2"}), "choices": []}, {**choice({"content": "2"}), "choices": None},
+        {**choice({"content": "2"}), "choices": [None]}, {**choice({"content": "2"}), "usage": None}, {},
+    ],
+)  # fmt: skip
+def test_malformed_answers_are_failures_of_their_requests_alone(told: dict[str, Any]) -> None:
+    def first_is_bad(body: dict[str, Any], tries: int) -> dict[str, Any]:
+        return told if body["messages"][-1]["content"] == "question 0" else echo(body, tries)
+
+    with serving(Server(first_is_bad)) as server:
+        servers = backend(server, retries=1)
+        assert {request.question for request in responses(servers, asked(3))} == {"q1", "q2"}
+    assert len(servers.failures) == 1 and len(server.bodies) == 4
+
+
 def test_a_server_that_asks_to_wait_is_not_asked_before() -> None:
     times: list[float] = []
 

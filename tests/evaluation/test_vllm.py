@@ -126,6 +126,18 @@ def stand_in(thinking_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         server.close()
 
 
+def test_responses_that_vllm_did_not_end_are_failures(stand_in: Stand, thinking_student: Path) -> None:
+    requests = asked(Sampling(max_new_tokens=12))
+    lengths = [len(Encoder(thinking_student).ids(request.messages)) for request in requests]
+    server = stand_in({lengths[0]: ("length", "cut"), lengths[1]: ("abort", "half"), lengths[2]: ("stop", None)})
+    found = {request.question: response for pairs in server.generate(requests) for request, response in pairs}
+    assert found == {
+        QUESTIONS[0]: Response("<think>\ncut", 3, "length"),
+        QUESTIONS[3]: Response("<think>\nwhole", 3, "stop"),
+    }
+    assert len(server.failures) == 2 and "finish_reason is abort" in "".join(server.failures)
+
+
 def test_a_server_of_our_own_that_died_is_not_waited_for(stand_in: Stand, thinking_student: Path) -> None:
     requests = asked(Sampling(max_new_tokens=12))
     server = stand_in({len(Encoder(thinking_student).ids(requests[0].messages)): ("died", None)})

@@ -12,7 +12,7 @@ import random
 import resource
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -27,6 +27,10 @@ AGAIN = {408, 409, 425, 500, 502, 504, 529}
 """Other ones that may pass"""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds between tries; doubled each time, with a random part"""
+REASONING = ("reasoning_content", "reasoning")
+"""Where servers put the reasoning that they take apart"""
+ENDS = {"stop", "eos", "eos_token", "stop_sequence"}
+"""What servers call the end of a response that is whole: vLLM, SGLang and llama.cpp the first, others the rest"""
 
 
 # It tells every request; Hydra shows what is told.
@@ -195,16 +199,19 @@ class Servers:
         return body
 
     def response(self, request: Request, answer: dict[str, Any]) -> Response:
-        """Of the protocol's JSON; raises KeyError, IndexError or TypeError where it is not that."""
+        """Of the protocol's JSON; raises KeyError, IndexError, TypeError or ValueError where it is not that, or tells
+        of a response that is not whole."""
         choice = answer["choices"][0]
         message = choice["message"]
-        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-        text = message.get("content") or ""
-        finish = "length" if choice.get("finish_reason") == "length" else "stop"
+        if not isinstance(message, Mapping):
+            raise TypeError(f"its message is {str(message)[:100]}")
+        text, finish = text_of(message, "content") or "", finish_of(choice)
+        told = [part for name in REASONING if (part := text_of(message, name)) is not None]
+        reasoning = max(told, key=len, default="")
         if reasoning:
             closed = text or finish == "stop"
             text = f"<think>\n{reasoning}" + (f"\n</think>\n\n{text}" if closed else "")
-        return Response(text, int(answer["usage"]["completion_tokens"]), finish)
+        return Response(text, tokens_of(answer), finish)
 
     def _model_on(self, url: str) -> dict[str, Any]:
         """What a server says of the model; raises UserError where it cannot be reached or has another one."""
@@ -220,6 +227,32 @@ class Servers:
         if self.backend.model not in known:
             raise UserError(f"backend.model={self.backend.model}: {url} has {', '.join(known) or 'no model'}")
         return known[self.backend.model]
+
+
+def text_of(said: Mapping[str, Any], name: str) -> str | None:
+    """A text of the protocol; raises TypeError where it is something else."""
+    text = said.get(name)
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"its {name} is {str(text)[:100]}")
+    return text
+
+
+def tokens_of(answer: Mapping[str, Any]) -> int:
+    """Generated tokens; raises KeyError or TypeError where the server does not tell them."""
+    tokens = answer["usage"]["completion_tokens"]
+    if not isinstance(tokens, int):
+        raise TypeError(f"its completion_tokens are {str(tokens)[:100]}")
+    return tokens
+
+
+def finish_of(choice: Mapping[str, Any]) -> str:
+    """stop or length; raises ValueError where a response ended otherwise: aborted, filtered, by an error."""
+    told = choice.get("finish_reason")
+    if told == "length":
+        return "length"
+    if told not in ENDS:
+        raise ValueError(f"its finish_reason is {str(told)[:100]}")
+    return "stop"
 
 
 def _retry_after(answer: httpx.Response) -> float:

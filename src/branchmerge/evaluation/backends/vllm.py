@@ -26,7 +26,7 @@ import httpx
 from branchmerge.config import BackendConfig
 from branchmerge.errors import UserError
 from branchmerge.evaluation.backends.hf import dtype_of
-from branchmerge.evaluation.backends.openai import Servers
+from branchmerge.evaluation.backends.openai import Servers, finish_of, tokens_of
 from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.requests import Request, Response
 
@@ -58,10 +58,8 @@ class VLLM(Servers):
 
     def response(self, request: Request, answer: dict[str, Any]) -> Response:
         choice = answer["choices"][0]
-        finish = "length" if choice["finish_reason"] == "length" else "stop"
-        return Response(
-            self.encoder.opening(request.messages) + choice["text"], int(answer["usage"]["completion_tokens"]), finish
-        )
+        text = self.encoder.opening(request.messages) + choice["text"]
+        return Response(text, tokens_of(answer), finish_of(choice))
 
     def close(self) -> None:
         """End the server and give its memory back."""
