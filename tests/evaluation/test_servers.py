@@ -5,6 +5,7 @@ import resource
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,35 @@ BOTH = Response("<think>\n1 + 1\n</think>\n\n\\boxed{2}", 7, "stop")
 def test_reasoning_that_comes_apart_is_put_in_front(told: dict[str, Any], expected: Response) -> None:
     with serving(Server(lambda body, tries: told)) as server:
         assert list(responses(backend(server), asked(1)).values()) == [expected]
+
+
+CUT = completion("so 3, but wait", "length", 100)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (CUT, Response("<think>\nso 3, but wait", 100, "length")),
+        (completion("1 + 1\n</think>\n\n\\boxed{2}"), BOTH),
+        (completion("<think>\n1 + 1\n</think>\n\n\\boxed{2}"), BOTH),
+        (completion("\\boxed{2}", reasoning_content="1 + 1"), BOTH),
+        (completion("\\boxed{2}", reasoning_content=None, reasoning=""), Response("\\boxed{2}", 7, "stop")),
+    ],
+)  # fmt: skip
+def test_reasoning_that_the_template_opened_is_put_in_front_once(
+    thinking_student: Path, told: dict[str, Any], expected: Response
+) -> None:
+    with serving(Server(lambda body, tries: told)) as server:
+        given = BackendConfig(kind="openai", base_urls=[server.url], model="student")
+        servers = backends.load(given, thinking_student)
+        assert list(responses(servers, asked(1)).values()) == [expected]
+
+
+def test_a_checkpoint_whose_template_opens_nothing_gets_nothing_in_front(tiny_student: Path) -> None:
+    with serving(Server(lambda body, tries: CUT)) as server:
+        given = BackendConfig(kind="openai", base_urls=[server.url], model="student")
+        servers = backends.load(given, tiny_student)
+        assert list(responses(servers, asked(1)).values()) == [Response("so 3, but wait", 100, "length")]
 
 
 @pytest.mark.parametrize("finish", ["abort", "error", "content_filter", "tool_calls", None])

@@ -28,8 +28,9 @@ def load(backend: BackendConfig, folder: Path | None) -> Backend:
     """Load a checkpoint, or connect to the servers that have one."""
     if backend.kind == "openai":
         from branchmerge.evaluation.backends.openai import Servers
+        from branchmerge.evaluation.encoding import Encoder
 
-        return Servers(backend)
+        return Servers(backend, Encoder(folder) if folder is not None else None)
     if backend.kind == "vllm":
         from branchmerge.evaluation.backends.vllm import VLLM
 

@@ -19,6 +19,7 @@ import httpx
 
 from branchmerge.config import BackendConfig
 from branchmerge.errors import UserError
+from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.requests import Request, Response
 
 BUSY = {429, 503}
@@ -60,8 +61,13 @@ class Servers:
     patience = 600.0
     """Seconds for which servers may be busy or away, all of them together: limits of a minute, restarts"""
 
-    def __init__(self, backend: BackendConfig) -> None:
+    def __init__(self, backend: BackendConfig, encoder: Encoder | None = None) -> None:
+        """
+        Args:
+            encoder: of the checkpoint that they serve, where that is known
+        """
         self.backend = backend
+        self.encoder = encoder
         self.busy_since: float | None = None
         """When a server was first busy after the last response"""
         self.failures: list[str] = []
@@ -207,10 +213,13 @@ class Servers:
             raise TypeError(f"its message is {str(message)[:100]}")
         text, finish = text_of(message, "content") or "", finish_of(choice)
         told = [part for name in REASONING if (part := text_of(message, name)) is not None]
-        reasoning = max(told, key=len, default="")
+        reasoning = max(told, key=len, default=None)
         if reasoning:
             closed = text or finish == "stop"
             text = f"<think>\n{reasoning}" + (f"\n</think>\n\n{text}" if closed else "")
+        # Reasoning that a server told, be it empty, is closed; a text without is what follows the prompt.
+        elif reasoning is None and self.encoder is not None and not text.lstrip().startswith("<think>"):
+            text = self.encoder.opening(request.messages) + text
         return Response(text, tokens_of(answer), finish)
 
     def _model_on(self, url: str) -> dict[str, Any]:

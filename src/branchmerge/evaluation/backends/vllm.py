@@ -40,6 +40,7 @@ class VLLM(Servers):
 
     path = "completions"
     patience = 0.0  # a server of our own that refuses a request has ended
+    encoder: Encoder
 
     def __init__(self, backend: BackendConfig, folder: Path) -> None:
         """
@@ -47,11 +48,11 @@ class VLLM(Servers):
             UserError: vLLM is not installed, or its server does not start
         """
         check_installed()
-        self.encoder = Encoder(folder)
+        encoder = Encoder(folder)
         url, self._stop = _serve(backend, folder)
         weakref.finalize(self, self._stop)
         underway = backend.concurrency * backend.data_parallel
-        super().__init__(replace(backend, base_urls=[url], model=NAME, concurrency=underway))
+        super().__init__(replace(backend, base_urls=[url], model=NAME, concurrency=underway), encoder)
 
     def body(self, request: Request) -> dict[str, Any]:
         return {"prompt": self.encoder.ids(request.messages), "add_special_tokens": False, **self.settings(request)}
