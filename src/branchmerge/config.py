@@ -411,7 +411,8 @@ class BackendConfig:
     timeout_s: float = field(default=3600.0, metadata=_at_least(0.1))
     """openai, vllm: seconds for one response."""
     retries: int = field(default=6, metadata=_at_least(0))
-    """openai, vllm: further tries of a request that failed, with growing pauses."""
+    """openai, vllm: further tries of a request that failed, with growing pauses. Servers of openai that are busy or
+    away are given ten minutes."""
 
 
 @dataclass
