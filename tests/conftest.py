@@ -97,6 +97,15 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_student(tmp_path_factory.mktemp("student") / "tiny")
 
 
+@pytest.fixture
+def thinking_student(tmp_path: Path) -> Path:
+    """One whose template opens the reasoning, as R1's does."""
+    folder = make_student(tmp_path / "thinking")
+    with (folder / "chat_template.jinja").open("a") as template:
+        template.write("{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def student_factory() -> Callable[..., Path]:
     """`make_student`, for tests that need another student than the tiny one."""

@@ -41,7 +41,7 @@ class Server:
 
 
 @contextmanager
-def serving(server: Server) -> Iterator[Server]:
+def serving(server: Server, port: int = 0) -> Iterator[Server]:
     loop, started = asyncio.new_event_loop(), threading.Event()
     app = web.Application()
     app.add_routes([web.get("/v1/models", server.models), web.post("/v1/chat/completions", server.chat)])
@@ -49,7 +49,7 @@ def serving(server: Server) -> Iterator[Server]:
 
     async def start() -> None:
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", port)
         await site.start()
         server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
         started.set()

@@ -402,6 +402,8 @@ class BackendConfig:
     """openai: addresses that end in /v1; several servers of one model share the requests."""
     model: str = ""
     """openai: the model's name on the servers."""
+    revision: str = ""
+    """openai: any text that tells which model has that name now; with another one nothing stored is used."""
     api_key_env: str = "OPENAI_API_KEY"
     """openai: the environment variable that holds the key; may be unset."""
     concurrency: int = field(default=256, metadata=_at_least(1))
@@ -409,7 +411,8 @@ class BackendConfig:
     timeout_s: float = field(default=3600.0, metadata=_at_least(0.1))
     """openai, vllm: seconds for one response."""
     retries: int = field(default=6, metadata=_at_least(0))
-    """openai, vllm: further tries of a request that failed, with growing pauses."""
+    """openai, vllm: further tries of a request that failed, with growing pauses. Servers of openai that are busy or
+    away are given ten minutes."""
 
 
 @dataclass

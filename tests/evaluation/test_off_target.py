@@ -5,12 +5,14 @@ from pathlib import Path
 
 import lm_eval.tasks.ifeval
 import pytest
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from branchmerge.errors import UserError
 from branchmerge.evaluation import benchmark
 from branchmerge.evaluation.benchmark import Benchmark
-from branchmerge.evaluation.requests import Response, Sampling
+from branchmerge.evaluation.requests import Messages, Response, Sampling
 
 ROWS = [
     {"key": 1, "prompt": "Greet me without commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
@@ -54,6 +56,23 @@ def test_ifeval_grades_what_follows_the_reasoning(ifeval: Benchmark, text: str) 
     verdicts = [ifeval.grade(request, Response(text, 3, "stop")).verdict for request in ifeval.requests(42)]
     assert [verdict.correct for verdict in verdicts] == SAID[text]
     assert [verdict.truncated for verdict in verdicts] == ["</think>" not in text and "<think>" in text] * 2
+
+
+def test_examples_before_a_question_are_the_same_each_time() -> None:
+    rows = Dataset.from_list([{"question": f"{n} + 1?", "sum": str(n + 1)} for n in range(40)])
+
+    def prompts() -> dict[str, Messages]:
+        task = ConfigurableTask(config={
+            "task": "sums", "custom_dataset": lambda **_: {"test": rows, "train": rows}, "test_split": "test",
+            "fewshot_split": "train", "num_fewshot": 3, "output_type": "generate_until",
+            "doc_to_text": "{{question}}", "doc_to_target": "{{sum}}",
+        })  # fmt: skip
+        return Benchmark(task, 1, Sampling(8), None).prompts
+
+    first = prompts()
+    assert len({turns[:-1] for turns in first.values()}) > 30  # drawn for each question
+    assert all(len(turns) == 7 for turns in first.values())
+    assert prompts() == first
 
 
 def test_a_task_that_runs_programs_unconfined_is_refused(ifeval: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:

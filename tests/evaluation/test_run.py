@@ -136,6 +136,38 @@ def test_more_samples_reuse_those_that_are_there_and_other_parameters_none(tmp_p
         assert len(server.bodies) == 5 * QUESTIONS
 
 
+def test_another_model_under_a_served_name_is_told_by_its_revision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "note: stored responses of student are used; if another model is served under that name now, set backend.rev"
+    with serving(Server(told("math", right))) as server:
+        (first,) = evaluate(composed(*settings(server, tmp_path, "benchmark.tasks=[demo_math]")))
+        assert first.value == 1.0 and "revision" not in first.key and "note: " not in capsys.readouterr().out
+    with serving(Server(told("math", lambda *_: "\\boxed{-1}"))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]")
+        (score,) = evaluate(composed(*arguments))
+        assert (score.value, len(server.bodies)) == (1.0, 0) and capsys.readouterr().out.count(note) == 1
+        evaluate(composed(*arguments, "benchmark.limit=3"))
+        assert len(server.bodies) == 0 and capsys.readouterr().out.count(note) == 1
+        (score,) = evaluate(composed(*arguments, "backend.revision=second"))
+        assert (score.value, len(server.bodies)) == (0.0, QUESTIONS)
+        assert (score.key["revision"], note in capsys.readouterr().out) == ("second", False)
+
+
+def test_reasoning_that_a_template_opened_and_a_server_cut_off_is_no_answer(
+    thinking_student: Path, tmp_path: Path
+) -> None:
+    def cut(body: dict[str, Any], tries: int) -> dict[str, Any]:
+        said = answer(body, tries)["choices"][0]["message"]["content"]  # type: ignore[index]
+        return completion(said.split("</think>")[-1] + " ... but wait, let me", "length", 64)
+
+    answer = told("math", right)
+    with serving(Server(cut)) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]", f"models=[{thinking_student}]")
+        (score,) = evaluate(composed(*arguments))
+    assert (score.value, score.no_answer, score.metrics["truncated"]) == (0.0, 1.0, 1.0)
+
+
 def test_a_failed_request_is_an_error_and_no_wrong_answer(tmp_path: Path) -> None:
     def third_fails(number: int, before: int, problem: Any) -> str | None:
         return None if number == 2 else right(number, before, problem)

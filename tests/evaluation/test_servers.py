@@ -2,6 +2,10 @@
 
 import json
 import resource
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ from serving import Server, completion, serving
 
 from branchmerge.config import BackendConfig
 from branchmerge.errors import UserError
+from branchmerge.evaluation import backends
 from branchmerge.evaluation.backends import openai
 from branchmerge.evaluation.backends.openai import Servers
 from branchmerge.evaluation.requests import Request, Response, Sampling, requests_for
@@ -78,6 +83,19 @@ def test_vllm_is_told_not_to_take_the_models_own_settings() -> None:
     assert server.bodies[0]["top_k"] == -1 and server.bodies[0]["repetition_penalty"] == 1.0
 
 
+TOLD = BackendConfig(kind="openai", model="student")
+VLLM = BackendConfig(kind="vllm", dtype="float32", device="cpu", batch_size=4)
+
+
+def test_what_decides_a_response_is_in_its_key_and_earlier_keys_stay() -> None:
+    assert backends.facts(TOLD) == {"backend": "openai", "model": "student"}
+    assert backends.facts(replace(TOLD, revision="step 200")) == {**backends.facts(TOLD), "revision": "step 200"}
+    usual = {"backend": "vllm", "dtype": "float32", "batch_size": 4}
+    assert backends.facts(VLLM) == usual
+    arguments = ["--quantization", "fp8"]
+    assert backends.facts(replace(VLLM, vllm_arguments=arguments)) == {**usual, "vllm_arguments": arguments}
+
+
 BOTH = Response("<think>\n1 + 1\n</think>\n\n\\boxed{2}", 7, "stop")
 
 
@@ -94,6 +112,125 @@ BOTH = Response("<think>\n1 + 1\n</think>\n\n\\boxed{2}", 7, "stop")
 def test_reasoning_that_comes_apart_is_put_in_front(told: dict[str, Any], expected: Response) -> None:
     with serving(Server(lambda body, tries: told)) as server:
         assert list(responses(backend(server), asked(1)).values()) == [expected]
+
+
+CUT = completion("so 3, but wait", "length", 100)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (CUT, Response("<think>\nso 3, but wait", 100, "length")),
+        (completion("1 + 1\n</think>\n\n\\boxed{2}"), BOTH),
+        (completion("<think>\n1 + 1\n</think>\n\n\\boxed{2}"), BOTH),
+        (completion("\\boxed{2}", reasoning_content="1 + 1"), BOTH),
+        (completion("\\boxed{2}", reasoning_content=None, reasoning=""), Response("\\boxed{2}", 7, "stop")),
+    ],
+)  # fmt: skip
+def test_reasoning_that_the_template_opened_is_put_in_front_once(
+    thinking_student: Path, told: dict[str, Any], expected: Response
+) -> None:
+    with serving(Server(lambda body, tries: told)) as server:
+        given = BackendConfig(kind="openai", base_urls=[server.url], model="student")
+        servers = backends.load(given, thinking_student)
+        assert list(responses(servers, asked(1)).values()) == [expected]
+
+
+def test_a_checkpoint_whose_template_opens_nothing_gets_nothing_in_front(tiny_student: Path) -> None:
+    with serving(Server(lambda body, tries: CUT)) as server:
+        given = BackendConfig(kind="openai", base_urls=[server.url], model="student")
+        servers = backends.load(given, tiny_student)
+        assert list(responses(servers, asked(1)).values()) == [Response("so 3, but wait", 100, "length")]
+
+
+@pytest.mark.parametrize("finish", ["abort", "error", "content_filter", "tool_calls", None])
+def test_a_response_that_is_not_whole_is_a_failure(finish: Any) -> None:
+    with serving(Server(lambda body, tries: completion("<think>\nI was just thin", finish))) as server:
+        servers = backend(server, retries=1)
+        assert responses(servers, asked(1)) == {}
+    assert len(server.bodies) == 2 and f"its finish_reason is {finish}" in servers.failures[0]
+
+
+@pytest.mark.parametrize("finish", ["stop", "eos", "eos_token", "stop_sequence"])
+def test_servers_have_several_names_for_the_end(finish: str) -> None:
+    with serving(Server(lambda body, tries: completion("2", finish))) as server:
+        assert list(responses(backend(server), asked(1)).values()) == [Response("2", 7, "stop")]
+
+
+def choice(message: Any, **usage: Any) -> dict[str, Any]:
+    return {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage or {"completion_tokens": 1}}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        choice(None), choice("hi"), choice({"content": [{"type": "text", "text": "2"}]}), choice({"content": {}}),
+        choice({"content": "2", "reasoning": {"text": "?"}}), choice({"content": "2"}, completion_tokens=None),
+        {**choice({"content": "2"}), "choices": []}, {**choice({"content": "2"}), "choices": None},
+        {**choice({"content": "2"}), "choices": [None]}, {**choice({"content": "2"}), "usage": None}, {},
+    ],
+)  # fmt: skip
+def test_malformed_answers_are_failures_of_their_requests_alone(told: dict[str, Any]) -> None:
+    def first_is_bad(body: dict[str, Any], tries: int) -> dict[str, Any]:
+        return told if body["messages"][-1]["content"] == "question 0" else echo(body, tries)
+
+    with serving(Server(first_is_bad)) as server:
+        servers = backend(server, retries=1)
+        assert {request.question for request in responses(servers, asked(3))} == {"q1", "q2"}
+    assert len(servers.failures) == 1 and len(server.bodies) == 4
+
+
+def test_a_server_that_asks_to_wait_is_not_asked_before() -> None:
+    times: list[float] = []
+
+    def second_time(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
+        times.append(time.monotonic())
+        return web.Response(status=429, headers={"Retry-After": "2"}) if tries == 1 else echo(body, tries)
+
+    with serving(Server(second_time)) as server:
+        assert len(responses(backend(server), asked(1))) == 1
+    assert 2.0 <= times[1] - times[0] < 10.0
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_given_time_and_not_a_number_of_tries(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    monkeypatch.setattr(openai, "LONGEST_WAIT", 0.02)
+
+    def tenth_time(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
+        return web.Response(status=status) if tries < 10 else echo(body, tries)
+
+    with serving(Server(tenth_time)) as server:
+        servers = backend(server, retries=1)
+        assert len(responses(servers, asked(2))) == 2 and servers.failures == []
+
+
+def test_a_server_that_comes_back_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai, "LONGEST_WAIT", 0.05)
+    with serving(Server(echo)) as first:
+        servers = backend(first, retries=1)
+    second, found = Server(echo), {}
+    thread = threading.Thread(target=lambda: found.update(responses(servers, asked(1))))
+    thread.start()
+    time.sleep(1.0)  # more than twenty tries
+    with serving(second, port=int(first.url.split(":")[2].split("/")[0])):
+        thread.join(30)
+    assert len(found) == 1 and servers.failures == []
+
+
+def test_servers_that_stay_busy_or_away_are_failures_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Servers, "patience", 1.0)
+    monkeypatch.setattr(openai, "LONGEST_WAIT", 0.02)
+
+    def busy(body: dict[str, Any], tries: int) -> web.Response:
+        return web.Response(status=429, text="busy", headers={"Retry-After": "3600"})
+
+    with serving(Server(busy)) as server:
+        servers = backend(server, retries=1, concurrency=1)
+        began = time.monotonic()
+        assert responses(servers, asked(20)) == {}  # the later ones do not wait again
+    assert 1.0 <= time.monotonic() - began < 10.0
+    assert len(servers.failures) == 20 and "answers 429: busy" in servers.failures[0]
+    assert responses(servers, asked(1)) == {} and "ConnectError" in servers.failures[0]
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

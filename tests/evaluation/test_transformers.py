@@ -168,6 +168,20 @@ def test_a_text_that_ends_a_response_is_not_part_of_it(tiny_student: Path) -> No
     assert part.finish == "stop" and part.tokens < whole.tokens
 
 
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>"])  # a token of its own, and one that ends responses
+def test_a_response_that_a_text_ended_is_counted_without_the_padding_of_its_batch(
+    tiny_student: Path, tmp_path: Path, pad: str
+) -> None:
+    folder = shutil.copytree(tiny_student, tmp_path / "student")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(folder)
+    requests = asked(replace(DRAWN, max_new_tokens=60, until=("e", "t")), samples=3)
+    alone = responses(backend(folder, batch_size=1), requests)
+    assert len({response.tokens for response in alone.values()}) > 2
+    assert responses(backend(folder, batch_size=9), requests) == alone
+
+
 def test_a_models_own_generation_config_only_says_where_it_ends(tiny_student: Path, tmp_path: Path) -> None:
     folder = tmp_path / "student"
     shutil.copytree(tiny_student, folder)

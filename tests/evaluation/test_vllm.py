@@ -17,9 +17,11 @@ from branches import branch
 
 from branchmerge.config import BackendConfig
 from branchmerge.errors import UserError
+from branchmerge.evaluation.backends import openai
 from branchmerge.evaluation.backends.hf import Transformers
 from branchmerge.evaluation.backends.openai import Servers
 from branchmerge.evaluation.backends.vllm import VLLM
+from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.requests import Request, Response, Sampling, requests_for
 from branchmerge.student.training import train
 from branchmerge.trajectories.schema import Message
@@ -67,6 +69,82 @@ def server(student: Path) -> Iterator[VLLM]:
     model = serve(student)
     yield model
     model.close()
+
+
+STAND_IN = """
+import json, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.tell({"data": [{"id": "student", "owned_by": "vllm", "max_model_len": 512}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        finish, text = FINISH.get(len(body["prompt"]), ("stop", "whole"))
+        if finish == "died":
+            server.server_close()
+            threading.Thread(target=server.shutdown).start()
+            return
+        self.tell({"choices": [{"text": text, "finish_reason": finish}], "usage": {"completion_tokens": 3}})
+
+    def tell(self, said):
+        raw = json.dumps(said).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler)
+server.serve_forever()
+"""
+"""Speaks as vLLM's server does, and ends a prompt of so many tokens as it was told to"""
+
+Stand = Callable[[dict[int, tuple[str | None, str | None]]], VLLM]
+
+
+@pytest.fixture
+def stand_in(thinking_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
+    """`backend=vllm` for real, with a package named vllm whose server has no model."""
+    module = tmp_path / "packages" / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    module.parent.mkdir(parents=True)
+    for folder in list(module.parents)[:3]:
+        (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"), prepend=os.pathsep)
+    monkeypatch.setattr(openai, "FIRST_WAIT", 0.02)
+    begun: list[VLLM] = []
+
+    def start(finish: dict[int, tuple[str | None, str | None]]) -> VLLM:
+        module.write_text(f"FINISH = {finish!r}\n{STAND_IN}")
+        settings = BackendConfig(kind="vllm", dtype="float32", device="cpu", timeout_s=20.0, retries=1)
+        begun.append(VLLM(settings, thinking_student))
+        return begun[-1]
+
+    yield start
+    for server in begun:
+        server.close()
+
+
+def test_responses_that_vllm_did_not_end_are_failures(stand_in: Stand, thinking_student: Path) -> None:
+    requests = asked(Sampling(max_new_tokens=12))
+    lengths = [len(Encoder(thinking_student).ids(request.messages)) for request in requests]
+    server = stand_in({lengths[0]: ("length", "cut"), lengths[1]: ("abort", "half"), lengths[2]: ("stop", None)})
+    found = {request.question: response for pairs in server.generate(requests) for request, response in pairs}
+    assert found == {
+        QUESTIONS[0]: Response("<think>\ncut", 3, "length"),
+        QUESTIONS[3]: Response("<think>\nwhole", 3, "stop"),
+    }
+    assert len(server.failures) == 2 and "finish_reason is abort" in "".join(server.failures)
+
+
+def test_a_server_of_our_own_that_died_is_not_waited_for(stand_in: Stand, thinking_student: Path) -> None:
+    requests = asked(Sampling(max_new_tokens=12))
+    server = stand_in({len(Encoder(thinking_student).ids(requests[0].messages)): ("died", None)})
+    began = time.monotonic()
+    list(server.generate(requests[:1]))
+    assert list(server.generate(requests)) == [] and len(server.failures) == 4
+    assert time.monotonic() - began < 30
 
 
 @needs_vllm

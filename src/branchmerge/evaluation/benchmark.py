@@ -24,6 +24,8 @@ from branchmerge.trajectories.schema import Message, Reference
 TASKS = Path(__file__).with_name("tasks")
 OWN = sorted(path.stem for path in TASKS.glob("*.yaml"))
 """The tasks and groups that branchmerge brings"""
+FEWSHOT_SEED = 1234
+"""lm-eval's own default; without one its examples, and with them every prompt and key, are others each time"""
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Benchmark:
     @cached_property
     def prompts(self) -> dict[str, Messages]:
         """Of each question, by its id."""
+        self.task.set_fewshot_seed(FEWSHOT_SEED)
         return {question: self._messages(doc) for question, doc in self.docs.items()}
 
     def requests(self, seed: int) -> list[Request]:

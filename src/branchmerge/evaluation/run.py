@@ -135,11 +135,13 @@ def _score_model(
     scores: list[Score] = []
     failures: list[str] = []
     backend: backends.Backend | None = None
+    reused = False
     with ExitStack() as stack:
         for task in tasks:
             score = _finished(config, model, task)
             if score is not None:
                 scores.append(score)
+                reused = True
                 continue
             began = time.perf_counter()
             path = _responses(config, model, task)
@@ -148,12 +150,13 @@ def _score_model(
             with SampleStore(path, _facts(config, model, task), read_only=config.score_only) as responses:
                 requests = task.requests(config.seed)
                 missing = [request for request in requests if responses.get(request) is None]
-                if missing and not config.score_only:
+                reused = reused or len(missing) < len(requests)
+                generating = bool(missing) and not config.score_only
+                if generating:
                     print(f"{place} scoring on {task.name}: {len(missing)} of {len(requests)} responses", flush=True)
                     if backend is None:
                         backend = backends.load(config.backend, model.folder)
                         stack.callback(backend.close)
-                generating = bool(missing) and not config.score_only
                 graded = _graded(config, task, requests, responses, backend if generating else None)
             if backend is not None and generating:
                 failures += backend.failures
@@ -163,6 +166,12 @@ def _score_model(
                 if alone:
                     store.write(_folder(config, model), score, [one.row() for one in graded])
                 scores.append(score)
+    if reused and model.folder is None and not config.backend.revision:
+        print(
+            f"note: stored responses of {config.backend.model} are used; if another model is served under that name"
+            " now, set backend.revision=",
+            flush=True,
+        )
     return scores, failures
 
 

@@ -28,8 +28,9 @@ def load(backend: BackendConfig, folder: Path | None) -> Backend:
     """Load a checkpoint, or connect to the servers that have one."""
     if backend.kind == "openai":
         from branchmerge.evaluation.backends.openai import Servers
+        from branchmerge.evaluation.encoding import Encoder
 
-        return Servers(backend)
+        return Servers(backend, Encoder(folder) if folder is not None else None)
     if backend.kind == "vllm":
         from branchmerge.evaluation.backends.vllm import VLLM
 
@@ -62,10 +63,16 @@ def context(backend: BackendConfig, folder: Path | None) -> int | None:
 def facts(backend: BackendConfig) -> dict[str, Any]:
     """What of a backend decides its responses."""
     if backend.kind == "openai":
-        return {"backend": "openai", "model": backend.model}
+        return {"backend": "openai", "model": backend.model, **_where_given(revision=backend.revision)}
     from branchmerge.evaluation.backends.hf import dtype_of
 
-    return {"backend": backend.kind, "dtype": dtype_of(backend), "batch_size": backend.batch_size}
+    found = {"backend": backend.kind, "dtype": dtype_of(backend), "batch_size": backend.batch_size}
+    return found if backend.kind == "hf" else {**found, **_where_given(vllm_arguments=list(backend.vllm_arguments))}
+
+
+def _where_given(**settings: Any) -> dict[str, Any]:
+    """Without the empty ones: keys of responses that were drawn before a setting was there stay."""
+    return {name: value for name, value in settings.items() if value}
 
 
 def token_source(backend: BackendConfig) -> str:

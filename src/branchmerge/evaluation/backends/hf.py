@@ -74,6 +74,8 @@ class Transformers:
         ends = [*(told if isinstance(told, list) else [told]), self.encoder.tokenizer.eos_token_id]
         self.ends = [token for token in dict.fromkeys(ends) if token is not None]
         """Tokens that end a response: those of the checkpoint's generation config, and the tokenizer's own"""
+        pad = self.encoder.tokenizer.pad_token_id
+        self.pad = pad if pad is not None else self.ends[0]
         # Penalties or a top_k of that config are not to slip in: only what a request says counts.
         self.model.generation_config = GenerationConfig()
 
@@ -95,14 +97,13 @@ class Transformers:
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> Pairs:
         rows = [self.encoder.ids(request.messages) for request in requests]
         T = max(map(len, rows))
-        pad = self.encoder.tokenizer.pad_token_id if self.encoder.tokenizer.pad_token_id is not None else self.ends[0]
-        tokens = torch.tensor([[pad] * (T - len(row)) + row for row in rows], device=self.model.device)
+        tokens = torch.tensor([[self.pad] * (T - len(row)) + row for row in rows], device=self.model.device)
         kept = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
             processors.append(SeededSampling(sampling, [request.seed for request in requests]))
         settings = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=self.ends, pad_token_id=pad
+            max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=self.ends, pad_token_id=self.pad
         )
         stop = {"stop_strings": list(sampling.until), "tokenizer": self.encoder.tokenizer} if sampling.until else {}
         out = self.model.generate(
@@ -120,5 +121,8 @@ class Transformers:
         text = str(self.encoder.tokenizer.decode(tokens, skip_special_tokens=True))
         cut = min((place for place in map(text.find, sampling.until) if place >= 0), default=None)
         stopped = end is not None or cut is not None
+        # A row that one of those texts ended is padded while longer ones go on; it never ends with such a token itself.
+        while cut is not None and tokens[-1:] == [self.pad]:
+            tokens.pop()
         text = self.encoder.opening(request.messages) + text[:cut]
         return Response(text, len(tokens), "stop" if stopped else "length")

@@ -11,19 +11,27 @@ import queue
 import random
 import resource
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
 
 from branchmerge.config import BackendConfig
 from branchmerge.errors import UserError
+from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.requests import Request, Response
 
-AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-"""Status codes that may pass"""
+BUSY = {429, 503}
+"""Status codes that ask to come again later"""
+AGAIN = {408, 409, 425, 500, 502, 504, 529}
+"""Other ones that may pass"""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 """Seconds between tries; doubled each time, with a random part"""
+REASONING = ("reasoning_content", "reasoning")
+"""Where servers put the reasoning that they take apart"""
+ENDS = {"stop", "eos", "eos_token", "stop_sequence"}
+"""What servers call the end of a response that is whole: vLLM, SGLang and llama.cpp the first, others the rest"""
 
 
 # It tells every request; Hydra shows what is told.
@@ -34,13 +42,34 @@ class RequestError(Exception):
     """A request that was tried often enough."""
 
 
+class TryError(Exception):
+    """A try that failed, where another one may not."""
+
+
+class BusyError(TryError):
+    """A server takes no request now; `seconds` is how long it asks to wait."""
+
+    def __init__(self, said: str, seconds: float = 0.0) -> None:
+        super().__init__(said)
+        self.seconds = seconds
+
+
 class Servers:
     """One or more servers of one model; requests go to them in turn."""
 
     path = "chat/completions"
+    patience = 600.0
+    """Seconds for which servers may be busy or away, all of them together: limits of a minute, restarts"""
 
-    def __init__(self, backend: BackendConfig) -> None:
+    def __init__(self, backend: BackendConfig, encoder: Encoder | None = None) -> None:
+        """
+        Args:
+            encoder: of the checkpoint that they serve, where that is known
+        """
         self.backend = backend
+        self.encoder = encoder
+        self.busy_since: float | None = None
+        """When a server was first busy after the last response"""
         self.failures: list[str] = []
         """Why requests of the last `generate` got no response"""
         key = os.environ.get(backend.api_key_env, "")
@@ -101,26 +130,55 @@ class Servers:
                     group.create_task(worker())
 
     async def _one(self, client: httpx.AsyncClient, number: int, request: Request) -> Response:
-        """One response, tried at another server each time.
+        """One response, tried at another server each time. Failed tries are counted, busy servers have time.
 
         Raises:
             RequestError: no try was answered, or the server refuses the request itself
         """
-        urls, said = self.backend.base_urls, ""
-        for attempt in range(self.backend.retries + 1):
-            if attempt:
-                await asyncio.sleep(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5))
-            url = urls[(number + attempt) % len(urls)]
+        urls, retries = self.backend.base_urls, self.backend.retries
+        wait, tries, failed = FIRST_WAIT, 0, 0
+        while True:
+            url = urls[(number + tries) % len(urls)]
+            tries += 1
             try:
-                answer = await client.post(f"{url.rstrip('/')}/{self.path}", json=self.body(request))
-                if answer.status_code == 200:
-                    return self.response(request, answer.json())
-                said = f"{url} answers {answer.status_code}: {answer.text[:200]}"
-                if answer.status_code not in AGAIN:
-                    break
-            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-                said = f"{url}: {type(error).__name__} {error}"
-        raise RequestError(said)
+                response = await self._try(client, url, request)
+                self.busy_since = None
+                return response
+            except BusyError as error:
+                left = self._patience_left()
+                if tries > retries and not left:
+                    raise RequestError(str(error)) from error
+                pause = min(error.seconds, left)
+            except TryError as error:
+                failed += 1
+                if failed > retries:
+                    raise RequestError(str(error)) from error
+                pause = 0.0
+            await asyncio.sleep(pause + wait * random.uniform(0.5, 1.5))
+            wait = min(2 * wait, LONGEST_WAIT)
+
+    async def _try(self, client: httpx.AsyncClient, url: str, request: Request) -> Response:
+        """Ask one server; raises TryError where another try may be answered, else RequestError."""
+        try:
+            answer = await client.post(f"{url.rstrip('/')}/{self.path}", json=self.body(request))
+            if answer.status_code == 200:
+                return self.response(request, answer.json())
+        except httpx.ConnectError as error:
+            raise BusyError(f"{url}: {type(error).__name__} {error}") from error
+        except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise TryError(f"{url}: {type(error).__name__} {error}") from error
+        said = f"{url} answers {answer.status_code}: {answer.text[:200]}"
+        if answer.status_code in BUSY:
+            raise BusyError(said, _retry_after(answer))
+        raise TryError(said) if answer.status_code in AGAIN else RequestError(said)
+
+    def _patience_left(self) -> float:
+        """Seconds for which busy servers are still waited for. All requests share them: else, where the servers are
+        gone, every batch of requests would wait in vain."""
+        now = time.monotonic()
+        if self.busy_since is None:
+            self.busy_since = now
+        return max(self.busy_since + self.patience - now, 0.0)
 
     def body(self, request: Request) -> dict[str, Any]:
         """What is sent for a request."""
@@ -147,16 +205,22 @@ class Servers:
         return body
 
     def response(self, request: Request, answer: dict[str, Any]) -> Response:
-        """Of the protocol's JSON; raises KeyError, IndexError or TypeError where it is not that."""
+        """Of the protocol's JSON; raises KeyError, IndexError, TypeError or ValueError where it is not that, or tells
+        of a response that is not whole."""
         choice = answer["choices"][0]
         message = choice["message"]
-        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-        text = message.get("content") or ""
-        finish = "length" if choice.get("finish_reason") == "length" else "stop"
+        if not isinstance(message, Mapping):
+            raise TypeError(f"its message is {str(message)[:100]}")
+        text, finish = text_of(message, "content") or "", finish_of(choice)
+        told = [part for name in REASONING if (part := text_of(message, name)) is not None]
+        reasoning = max(told, key=len, default=None)
         if reasoning:
             closed = text or finish == "stop"
             text = f"<think>\n{reasoning}" + (f"\n</think>\n\n{text}" if closed else "")
-        return Response(text, int(answer["usage"]["completion_tokens"]), finish)
+        # Reasoning that a server told, be it empty, is closed; a text without is what follows the prompt.
+        elif reasoning is None and self.encoder is not None and not text.lstrip().startswith("<think>"):
+            text = self.encoder.opening(request.messages) + text
+        return Response(text, tokens_of(answer), finish)
 
     def _model_on(self, url: str) -> dict[str, Any]:
         """What a server says of the model; raises UserError where it cannot be reached or has another one."""
@@ -172,6 +236,38 @@ class Servers:
         if self.backend.model not in known:
             raise UserError(f"backend.model={self.backend.model}: {url} has {', '.join(known) or 'no model'}")
         return known[self.backend.model]
+
+
+def text_of(said: Mapping[str, Any], name: str) -> str | None:
+    """A text of the protocol; raises TypeError where it is something else."""
+    text = said.get(name)
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"its {name} is {str(text)[:100]}")
+    return text
+
+
+def tokens_of(answer: Mapping[str, Any]) -> int:
+    """Generated tokens; raises KeyError or TypeError where the server does not tell them."""
+    tokens = answer["usage"]["completion_tokens"]
+    if not isinstance(tokens, int):
+        raise TypeError(f"its completion_tokens are {str(tokens)[:100]}")
+    return tokens
+
+
+def finish_of(choice: Mapping[str, Any]) -> str:
+    """stop or length; raises ValueError where a response ended otherwise: aborted, filtered, by an error."""
+    told = choice.get("finish_reason")
+    if told == "length":
+        return "length"
+    if told not in ENDS:
+        raise ValueError(f"its finish_reason is {str(told)[:100]}")
+    return "stop"
+
+
+def _retry_after(answer: httpx.Response) -> float:
+    """Seconds that a server asks to wait; 0 where it does not, or tells a date."""
+    told = answer.headers.get("Retry-After", "")
+    return float(told) if told.isdecimal() else 0.0
 
 
 def _allow_connections(many: int) -> None:

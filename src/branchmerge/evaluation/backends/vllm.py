@@ -26,7 +26,7 @@ import httpx
 from branchmerge.config import BackendConfig
 from branchmerge.errors import UserError
 from branchmerge.evaluation.backends.hf import dtype_of
-from branchmerge.evaluation.backends.openai import Servers
+from branchmerge.evaluation.backends.openai import Servers, finish_of, tokens_of
 from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.requests import Request, Response
 
@@ -39,6 +39,8 @@ class VLLM(Servers):
     """A vLLM server of a checkpoint; ends with this object or with this process, however that ends."""
 
     path = "completions"
+    patience = 0.0  # a server of our own that refuses a request has ended
+    encoder: Encoder
 
     def __init__(self, backend: BackendConfig, folder: Path) -> None:
         """
@@ -46,21 +48,19 @@ class VLLM(Servers):
             UserError: vLLM is not installed, or its server does not start
         """
         check_installed()
-        self.encoder = Encoder(folder)
+        encoder = Encoder(folder)
         url, self._stop = _serve(backend, folder)
         weakref.finalize(self, self._stop)
         underway = backend.concurrency * backend.data_parallel
-        super().__init__(replace(backend, base_urls=[url], model=NAME, concurrency=underway))
+        super().__init__(replace(backend, base_urls=[url], model=NAME, concurrency=underway), encoder)
 
     def body(self, request: Request) -> dict[str, Any]:
         return {"prompt": self.encoder.ids(request.messages), "add_special_tokens": False, **self.settings(request)}
 
     def response(self, request: Request, answer: dict[str, Any]) -> Response:
         choice = answer["choices"][0]
-        finish = "length" if choice["finish_reason"] == "length" else "stop"
-        return Response(
-            self.encoder.opening(request.messages) + choice["text"], int(answer["usage"]["completion_tokens"]), finish
-        )
+        text = self.encoder.opening(request.messages) + choice["text"]
+        return Response(text, tokens_of(answer), finish_of(choice))
 
     def close(self) -> None:
         """End the server and give its memory back."""
