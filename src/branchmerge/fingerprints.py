@@ -32,10 +32,14 @@ def of(folder: Path) -> Parent:
     return _future(folder).result()
 
 
-def _future(folder: Path) -> Future[Parent]:
+def state(folder: Path) -> tuple[Any, ...]:
+    """Of a checkpoint's files; another one once they were replaced or written to."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("manifest.json")])
-    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = (folder, tuple(state))
+    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino) for path in files)
+
+
+def _future(folder: Path) -> Future[Parent]:
+    key = (folder, state(folder))
     if key not in _taken:
         _taken[key] = Future()
         # A daemon: a process that ends with an error does not wait for it.

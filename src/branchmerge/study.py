@@ -136,8 +136,8 @@ def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
         check_free(folder)
         return False
     if found.identity() == planned.identity():
-        if found.weights_sha256 and not any(folder.glob("*.safetensors")):
-            raise UserError(f"{folder}: has a manifest and no weights; delete it to have it made again")
+        if found.weights_sha256:
+            _check_weights(folder)
         return True
     if overwrite:
         return False
@@ -146,6 +146,16 @@ def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
     if planned.kind == "backbone":  # which branches ask for, and these keys are about the branch
         remedy = f"backbone.path={folder} takes it as it is; domain=warmup overwrite=true makes it anew; or outputs="
     raise UserError(f"{folder} holds a result made otherwise ({changed}); {remedy}")
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a finished result that has lost files."""
+    from branchmerge.merge.shards import weight_files
+
+    try:
+        weight_files(folder)
+    except UserError as error:
+        raise UserError(f"{folder}: finished once, but {error}; or delete it to have it made again") from error
 
 
 def check_free(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """The safetensors writer and reader against the safetensors library itself."""
 
 import json
+import os
+import resource
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,6 +188,28 @@ def test_a_flipped_byte_in_the_header_is_named(shards: list[Path], place: int) -
     with pytest.raises(UserError, match="not a readable safetensors file") as raised:
         Reader(shards[2].parent)
     assert str(shards[2]) in str(raised.value)
+
+
+def test_a_file_larger_than_the_memory_is_opened(tmp_path: Path) -> None:
+    """Its data are a hole, as only what is read takes memory."""
+    size = 4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    with Reader(tmp_path) as reader:
+        assert reader.read("w")[-3:].tolist() == [0, 0, 0]
+
+
+def test_too_many_open_files_are_told_as_such(tmp_path: Path) -> None:
+    write(tmp_path, {f"w{i}": torch.ones(4) for i in range(40)}, max_shard_bytes=16)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, limit[1]))  # noqa: PTH208
+    try:
+        with pytest.raises(UserError, match=r"cannot be read .*; raise the limit of open files"):
+            Reader(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 def test_a_dtype_that_cannot_be_merged_is_named(tmp_path: Path) -> None:

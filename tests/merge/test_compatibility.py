@@ -123,6 +123,24 @@ def test_a_config_that_is_not_json_is_named(tiny_student: Path, copied: Path) ->
     assert str(copied / "config.json") in str(raised.value)
 
 
+@pytest.mark.parametrize("null_is_the_default", [True, False])
+def test_a_key_that_is_null_is_not_one_that_is_left_out(
+    null_is_the_default: bool, student_factory: Factory, tmp_path: Path
+) -> None:
+    """Where nothing is said, Gemma 2 caps its scores at 50."""
+    a = student_factory(tmp_path / "a", model_type="gemma2", head_dim=16)
+    b = Path(shutil.copytree(a, tmp_path / "b"))
+    key = "pretraining_tp" if null_is_the_default else "attn_logit_softcapping"
+    for folder, change in ((a, {}), (b, {key: None})):
+        config = json.loads((folder / "config.json").read_text())
+        config.pop(key, None)
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+    if null_is_the_default:
+        return check_folders(a=a, b=b)
+    with pytest.raises(UserError, match=r"attn_logit_softcapping 50\.0 and null"):
+        check_folders(a=a, b=b)
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     """Change keys of a config.json; None removes one."""
     path = folder / "config.json"

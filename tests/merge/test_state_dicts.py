@@ -50,6 +50,14 @@ def test_the_result_has_the_dtype_of_the_first_leaf() -> None:
         ({"models": {**MODELS, "code": {"w": MODELS["code"]["w"]}}}, "is in one of them only"),
         ({"models": {**MODELS, "code": {**MODELS["code"], "w": torch.zeros(2, 2)}}}, "has the shapes"),
         ({"models": {**MODELS, "code": {**MODELS["code"], "steps": torch.tensor([3, 5])}}}, "the integers of steps"),
+        (
+            {"models": {**MODELS, "code": {**MODELS["code"], "w": MODELS["code"]["w"].long()}}},
+            "w holds torch.float32 in",
+        ),
+        (
+            {"models": {**MODELS, "code": {**MODELS["code"], "w": MODELS["code"]["w"] * torch.nan}}},
+            "code: w holds values",
+        ),
     ],
 )
 def test_what_cannot_be_merged_is_refused(change: dict[str, object], said: str) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from branchmerge.config import PROJECT
 from branchmerge.errors import UserError
-from branchmerge.merge import merge
+from branchmerge.merge import merge, stream
 from branchmerge.merge.operators import Operator, make_operator, parameters_of
 from branchmerge.merge.tree import parse
 from branchmerge.study import read_manifest, weights_sha256
@@ -258,6 +258,44 @@ def test_a_parent_that_is_no_checkpoint_is_refused(experts: Folders, tmp_path: P
     with pytest.raises(UserError, match=said) as raised:
         merge(recipe({**experts, "math": bad}, tmp_path / "merged"))
     assert str(bad) in str(raised.value)
+
+
+def test_a_parent_that_is_replaced_meanwhile_is_told(
+    experts: Folders, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The merge reads on what it opened, and the manifest would name the weights that have the name now."""
+    folders = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in experts.items()}
+    usual = stream._pass
+
+    def replacing(*given: Any) -> None:
+        usual(*given)
+        perturbed(tiny_student, tmp_path / "new", seed=9)
+        (tmp_path / "new" / "model.safetensors").replace(folders["math"] / "model.safetensors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream, "_pass", replacing)
+        with pytest.raises(UserError, match=r"math: was changed while it was merged; run the same command again"):
+            merge(recipe(folders, tmp_path / "out"))
+    assert left_behind(tmp_path).count("out") == 0
+    merge(recipe(folders, tmp_path / "out"))
+
+
+def test_a_result_that_lost_a_shard_is_not_done(experts: Folders, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_shard_bytes": 20_000}
+    out = merge(recipe(experts, tmp_path / "out", **settings))
+    sorted(out.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(
+        UserError, match=r"finished once, but .*-00002-of-.*: named in .* but not there"
+    ):
+        merge(recipe(experts, tmp_path / "out", **settings))
+
+
+def test_what_a_model_is_used_with_is_taken_over(experts: Folders, tmp_path: Path) -> None:
+    folders = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in experts.items()}
+    for name in ("vocab.txt", "preprocessor_config.json"):
+        (folders["code"] / name).write_text("{}")
+    out = merge(recipe(folders, tmp_path / "out"))
+    assert (out / "vocab.txt").is_file() and (out / "preprocessor_config.json").is_file()
 
 
 def test_a_shard_that_all_parents_lack_is_missed(tiny_student: Path, tmp_path: Path) -> None:

@@ -95,6 +95,15 @@ def test_ids_with_two_meanings_are_refused_whatever_is_asked_for(tmp_path: Path,
             merged(tmp_path / vocab, vocab, **folders)
 
 
+def test_ids_with_two_meanings_are_found_between_any_two(tmp_path: Path) -> None:
+    """The first model knows neither."""
+    folders = {name: model(tmp_path / name, 1, 5 if more else 4, [*ABC, *more]) for name, more in
+               (("x", []), ("y", ["foo"]), ("z", ["bar"]))}  # fmt: skip
+    for vocab in ("pad", "intersect"):
+        with pytest.raises(UserError, match="id 4 is token 'foo' in y and 'bar' in z"):
+            merged(tmp_path / "out", vocab, **folders)
+
+
 def test_padding_takes_rows_from_the_first_model_that_has_them(tmp_path: Path) -> None:
     a, b, c = (model(tmp_path / name, value, rows) for name, value, rows in (("a", 0, 4), ("b", 10, 6), ("c", 40, 8)))
     out = merged(tmp_path / "out", "pad", a=a, b=b, c=c)

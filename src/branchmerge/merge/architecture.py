@@ -48,9 +48,9 @@ def check_usable(name: str, folder: Path) -> None:
 def check_same(first: str, a_folder: Path, name: str, b_folder: Path) -> None:
     """Refuse two models of different architectures; says which keys differ, with both values."""
     a, b = read_config(a_folder), read_config(b_folder)
-    differing = _differing(a, b)
+    differing = _differing(a, b, lacking=_LACKING)
     if differing and a.get("model_type") == b.get("model_type"):
-        differing = _differing(_complete(a), _complete(b))
+        differing = _differing(_complete(a), _complete(b), lacking=None)
     if differing:
         said = ", ".join(f"{key} {_short(x)} and {_short(y)}" for key, x, y in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
@@ -75,10 +75,15 @@ def _tie_flag(config: Config) -> bool | None:
     return None if flag is None else bool(flag)
 
 
-def _differing(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+_LACKING = object()
+"""A key that is not there stands for its default, which need not be null."""
+
+
+def _differing(a: Config, b: Config, lacking: object) -> list[tuple[str, Any, Any]]:
+    """Keys with both values; `lacking`: what is compared where one has no such key."""
     one, other = _compared(a), _compared(b)
     keys = sorted(one.keys() | other.keys(), key=lambda key: (key != "model_type", key))
-    return [(key, one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)]
+    return [(k, one.get(k), other.get(k)) for k in keys if one.get(k, lacking) != other.get(k, lacking)]
 
 
 def _compared(config: Config) -> Config:

@@ -4,9 +4,11 @@ The format: 8 bytes with the header's length (little-endian), the header (JSON: 
 its bytes), then the bytes of all tensors.
 """
 
+import errno
 import json
 import math
 import mmap
+import os
 import struct
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,13 @@ from branchmerge.errors import UserError
 from branchmerge.merge.arrays import CODES, DTYPES, Array
 from branchmerge.merge.direct_file import DirectFile
 from branchmerge.merge.shards import AGAIN, INDEX, weight_files
+
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().machine in ("x86_64", "aarch64") else 0)
+"""Linux: memory that is never written to is not asked for; a file may be larger than there is. Python 3.13 names it."""
+LACKING = {
+    errno.ENOMEM: "the system has no address space for it: free memory, or allow overcommitting it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), of which each shard is one",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,10 @@ class Reader:
         for path, named in weight_files(folder).items():
             try:
                 self._add(path, named)
-            except (SafetensorError, OSError, ValueError) as error:
+            except OSError as error:
+                remedy = LACKING.get(error.errno or 0, AGAIN)
+                raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
+            except (SafetensorError, ValueError) as error:
                 raise UserError(f"{path}: not a readable safetensors file ({error}); {AGAIN}") from error
             except KeyError as error:
                 raise UserError(f"{path}: holds a tensor of dtype {error}, which cannot be merged") from error
@@ -57,7 +69,8 @@ class Reader:
             pass
         with path.open("rb") as file:
             # Copy on write: torch wants memory that could be written to, the file stays as it is.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            flags, prot = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
         (length,) = struct.unpack("<Q", mapped[:8])
         header = json.loads(mapped[8 : 8 + length])
         header.pop("__metadata__", None)

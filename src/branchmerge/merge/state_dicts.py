@@ -1,10 +1,11 @@
 """Merging what is in memory already: the same operators and trees, without files."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from branchmerge.errors import UserError
-from branchmerge.merge.arrays import as_tensor
+from branchmerge.merge.arrays import Weights, as_tensor
 from branchmerge.merge.fold import TensorFold
 from branchmerge.merge.operators import make_operator
 from branchmerge.merge.tree import parse
@@ -35,7 +36,8 @@ def merge_state_dicts(
         The merged state dict, in the dtypes of the tree's first leaf.
 
     Raises:
-        UserError: unknown operators, parameters or leaves; tensors that one model lacks or has in another shape
+        UserError: unknown operators, parameters or leaves; tensors that one model lacks, or has in another shape or
+            kind; values that are no numbers
     """
     made, parsed = make_operator(operator, parameters), parse(tree)
     for leaf in parsed.leaves:
@@ -53,9 +55,14 @@ def merge_state_dicts(
             merged[tensor] = left.clone()
             continue
         leaves = {leaf: models[leaf][tensor] for leaf in parsed.leaves}
-        fold = TensorFold(tensor, leaves.__getitem__, None if base is None else base[tensor])
+        fold = TensorFold(tensor, leaves.__getitem__, None if base is None else base[tensor], partial(_check, tensor))
         merged[tensor] = as_tensor(fold.merge(parsed, made)).to(left.dtype)
     return merged
+
+
+def _check(tensor: str, leaf: str, value: "Weights") -> None:
+    if not bool(as_tensor(value).isfinite().all()):
+        raise UserError(f"{leaf}: {tensor} holds values that are no numbers; it cannot be merged")
 
 
 def _check_same(first: str, a: StateDict, name: str, b: StateDict) -> None:
@@ -67,6 +74,11 @@ def _check_same(first: str, a: StateDict, name: str, b: StateDict) -> None:
             raise UserError(
                 f"{first} and {name} cannot be merged: {tensor} has the shapes {list(value.shape)} and"
                 f" {list(b[tensor].shape)}"
+            )
+        if value.is_floating_point() != b[tensor].is_floating_point():
+            raise UserError(
+                f"{first} and {name} cannot be merged: {tensor} holds {value.dtype} in one and {b[tensor].dtype} in the"
+                " other"
             )
         if not value.is_floating_point() and not bool((value == b[tensor]).all()):
             raise UserError(f"{first} and {name} cannot be merged: the integers of {tensor} differ")

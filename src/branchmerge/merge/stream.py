@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,6 +120,7 @@ def _merge_group(recipes: Sequence[Recipe]) -> None:
         folders[BACKBONE] = recipes[0].base
     for folder in folders.values():
         check_checkpoint(folder)
+    seen = {folder: fingerprints.state(folder) for folder in folders.values()}
     with ExitStack() as stack:
         readers = {leaf: stack.enter_context(Reader(folder)) for leaf, folder in folders.items()}
         common = compatibility.check(readers, recipes[0].vocab)
@@ -142,7 +143,7 @@ def _merge_group(recipes: Sequence[Recipe]) -> None:
             known = common.models.get(BACKBONE)
             if known is None and any(recipe.anatomy for recipe, _ in work):
                 known = stack.enter_context(anatomy.opened(recipes[0].origin, common.models[recipes[0].tree.leaves[0]]))
-            _make(work, common, known)
+            _make(work, common, known, seen)
 
 
 def _check_place(recipe: Recipe) -> None:
@@ -152,10 +153,18 @@ def _check_place(recipe: Recipe) -> None:
     is_done(recipe.out, planned, recipe.overwrite)
 
 
-def _make(work: Sequence[tuple[Recipe, Manifest]], common: compatibility.Common, known: Source | None) -> None:
+def _make(
+    work: Sequence[tuple[Recipe, Manifest]],
+    common: compatibility.Common,
+    known: Source | None,
+    seen: Mapping[Path, tuple[Any, ...]],
+) -> None:
     """Make all results of a group in one pass, then publish them.
 
     The anatomy gets the backbone `known` also where the operators get none.
+
+    Args:
+        seen: the parents' files as they were when they were opened
     """
     began = time.perf_counter()
     readers = dict(common.models)
@@ -172,6 +181,9 @@ def _make(work: Sequence[tuple[Recipe, Manifest]], common: compatibility.Common,
                 if recipe.anatomy:
                     results[-1].anatomy = Anatomy(recipe.tree.leaves, known)
             _pass(results, readers, origin)
+        for folder, state in seen.items():
+            if fingerprints.state(folder) != state:  # what was opened went on to be read, whatever has its name now
+                raise UserError(f"{folder}: was changed while it was merged; run the same command again")
         for result in results:
             result.planned.parents = parents_of(result.recipe)
             _finish(result, common, time.perf_counter() - began)

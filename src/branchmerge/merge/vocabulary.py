@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,9 @@ def check_same(first: str, a: Path, name: str, b: Path) -> None:
 def unify(models: Mapping[str, Source], how: str) -> tuple[dict[str, Source], Path, int]:
     """Show all models with one vocabulary, by `pad` or `intersect`; also the folder whose tokenizer it is, its size."""
     known = [_usable(vocabulary_of(name, model.folder), how) for name, model in models.items()]
-    for other in known[1:]:
-        if _conflict(known[0], other):
-            raise UserError(f"vocab={how}: {_how_they_differ(known[0], other)}")
+    for one, other in combinations(known, 2):
+        if _conflict(one, other):
+            raise UserError(f"vocab={how}: {_how_they_differ(one, other)}")
     sizes = [vocabulary.known for vocabulary in known]
     if how == "pad":
         rows, chosen = max(_rows(v) for v in known), known[sizes.index(max(sizes))]
