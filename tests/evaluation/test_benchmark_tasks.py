@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from branchmerge.errors import UserError
 from branchmerge.evaluation import prompts
-from branchmerge.evaluation.graders import GRADER_TIMEOUT, NO_ANSWER, WRONG_ANSWER, Verdict, grade
+from branchmerge.evaluation.graders import GRADER_TIMEOUT, NO_ANSWER, WRONG_ANSWER, Verdict, grade, votes
 from branchmerge.evaluation.prompts import system_prompt
 from branchmerge.evaluation.tasks import grading
 from branchmerge.trajectories.schema import Reference
@@ -323,9 +323,18 @@ def test_right_answers_vote_together_however_they_are_written() -> None:
     says = ["\\boxed{\\frac{1}{2}}", "\\boxed{0.5}", "\\boxed{1/2}", "\\boxed{3}", "\\boxed{ 3 }"]
     found = metrics(says, {"grader": "math", "answer": "\\frac12"})
     assert found["maj@5"] == 1 and found["accuracy"] == pytest.approx(3 / 5)
-    # Wrong ones have a vote for each spelling: the two that say 3 are the majority.
-    assert metrics(says, {"grader": "math", "answer": "3"})["maj@5"] == 1
+    assert metrics(says, {"grader": "math", "answer": "3"})["maj@5"] == 0
     assert metrics(says[:3] + ["\\boxed{0.5}"] * 2, {"grader": "math", "answer": "3"})["maj@5"] == 0
+
+
+def test_wrong_answers_vote_together_only_if_they_are_equal() -> None:
+    one = Reference("math", answer="7")
+    verdicts = [grade(f"\\boxed{{{text}}}", one) for text in ("0.5", "7", "\\frac12", "3", "1/2", "7.0", "2+1", "x")]
+    half, right, *others = votes(verdicts, "math")
+    assert right is True and half == "0.5"
+    assert others == [half, "3", half, True, "3", "x"]
+    assert votes(verdicts, "integer")[2] == "\\frac12"
+    assert votes([Verdict(False, GRADER_TIMEOUT, "9^9"), Verdict(False, NO_ANSWER)], "math") == ["9^9", None]
 
 
 def test_the_reason_of_an_endless_comparison_is_no_missing_answer() -> None:

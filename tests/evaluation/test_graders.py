@@ -151,3 +151,11 @@ def test_program_that_does_not_compile_crashes() -> None:
 @pytest.mark.parametrize("language", ["text", "bash", "json"])
 def test_block_in_another_language_before_the_program_is_skipped(language: str) -> None:
     assert grade(f"For example:\n```{language}\nf() -> 1\n```\nThe program:\n{RIGHT}", ONE).correct
+
+
+def test_livecodebench_grades_the_program_and_its_official_mode_the_last_block() -> None:
+    public = '[{"input": "", "output": "1\\n", "testtype": "stdin"}]'
+    response = "```python\nprint(1)\n```\nIt prints\n```\nas text\n```\n"
+    assert grade(response, Reference("livecodebench", public=public)).correct
+    official = grade(response, Reference("livecodebench_official", public=public))
+    assert (official.correct, official.reason, official.answer) == (False, "crashed", "as text")

@@ -94,6 +94,18 @@ def samples_of(outputs: Path, task: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_other_graders_grade_again_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Server(told("math", right))) as server:
+        run = composed(*settings(server, tmp_path, "benchmark.tasks=[demo_math]"))
+        values = [evaluate(run)[0].value]
+        monkeypatch.setattr("branchmerge.evaluation.benchmark.grade", lambda *_: Verdict(False, "wrong_answer"))
+        values.append(evaluate(run)[0].value)
+        monkeypatch.setattr("branchmerge.evaluation.run.GRADING", -1)
+        values.append(evaluate(run)[0].value)
+        assert values == [1.0, 1.0, 0.0]
+        assert len(server.bodies) == QUESTIONS
+
+
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_known_samples_get_exactly_the_known_score(tmp_path: Path, domain: str) -> None:
     with serving(Server(told(domain, half))) as server:

@@ -17,6 +17,16 @@ from branchmerge.evaluation.sandbox.isolation import BUBBLEWRAP, LEVELS, UNSAFE
 SECONDS = 60.0
 """Enough on a loaded machine; nothing that ends by itself takes a tenth of it."""
 
+TOGETHER = """
+import threading
+barrier = threading.Barrier(33)
+for _ in range(32):
+    threading.Thread(target=barrier.wait).start()
+barrier.wait()
+print("met")
+"""
+"""Threads that run all at once."""
+
 
 @pytest.fixture(scope="module", params=LEVELS)
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
@@ -43,6 +53,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
         ("import sys\nprint(1, flush=True)\nsys.exit()", "", "1\n"),
         ("import atexit\natexit.register(print, 'bye')\nprint('hi')", "", "hi\nbye\n"),
         ("import threading\nthreading.Thread(target=lambda: print('in a thread')).start()", "", "in a thread\n"),
+        (TOGETHER, "", "met\n"),
         ("import sys\nsys.setrecursionlimit(10**6)\nd = lambda n: n and 1 + d(n - 1)\nprint(d(10**5))", "", "100000\n"),
         (
             "import sys, functools\nsys.setrecursionlimit(10**6)\n@functools.lru_cache(None)\n"

@@ -284,9 +284,7 @@ def test_a_result_that_lost_a_shard_is_not_done(experts: Folders, tmp_path: Path
     settings: dict[str, Any] = {"max_shard_bytes": 20_000}
     out = merge(recipe(experts, tmp_path / "out", **settings))
     sorted(out.glob("model-*.safetensors"))[1].unlink()
-    with pytest.raises(
-        UserError, match=r"finished once, but .*-00002-of-.*: named in .* but not there"
-    ):
+    with pytest.raises(UserError, match=r"finished once, but .*-00002-of-.*: named in .* but not there"):
         merge(recipe(experts, tmp_path / "out", **settings))
 
 

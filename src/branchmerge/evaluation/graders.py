@@ -4,7 +4,6 @@ The same graders serve the benchmarks and the selection of trajectories. They ma
 and programs run in processes of their own.
 """
 
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,12 @@ from branchmerge.evaluation import answers
 from branchmerge.evaluation.livecodebench.cases import Case, cases
 from branchmerge.evaluation.livecodebench.grading import OFFICIAL, STRICT, grade_program
 from branchmerge.evaluation.math_worker import math_equal
+from branchmerge.evaluation.programs import last_program, official_program
 from branchmerge.evaluation.sandbox import PASSED, run_tests
 from branchmerge.trajectories.schema import Reference
 
+GRADING = 2
+"""Raised with each change of verdicts: stored scores are then made again, from the responses that are there."""
 NO_ANSWER = "no_answer"
 WRONG_ANSWER = "wrong_answer"
 GRADER_TIMEOUT = "grader_timeout"
@@ -44,10 +46,25 @@ class Verdict:
 
     @property
     def vote(self) -> str | bool | None:
-        """What it counts for in maj@k: right answers are equal, wrong ones if spelt alike; None if none."""
+        """Its vote in maj@k: right answers are equal, wrong ones if spelt alike; None if none, see `votes`."""
         if self.reason == NO_ANSWER:
             return None
         return True if self.correct else "".join(self.answer.split())
+
+
+def votes(verdicts: Sequence[Verdict], grader: str) -> list[str | bool | None]:
+    """What each sample of a question counts for in maj@k; mathematics that is equal has one vote, right or wrong."""
+    found = [verdict.vote for verdict in verdicts]
+    if grader != "math":
+        return found
+    spelt: dict[str | bool | None, str | bool | None] = {}
+    for verdict, vote in zip(verdicts, found, strict=True):
+        if vote in spelt:
+            continue
+        # What has kept math-verify busy to its deadline is not asked about again.
+        known = [] if verdict.reason != WRONG_ANSWER else [one for one in spelt.values() if isinstance(one, str)]
+        spelt[vote] = next((one for one in dict.fromkeys(known) if math_equal(one, verdict.answer)), vote)
+    return [spelt[vote] for vote in found]
 
 
 def grade(response: str, reference: Reference) -> Verdict:
@@ -117,23 +134,18 @@ def grade_code(answer: str, reference: Reference) -> Verdict:
 
 
 def grade_livecodebench(answer: str, reference: Reference) -> Verdict:
-    """The last fenced program, run against all tests of its problem, public and private; see `grade_program`."""
-    program = last_program(answer)
+    """The last fenced program, run against all tests of its problem, public and private; see `grade_program`.
+
+    The official mode takes for the program what LiveCodeBench does.
+    """
+    mode = OFFICIAL if reference.grader == "livecodebench_official" else STRICT
+    program = official_program(answer) if mode == OFFICIAL else last_program(answer)
     if program is None:
         return Verdict(False, NO_ANSWER)
     with _UNPACKING:
         tests = _unpacked(reference.public, reference.private)
-    mode = OFFICIAL if reference.grader == "livecodebench_official" else STRICT
     verdict = grade_program(program, tests, reference.function, mode)
     return Verdict(verdict.correct, "" if verdict.correct else verdict.reason, program)
-
-
-def last_program(answer: str) -> str | None:
-    """The last closed fenced block of Python, or of no language; None if there is none."""
-    # Fences are paired from the top, so that the end of one block is never taken for the beginning of another.
-    blocks = re.findall(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", answer, flags=re.DOTALL | re.MULTILINE)
-    programs = [block for language, block in blocks if language.lower() in ("", "py", "python", "python3")]
-    return programs[-1] if programs else None
 
 
 _UNPACKING = threading.Lock()

@@ -12,6 +12,7 @@ This file is both sides: run as a script, it is the worker, which imports nothin
 import atexit
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 from functools import cache
+from typing import Any
 
 SECONDS = 10.0
 """Wall time of one comparison; usual ones take milliseconds."""
@@ -28,6 +30,9 @@ MEMORY_BYTES = 2 << 30
 """Address space of a worker."""
 LONGEST = 5000
 """Characters of both expressions together: they then fit into a pipe's buffer, so that writing never waits."""
+
+SIGN = re.compile(r"(?:\\?%|\^?\{?°\}?|\^?\\degree|\s|\.)+$")
+"""A sign behind a number, which math-verify reads in running mathematics but not in a box: 50\\%, 90°, a full stop."""
 
 READY, EQUAL, OTHER = b"r", b"1", b"0"
 
@@ -190,6 +195,17 @@ def _pool() -> MathPool:
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+def _parsed(text: str) -> list[Any]:
+    """What a box with this text holds; without the sign at its end, where math-verify finds no mathematics with it."""
+    from math_verify import parse
+
+    found = parse(f"\\boxed{{{text}}}", parsing_timeout=None)
+    plain = SIGN.sub("", text)
+    if plain != text and all(isinstance(one, str) for one in found):
+        return parse(f"\\boxed{{{plain}}}", parsing_timeout=None)
+    return found
+
+
 def _serve(seconds: float, memory_bytes: int) -> None:
     """The worker: one line in, one byte out, until the input ends."""
     said = os.dup(1)
@@ -209,7 +225,7 @@ def _serve(seconds: float, memory_bytes: int) -> None:
         # The kernel ends the worker even if whoever asked has gone: nobody handles this signal.
         signal.setitimer(signal.ITIMER_REAL, seconds + 5)
         # math-verify's own timeouts are off: they cannot stop C code, and would leave a half-done parse as the answer.
-        gold, answer = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in json.loads(line))
+        gold, answer = map(_parsed, json.loads(line))
         equal = bool(gold) and bool(answer) and bool(verify(gold, answer, timeout_seconds=None))
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(said, EQUAL if equal else OTHER)

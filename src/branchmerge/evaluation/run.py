@@ -21,6 +21,7 @@ from branchmerge.errors import UserError
 from branchmerge.evaluation import backends, models, preflight, sandbox, store
 from branchmerge.evaluation.benchmark import Benchmark, load_benchmark
 from branchmerge.evaluation.encoding import Encoder
+from branchmerge.evaluation.graders import GRADING
 from branchmerge.evaluation.models import Model
 from branchmerge.evaluation.requests import Request, Response
 from branchmerge.evaluation.sample_store import SampleStore
@@ -120,6 +121,7 @@ def _key(config: EvaluateConfig, model: Model, task: Benchmark) -> dict[str, Any
         **task.facts,
         "seed": config.seed,
         "sandbox": task.sandbox_level(),
+        "grading": GRADING,
         "packages": {name: package_versions()[name] for name in PACKAGES},
     }
 

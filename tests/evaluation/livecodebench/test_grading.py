@@ -80,6 +80,41 @@ def test_reasons_of_a_function(program: str, reason: str) -> None:
     assert grade_program(program, calls(("1", "1")), "f").reason in reason.split("|")
 
 
+@MODES
+def test_numpy_can_be_imported(mode: str) -> None:
+    program = "import numpy as np\na = np.array(input().split(), dtype=int)\nprint(a.sum())"
+    assert grade_program(program, stdin(("1 2", "3")), mode=mode) == CodeVerdict(True)
+    assert grade_program(program, stdin(("1 2", "4")), mode=mode).reason == "wrong_answer"
+    program = "import os, numpy\nprint(os.getcwd is None)"
+    assert grade_program(program, stdin(("", str(mode == "official"))), mode=mode) == CodeVerdict(True)
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("value", "equal", "other"),
+    [
+        ("np.array(a).sum()", "3", "4"),
+        ("np.array(a).sum() > 2", "true", "false"),
+        ("list(2 * np.array(a))", "[2, 4]", "[2, 5]"),
+        ("[[x] for x in np.array(a)]", "[[1], [2]]", "[[1], [1]]"),
+        ("np.array(7)", "7", "8"),
+        ("np.float32(0.5)", "0.5", "0.25"),
+    ],
+)
+def test_single_values_of_numpy_are_numbers(value: str, equal: str, other: str, mode: str) -> None:
+    program = f"import numpy as np\ndef f(a):\n    return {value}"
+    assert grade_program(program, calls(("[1, 2]", equal)), "f", mode) == CodeVerdict(True)
+    assert grade_program(program, calls(("[1, 2]", other)), "f", mode).reason == "wrong_answer"
+
+
+@pytest.mark.parametrize("value", ["np.array([3])", "np.datetime64(3, 's')", "pretender()"])
+def test_other_values_of_numpy_equal_no_number(value: str) -> None:
+    pretending = "class pretender:\n    ndim = 0\n    def item(self):\n        return pretender()\n"
+    pretending += "    def __eq__(self, other):\n        return True\npretender.__module__ = 'numpy'\n"
+    program = f"import numpy as np\n{pretending}def f(a):\n    return {value}"
+    assert grade_program(program, calls(("1", "3")), "f").reason == "wrong_answer"
+
+
 def test_error_is_shown() -> None:
     assert "ValueError: seen" in grade_program("raise ValueError('seen')", stdin(("", "1"))).detail
     assert "seen" in grade_program("raise ValueError('seen')", stdin(("", "1")), mode="official").detail

@@ -57,6 +57,10 @@ def encode(value: Any, official: bool = False) -> Any:
             if base is dict:
                 return {"pairs": [[encode(key, official), encode(item, official)] for key, item in plain.items()]}
             return plain
+    if kind.__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        plain = value.item()
+        if type(plain) in (bool, int, float):  # a long double has no plain value
+            return plain
     if isinstance(value, tuple) and not official:
         return [encode(item) for item in tuple.__iter__(value)]
     if kind.__module__ in ("decimal", "fractions"):

@@ -18,6 +18,8 @@ from types import ModuleType
 
 MEMORY_EXIT = 113
 """Exit code of a program that an uncaught MemoryError ended."""
+THREAD_STACK_BYTES = 16 << 20
+"""Of a thread whose program does not say. Else each would get the main thread's size, of which few fit into memory."""
 NAME = "program.py"
 _STREAMS = [("stdin", "r", "surrogateescape"), ("stdout", "w", "surrogateescape"), ("stderr", "w", "backslashreplace")]
 
@@ -50,6 +52,7 @@ def set_stage() -> None:
         stream = open(number, mode, buffering, "utf-8", errors, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    threading.stack_size(THREAD_STACK_BYTES)
     tempfile.tempdir = None  # not where the zygote may write
     site.setquit()  # exit() and quit()
 

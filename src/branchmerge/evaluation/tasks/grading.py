@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from branchmerge.evaluation.graders import NO_ANSWER, RUNS_CODE, SECONDARY, Verdict, grade
+from branchmerge.evaluation.graders import NO_ANSWER, RUNS_CODE, SECONDARY, Verdict, grade, votes
 from branchmerge.evaluation.metrics import avg_at_k, maj_at_k, pass_at_k
 from branchmerge.machine import cores
 from branchmerge.trajectories.schema import Reference
@@ -55,5 +55,5 @@ def metrics(verdicts: Sequence[Verdict], grader: str) -> dict[str, float]:
     if k > 1:
         found |= {f"pass@{n}": pass_at_k(correct, n) for n in sorted({k, *(1 << i for i in range(1, k.bit_length()))})}
         if grader not in WITHOUT_VOTES:
-            found[f"maj@{k}"] = maj_at_k([verdict.vote for verdict in verdicts], correct)
+            found[f"maj@{k}"] = maj_at_k(votes(verdicts, grader), correct)
     return found
