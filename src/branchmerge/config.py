@@ -340,8 +340,9 @@ class MergeConfig(CommonConfig):
     """Models whose vocabularies differ. same: refused. pad: as many entries as the largest has; a model that lacks some
     takes them from the first that has them. intersect: only the entries that all have."""
     device: str = "cpu"
-    """Where the arithmetic is done: cpu, cuda, auto. Results are the same bytes on every CPU; on CUDA their masks may
-    differ in ties at rounding level."""
+    """Where the arithmetic is done: cpu, cuda, auto. Results are the same bytes on every CPU, but for operators that
+    round on purpose (arcee_fusion_mergekit, precision=float32|bfloat16); on CUDA their masks may differ in ties at
+    rounding level."""
     threads: int | None = field(default=None, metadata=_at_least(1))
     """Null: one for each core that the process may use."""
     max_shard_gb: float = field(default=5.0, metadata=_at_least(0.001))

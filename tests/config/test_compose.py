@@ -1,6 +1,7 @@
 """Every configuration file composes, and what is wrong is refused while the command line is read."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -75,10 +76,26 @@ def test_every_operator_has_a_file_with_all_its_parameters_at_their_defaults(nam
     assert set(values) == set(parameters_of(OPERATORS[name]()))
 
 
-def test_a_study_may_set_parameters_of_an_operator() -> None:
-    settings = composed("merge", "+study.operators.arcee_fusion={lam: 0.7}")
+def operator_with(name: str, *overrides: str) -> dict[str, Any]:
+    settings = composed("merge", f"operator={name}", *overrides)
     assert isinstance(settings, config.MergeConfig)
-    assert settings.operator["lam"] == 0.7
+    return dict(settings.operator)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_a_study_may_set_every_parameter_of_an_operator(name: str) -> None:
+    keys = list(parameters_of(OPERATORS[name]()))
+    chosen = [f"+study.operators.{name}={{{', '.join(f'{key}: 0.7' for key in keys)}}}"]
+    assert operator_with(name, *chosen) == {"name": name, **dict.fromkeys(keys, 0.7)}
+    given = [f"operator.{key}=0.9" for key in keys]
+    assert operator_with(name, *chosen, *given) == {"name": name, **dict.fromkeys(keys, 0.9)}
+
+
+def test_controls_follow_their_operator() -> None:
+    chosen = "+study.operators.arcee_fusion={lam: 0.7, kl: tensor}"
+    assert operator_with("arcee_fusion_null", chosen)["kl"] == "tensor"
+    found = operator_with("arcee_fusion_null", chosen, "+study.operators.arcee_fusion_null={lam: 0.2, by: kl}")
+    assert (found["lam"], found["kl"], found["by"]) == (0.2, "tensor", "kl")
 
 
 def test_the_budget_follows_the_domain() -> None:

@@ -81,6 +81,28 @@ def test_a_parameter_that_the_study_chose_is_not_in_the_name(outputs: Path) -> N
     assert made(outputs, chosen, "operator.lam=1.5").name == "arcee_fusion-lam1.5"
 
 
+def test_every_operator_has_the_parameters_that_the_study_chose(outputs: Path, tiny_student: Path) -> None:
+    chosen = [
+        "operator=ties",
+        f"backbone.path={tiny_student}",
+        "+study.operators.ties={density: 0.5, weights: [2, 1, 1]}",
+    ]
+    recipe = made(outputs, *chosen)
+    assert recipe.operator == make_operator("ties", {"density": 0.5, "weights": [2, 1, 1]})
+    assert recipe.name == "ties"
+    assert made(outputs, *chosen, "operator.density=0.2").name == "ties-density0.2"
+
+
+def test_controls_are_named_by_the_parameters_of_their_operator(outputs: Path) -> None:
+    control = made(outputs, "operator=arcee_fusion_null")
+    assert (control.name, control.operator) == ("arcee_fusion_null", make_operator("arcee_fusion_null", {"lam": 0.75}))
+    assert made(outputs, "operator=arcee_fusion_null", "operator.lam=1.5").name == "arcee_fusion_null-lam1.5"
+    own = made(outputs, "operator=arcee_fusion_null", "+study.operators.arcee_fusion_null={by: kl}")
+    assert (own.name, own.operator) == (
+        "arcee_fusion_null", make_operator("arcee_fusion_null", {"lam": 0.75, "by": "kl"})
+    )  # fmt: skip
+
+
 def test_n_way_operators_take_all_leaves_at_once_by_default(outputs: Path) -> None:
     assert made(outputs, "operator=linear").tree == parse(["code", "science", "math"])
 
@@ -94,6 +116,12 @@ def test_out_and_the_other_keys_reach_the_recipe(outputs: Path) -> None:
 def test_task_arithmetic_gets_the_backbone(outputs: Path, tiny_student: Path) -> None:
     recipe = made(outputs, "operator=task_arithmetic", f"backbone.path={tiny_student}")
     assert (recipe.name, recipe.base) == ("task_arithmetic", tiny_student)
+
+
+def test_a_rule_may_need_the_backbone(outputs: Path, tiny_student: Path) -> None:
+    nuslerp = ["operator=nuslerp", "tree=[code,math]", f"backbone.path={tiny_student}"]
+    assert made(outputs, *nuslerp, "rules=[{tensors: mlp, from_base: true}]").base == tiny_student
+    assert made(outputs, *nuslerp, "rules=[{tensors: mlp, weights: [1, 2]}]").base is None
 
 
 def test_a_missing_backbone_is_told_with_the_command_that_makes_it(outputs: Path) -> None:
@@ -216,3 +244,20 @@ def test_a_vocab_that_is_none_is_refused(outputs: Path) -> None:
 def test_a_leaf_without_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder is given for b"):
         Recipe("linear", make_operator("linear", {}), parse(["a", "b"]), {"a": tmp_path}, tmp_path / "out")
+
+
+def test_a_model_with_two_names_is_refused(outputs: Path, tiny_student: Path) -> None:
+    code = shutil.copytree(tiny_student, outputs / "demo" / "experts" / "code", dirs_exist_ok=True)
+    (outputs / "link").symlink_to(code)
+    for again in (code, outputs / "link", f"{code}/../code"):
+        with pytest.raises(UserError, match=r"code and .* are one folder; each model may be merged once"):
+            made(outputs, f"tree=[code,{again}]", "out=/my/merged")
+
+
+@pytest.mark.parametrize("place", ["experts/code", "backbone", "link", "experts/math/../code"])
+def test_a_result_cannot_replace_what_it_is_made_from(outputs: Path, tiny_student: Path, place: str) -> None:
+    backbone(outputs, tiny_student)
+    (outputs / "demo" / "link").symlink_to(outputs / "demo" / "experts" / "code")
+    for operator in ("arcee_fusion", "ties"):  # which only compares with the backbone, and which needs it
+        with pytest.raises(UserError, match=r"would replace .*, which it is made from; give another out="):
+            made(outputs, f"operator={operator}", f"out={outputs}/demo/{place}", "overwrite=true")

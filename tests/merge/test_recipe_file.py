@@ -7,6 +7,7 @@ from merging import FLAT, NESTED, file_bytes, perturbed, recipe
 
 from branchmerge.errors import UserError
 from branchmerge.merge import merge, recipe_file
+from branchmerge.merge.tree import parse
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_a_model_is_made_again_byte_for_byte(
     more: dict[str, object],
 ) -> None:
     base = tiny_student if operator in ("ties", "dare_ties") else None
-    folders = {leaf: experts[leaf] for leaf in recipe(experts, tmp_path, operator, tree).tree.leaves}
+    folders = {leaf: experts[leaf] for leaf in parse(tree).leaves}
     first = merge(recipe(folders, tmp_path / "first", operator, tree, base=base, **more))
     again = merge(recipe_file.load(first / "recipe.yaml", tmp_path / "again", progress=False))
     assert file_bytes(again) == file_bytes(first)
@@ -46,6 +47,27 @@ def test_a_model_is_made_again_byte_for_byte(
     assert sorted(path.name for path in again.iterdir()) == names
     assert (again / "tensors.json").read_bytes() == (first / "tensors.json").read_bytes()
     assert (again / "recipe.yaml").read_bytes() == (first / "recipe.yaml").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("operator", "more", "again"),
+    [
+        ("arcee_fusion", {}, "byte for byte"),
+        ("arcee_fusion", {"precision": "float32"}, "byte for byte on a processor of the same kind"),
+        (
+            "arcee_fusion",
+            {"rules": [{"tensors": "mlp", "precision": "bfloat16"}]},
+            "byte for byte on a processor of the same kind",
+        ),
+        ("arcee_fusion_mergekit", {}, "byte for byte on a processor of the same kind"),
+    ],
+)
+def test_recipe_and_card_promise_what_the_operator_can_hold(
+    experts: dict[str, Path], tmp_path: Path, operator: str, more: dict[str, object], again: str
+) -> None:
+    folder = merge(recipe(experts, tmp_path / "merged", operator, **more))
+    assert f"# Makes this model again, {again}: python merge.py" in (folder / "recipe.yaml").read_text()
+    assert f"makes the model again, {again};" in (folder / "README.md").read_text()
 
 
 def test_parents_that_changed_are_refused(experts: dict[str, Path], tiny_student: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from merging import NESTED, load, perturbed, recipe
 from branchmerge.errors import UserError
 from branchmerge.merge import merge
 from branchmerge.merge.operators import make_operator
-from branchmerge.merge.rules import layer_of, parse_rules
+from branchmerge.merge.rules import GROUPS, layer_of, parse_rules
 
 PAIR = ["math", "code"]
 
@@ -54,6 +54,36 @@ def test_a_rule_holds_where_both_name_and_layer_fit() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tensor", "groups"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", {"attention"}),
+        ("model.layers.0.post_attention_layernorm.weight", {"norms"}),  # Llama, Qwen, Mistral
+        ("model.layers.0.self_attn.q_norm.weight", {"attention", "norms"}),  # Qwen3
+        ("model.layers.0.mlp.up_proj.weight", {"mlp"}),
+        ("model.layers.0.post_mlp_layernorm.weight", {"norms"}),  # GLM-4
+        ("model.layers.0.block_sparse_moe.experts.3.w1.weight", {"mlp"}),  # Mixtral
+        ("model.layers.0.feed_forward.w1.weight", {"mlp"}),
+        ("gpt_neox.layers.0.attention.query_key_value.weight", {"attention"}),
+        ("transformer.h.0.self_attention.dense.weight", {"attention"}),
+        ("h.0.attn.c_attn.weight", {"attention"}),  # GPT-2
+        ("h.0.ln_1.weight", {"norms"}),
+        ("wte.weight", {"embeddings"}),
+        ("model.embed_tokens.weight", {"embeddings"}),
+    ],
+)
+def test_groups_hold_for_what_they_are_named_after(tensor: str, groups: set[str]) -> None:
+    assert {group for group in GROUPS if parse_rules([{"tensors": group, "lam": 1}])[0].holds_for(tensor)} == groups
+
+
+@pytest.mark.parametrize(
+    ("tensor", "layer"),
+    [("model.layers.12.mlp.up_proj.weight", 12), ("h.0.attn.c_attn.weight", 0), ("model.norm.weight", None)],
+)
+def test_layers_are_told_by_the_name(tensor: str, layer: int | None) -> None:
+    assert layer_of(tensor) == layer
+
+
+@pytest.mark.parametrize(
     ("rule", "said"),
     [
         ({"tensors": "mlp"}, "changes nothing"),
@@ -86,3 +116,39 @@ def test_weights_of_rules_must_fit_the_tree(experts: dict[str, Path], tmp_path: 
             ["math", "code", "science"],
             rules=[{"tensors": "mlp", "weights": [1, 2]}],
         )
+
+
+@pytest.mark.parametrize("rule", [{"tensors": "mpl", "lam": 0.5}, {"tensors": "mlp", "layers": [2, 9], "lam": 0.5}])
+def test_a_rule_that_holds_for_no_tensor_is_refused(
+    experts: dict[str, Path], tmp_path: Path, rule: dict[str, object]
+) -> None:
+    with pytest.raises(UserError, match=r"holds for no tensor; names are such as model\."):
+        merge(recipe(experts, tmp_path / "out" / "merged", rules=[rule]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rules_that_cannot_hold_together_are_told_before_the_merge(
+    experts: dict[str, Path], tiny_student: Path, tmp_path: Path
+) -> None:
+    rules = [{"tensors": "*up_proj*", "density": 0.89}, {"layers": 1, "epsilon": 0.12}]
+    folders = {leaf: experts[leaf] for leaf in PAIR}
+    apart = [{**rules[0], "layers": 0}, rules[1]]
+    merge(recipe(folders, tmp_path / "apart", "della", PAIR, base=tiny_student, rules=apart))
+    together = recipe(folders, tmp_path / "out" / "merged", "della", PAIR, base=tiny_student, rules=rules)
+    with pytest.raises(UserError, match=r"rules: those for model.layers.1.mlp.up_proj.weight cannot hold together"):
+        merge(together)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rule_that_needs_the_backbone_is_refused_without(
+    experts: dict[str, Path], tiny_student: Path, tmp_path: Path
+) -> None:
+    rules = [{"tensors": "mlp", "from_base": True}]
+    folders = {leaf: experts[leaf] for leaf in PAIR}
+    with pytest.raises(UserError, match="needs the backbone"):
+        recipe(folders, tmp_path / "m", "nuslerp", PAIR, rules=rules)
+    merged = load(merge(recipe(folders, tmp_path / "m", "nuslerp", PAIR, base=tiny_student, rules=rules)))
+    base, left, right = (load(folder) for folder in (tiny_student, *folders.values()))
+    for name, tensor in merged.items():
+        operator = make_operator("nuslerp", {"from_base": "mlp" in name})
+        torch.testing.assert_close(tensor, operator([left[name], right[name]], base[name]).float(), msg=name)

@@ -1,9 +1,9 @@
 """A sweep is merged in one pass over the experts, and every member comes out as if it were alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from merging import FLAT, NESTED, file_bytes, load, perturbed, recipe
 from safetensors.torch import save_file
 
@@ -76,15 +76,91 @@ def test_two_members_cannot_write_one_folder(experts: dict[str, Path], tmp_path:
         merge_all([recipe(experts, tmp_path / "a", lam=0.5), recipe(experts, tmp_path / "a", lam=1.0)])
 
 
-def test_one_broken_member_leaves_nothing_half_written(experts: dict[str, Path], tmp_path: Path) -> None:
-    far = perturbed(experts["math"], tmp_path / "far", 9)
-    broken = {name: torch.full_like(tensor, 1e38) for name, tensor in load(far).items()}
-    save_file(broken, far / "model.safetensors")
-    folders = {"math": experts["math"], "far": far}
-    members = [
-        recipe(folders, tmp_path / "out" / "fine", "linear", ["math", "far"]),
-        recipe(folders, tmp_path / "out" / "overflow", "linear", ["math", "far"], weights=[-9, 10]),
-    ]
-    with pytest.raises(UserError, match=r"overflow: the merged .* holds NaN or infinity"):
+def test_one_folder_spelled_twice_is_one(experts: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for spelled in (tmp_path / "link" / "a", tmp_path / "b" / ".." / "a"):
+        with pytest.raises(UserError, match="two members of this sweep would write it"):
+            merge_all([recipe(experts, tmp_path / "a", lam=0.5), recipe(experts, spelled, lam=1.0)])
+
+
+def made(folder: Path) -> list[str]:
+    """What lies in the folder of a sweep, but for locks."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+def far_from(expert: Path, folder: Path) -> Path:
+    """A model whose first tensor has numbers so large that ten times as much is infinity."""
+    far = perturbed(expert, folder, 9)
+    weights = load(far)
+    weights["model.embed_tokens.weight"].fill_(1e38)
+    save_file(weights, far / "model.safetensors")
+    return far
+
+
+def test_a_member_that_overflows_is_left_out_alone(experts: dict[str, Path], tmp_path: Path) -> None:
+    folders = {"math": experts["math"], "far": far_from(experts["math"], tmp_path / "far")}
+
+    def mean(out: Path, *weights: int):  # type: ignore[no-untyped-def]
+        return recipe(folders, out, "linear", ["math", "far"], weights=list(weights))
+
+    out = tmp_path / "out"
+    members = [mean(out / "fine", 1, 1), mean(out / "overflow", -9, 10), mean(out / "also_fine", 3, 1)]
+    with pytest.raises(
+        UserError, match=r"1 of 3 members .* overflow: .*/overflow: the merged .* holds NaN or infinity"
+    ):
         merge_all(members)
-    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.endswith(".lock")] == []
+    assert made(out) == ["also_fine", "fine"]
+    assert file_bytes(out / "fine") == file_bytes(merge(mean(tmp_path / "alone", 1, 1)))
+
+
+def test_a_sweep_of_which_all_members_overflow_leaves_nothing(experts: dict[str, Path], tmp_path: Path) -> None:
+    folders = {"math": experts["math"], "far": far_from(experts["math"], tmp_path / "far")}
+    out = tmp_path / "out"
+    members = [recipe(folders, out / str(w), "linear", ["math", "far"], weights=[1 - w, w]) for w in (10, 20)]
+    with pytest.raises(UserError, match=r"2 of 2 members .* 10: .*; 20: "):
+        merge_all(members)
+    assert made(out) == []
+
+
+def pair(folders: dict[str, Path], right: str, out: Path, operator: str = "linear"):  # type: ignore[no-untyped-def]
+    """A recipe that knows of its own two models alone, as merge.py's do, so that each `right` is a group."""
+    return recipe({leaf: folders[leaf] for leaf in ("code", right)}, out, operator, ["code", right])
+
+
+def test_a_broken_parent_costs_only_its_own_members(experts: dict[str, Path], tmp_path: Path) -> None:
+    broken = perturbed(experts["science"], tmp_path / "broken", 9)
+    weights = load(broken)
+    next(iter(weights.values())).view(-1)[3] = float("nan")
+    save_file(weights, broken / "model.safetensors")
+    folders = {**experts, "science": broken}
+    out = tmp_path / "out"
+    members = [
+        pair(folders, right, out / f"{operator}-{right}", operator)
+        for operator in ("linear", "slerp")
+        for right in ("science", "math")
+    ]
+    with pytest.raises(UserError, match=r"2 of 4 members .* linear-science, slerp-science: .* holds NaN"):
+        merge_all(members)
+    assert made(out) == ["linear-math", "slerp-math"]
+
+
+def test_models_that_do_not_fit_are_told_before_the_first_group_is_merged(
+    experts: dict[str, Path], student_factory: Callable[..., Path], tmp_path: Path
+) -> None:
+    wide = student_factory(tmp_path / "wide", hidden_size=64)
+    folders = {**experts, "wide": wide}
+    members = [pair(folders, right, tmp_path / "out" / right) for right in ("math", "wide")]
+    with pytest.raises(UserError, match="wide"):
+        merge_all(members)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_is_taken_is_told_before_the_first_group_is_merged(
+    experts: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "science").mkdir(parents=True)
+    (tmp_path / "out" / "science" / "mine.txt").write_text("mine")
+    members = [pair(experts, right, tmp_path / "out" / right) for right in ("math", "science")]
+    with pytest.raises(UserError, match="is no result of branchmerge"):
+        merge_all(members)
+    assert made(tmp_path / "out") == ["science"]

@@ -22,8 +22,8 @@ Merge tree ([left, right], nested): `{tree}`
 {parents}
 
 {anatomy}
-`recipe.yaml` beside this file makes the model again, byte for byte; `manifest.json` says what else was so, and
-`tensors.json` what happened to each tensor.
+`recipe.yaml` beside this file makes the model again, {again};
+`manifest.json` says what else was so, and `tensors.json` what happened to each tensor.
 """
 
 
@@ -36,5 +36,6 @@ def write(recipe: Recipe, manifest: Manifest, out: Path, told: Told) -> None:
     text = CARD.format(
         name=recipe.name, version=__version__, operator=recipe.operator_name, parameters=parameters,
         tree=recipe.tree.nested(), parents=parents, anatomy=told.markdown,
+        again=recipe.again,
     )  # fmt: skip
     (out / "README.md").write_text(text)

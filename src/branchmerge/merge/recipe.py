@@ -1,7 +1,7 @@
 """A recipe says everything about a merge: operator, parameters, tree, the folders of the leaves, where it goes."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from branchmerge.merge.vocabulary import WAYS
 from branchmerge.student import backbone
 from branchmerge.study import Study, place, read_manifest
 
+FOLLOWS = {"arcee_fusion_null": "arcee_fusion"}
+"""Controls have the study's parameters of the operator that they are controls of."""
 NOTHING = np.empty(0)
 """What a dry run merges."""
 
@@ -59,28 +61,78 @@ class Recipe:
         lost = [leaf for leaf in self.tree.leaves if leaf not in self.folders]
         if lost:
             raise UserError(f"tree={self.tree.nested()}: no folder is given for {lost[0]}; add it to folders")
+        self._check_folders()
         if not self.operator.n_way:
             _check_binary(self.tree, self.operator_name)
-        # A dry run on empty tensors finds parameters that do not fit the tree, such as two weights for three models.
-        for operator in (self.operator, *(self._with([rule]) for rule in self.rules)):
-            try:
-                TensorFold("dry run", lambda _: NOTHING, NOTHING).merge(self.tree, operator)
-            except ValueError as error:
-                raise UserError(f"tree={self.tree.nested()}: {self.operator_name} cannot merge it: {error}") from error
+        for operator in _operators(self.operator_name, self.operator, self.rules):
+            self._dry_run(operator)
+
+    def _check_folders(self) -> None:
+        """Refuse a model that has two names in the tree, and a place where the result would replace its own models."""
+        leaves: dict[Path, str] = {}
+        for leaf in self.tree.leaves:
+            first = leaves.setdefault(self.folders[leaf].resolve(), leaf)
+            if first != leaf:
+                raise UserError(
+                    f"tree={self.tree.nested()}: {first} and {leaf} are one folder; each model may be merged once"
+                )
+        out = self.out.resolve()
+        for folder in (*leaves, *(known.resolve() for known in (self.base, self.origin) if known is not None)):
+            if folder.is_relative_to(out):
+                raise UserError(f"{self.out}: would replace {folder}, which it is made from; give another out=")
+
+    def check_rules(self, tensors: Sequence[str]) -> None:
+        """Refuse rules that hold for none of the tensors to be merged, and those that one cannot have together."""
+        for rule in self.rules:
+            if not any(rule.holds_for(tensor) for tensor in tensors):
+                raise UserError(
+                    f"rules: {rule.entry()} holds for no tensor; names are such as {', '.join(tensors[-2:])}"
+                )
+        seen: list[tuple[Rule, ...]] = []
+        for tensor in tensors:
+            rules = self._rules_for(tensor)
+            if len(rules) > 1 and rules not in seen:
+                seen.append(rules)
+                try:
+                    self._dry_run(self.operator_for(tensor))
+                except UserError as error:
+                    raise UserError(f"rules: those for {tensor} cannot hold together: {error}") from error
+
+    def _dry_run(self, operator: Operator) -> None:
+        """Merge empty tensors: finds parameters that do not fit the tree, such as two weights for three models."""
+        base = None if self.base is None else NOTHING
+        try:
+            TensorFold("dry run", lambda _: NOTHING, base).merge(self.tree, operator)
+        except ValueError as error:
+            raise UserError(f"tree={self.tree.nested()}: {self.operator_name} cannot merge it: {error}") from error
 
     def operator_for(self, tensor: str) -> Operator:
         """The operator with the parameters that the rules give it for this tensor."""
-        return self._with([rule for rule in self.rules if rule.holds_for(tensor)])
+        return _ruled(self.operator_name, self.operator, self._rules_for(tensor))
 
-    def _with(self, rules: Sequence[Rule]) -> Operator:
-        changed = {key: value for rule in rules for key, value in rule.parameters.items()}
-        if not changed:
-            return self.operator
-        return make_operator(self.operator_name, {**parameters_of(self.operator), **changed})
+    def _rules_for(self, tensor: str) -> tuple[Rule, ...]:
+        return tuple(rule for rule in self.rules if rule.holds_for(tensor))
+
+    @property
+    def again(self) -> str:
+        """How exactly recipe.yaml makes the model again."""
+        portable = all(one.is_portable() for one in _operators(self.operator_name, self.operator, self.rules))
+        return "byte for byte" if portable else "byte for byte on a processor of the same kind"
 
     @property
     def name(self) -> str:
         return self.out.name
+
+
+def _ruled(operator_name: str, operator: Operator, rules: Sequence[Rule]) -> Operator:
+    """An operator with the parameters of some rules, the last of which counts."""
+    changed = {key: value for rule in rules for key, value in rule.parameters.items()}
+    return make_operator(operator_name, {**parameters_of(operator), **changed}) if changed else operator
+
+
+def _operators(operator_name: str, operator: Operator, rules: Sequence[Rule]) -> list[Operator]:
+    """An operator as it is, and as each rule alone makes it."""
+    return [operator, *(_ruled(operator_name, operator, [rule]) for rule in rules)]
 
 
 def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
@@ -88,7 +140,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     parameters = dict(config.operator)
     operator_name = str(parameters.pop("name"))
     operator = make_operator(operator_name, parameters)
-    usual = make_operator(operator_name, config.study.operators.get(operator_name, {}))
+    usual = _usual(operator_name, config.study.operators)
     rules = parse_rules(config.rules)
     study = Study(config)
     default = parse(config.study.tree)
@@ -100,7 +152,8 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
         out = place(config.out)
     else:
         out = study.merged(_name(operator_name, operator, usual, tree, default, rules, config.vocab))
-    base = backbone.locate(config) if operator.needs_base() else None
+    needs_base = any(one.needs_base() for one in _operators(operator_name, operator, rules))
+    base = backbone.locate(config) if needs_base else None
     ours = all(folder.parent == study.expert("*").parent for folder in folders.values())
     origin = backbone.find(config) if config.anatomy and base is None and (ours or config.backbone.path) else None
     shard = int(config.max_shard_gb * 1e9)
@@ -122,6 +175,12 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
         origin=origin,
         vocab=config.vocab,
     )
+
+
+def _usual(operator_name: str, of_study: Mapping[str, Mapping[str, Any]]) -> Operator:
+    """The operator as the study uses it, which conf/operator lays below the command line; results are named by it."""
+    followed = of_study.get(FOLLOWS.get(operator_name, ""), {})
+    return make_operator(operator_name, {**followed, **of_study.get(operator_name, {})})
 
 
 def _folder(study: Study, leaf: str) -> Path:

@@ -1,4 +1,4 @@
-"""recipe.yaml: all that is needed to make a merged model again, byte for byte.
+"""recipe.yaml: all that is needed to make a merged model again, as exactly as its operator can.
 
 python merge.py recipe=outputs/demo/merged/ties/recipe.yaml out=/again
 """
@@ -16,7 +16,7 @@ from branchmerge.merge.tree import parse
 from branchmerge.study import Manifest, write_text
 
 NAME = "recipe.yaml"
-HEAD = """# Makes this model again, byte for byte: python merge.py recipe={name} out=/a/new/folder
+HEAD = """# Makes this model again, {again}: python merge.py recipe={name} out=/a/new/folder
 # The paths may be edited where the models lie elsewhere; their weights are compared with the SHA-256.
 """
 
@@ -39,7 +39,7 @@ def write(recipe: Recipe, manifest: Manifest, folder: Path) -> None:
         **({"vocab": recipe.vocab} if recipe.vocab != "same" else {}),
     }
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
-    write_text(folder / NAME, HEAD.format(name=NAME) + text)
+    write_text(folder / NAME, HEAD.format(name=NAME, again=recipe.again) + text)
 
 
 def load(path: Path, out: Path, *, overwrite: bool = False, progress: bool = True) -> Recipe:

@@ -17,11 +17,11 @@ from branchmerge.errors import UserError
 
 GROUPS = {
     "embeddings": ("*embed*", "*lm_head*", "*wte*"),
-    "attention": ("*attn*", "*attention*"),
-    "mlp": ("*mlp*", "*feed_forward*"),
+    "attention": ("*attn.*", "*attention.*"),  # what lies in such a module, not a norm named after it
+    "mlp": ("*mlp.*", "*feed_forward.*", "*block_sparse_moe.*"),
     "norms": ("*norm*", "*ln_*"),
 }
-LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -62,21 +62,90 @@ def merge(recipe: Recipe) -> Path:
 
 
 def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
-    """Make the merged checkpoints of several recipes; those over the same parents share one pass over them."""
+    """Make the merged checkpoints of several recipes; those over the same parents share one pass over them.
+
+    Raises:
+        UserError: before the first begins, where models do not fit together or a place is taken; after the last, where
+            some could not be made, such as those of a parent with NaN. It names them, and the others are made.
+    """
     keep_freed_memory()
     outs = [recipe.out for recipe in recipes]
-    for out in outs:
-        if outs.count(out) > 1:
-            raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
+    _check_apart(outs)
     groups: dict[object, list[Recipe]] = {}
     for recipe in recipes:
         # Padding takes a row from the first leaf that has it, so there the leaves' order counts.
         order = tuple(recipe.tree.leaves) if recipe.vocab != "same" else ()
         places = frozenset(recipe.folders.items()), recipe.base, recipe.origin
         groups.setdefault((*places, recipe.device, recipe.vocab, order), []).append(recipe)
-    for group in groups.values():
-        _merge_group(group)
+    lost: dict[Path, UserError] = {}
+    with ExitStack() as stack:
+        opened = _opened(list(groups.values()), stack)
+        for recipe in sorted(recipes, key=lambda recipe: recipe.out.resolve()):
+            stack.enter_context(locked(recipe.out))
+            _check_place(recipe)
+        for group in opened:
+            lost |= _merge_group(group)
+    if lost:
+        _tell(lost, len(recipes))
     return outs
+
+
+def _check_apart(outs: Sequence[Path]) -> None:
+    """Refuse two results in one folder, however it is spelled: the second would wait for the first for ever."""
+    places = [out.resolve() for out in outs]
+    for out, place in zip(outs, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
+
+
+def _tell(lost: dict[Path, UserError], members: int) -> NoReturn:
+    """Raise one mistake that names every member that was not made, and why."""
+    if members == 1:
+        raise next(iter(lost.values()))
+    names: dict[str, list[str]] = {}
+    for out, error in lost.items():
+        names.setdefault(str(error), []).append(out.name)
+    said = "; ".join(f"{', '.join(these)}: {error}" for error, these in names.items())
+    raise UserError(f"{len(lost)} of {members} members of this sweep were not made: {said}")
+
+
+@dataclass
+class _Group:
+    """Recipes over the same parents."""
+
+    recipes: Sequence[Recipe]
+    folders: dict[str, Path]
+    common: compatibility.Common
+    seen: dict[Path, tuple[Any, ...]]
+    """The parents' files as they were when they were opened"""
+
+    def check_unchanged(self) -> None:
+        """Refuse parents that were replaced: what was opened is read on, whatever has its name now."""
+        for folder, state in self.seen.items():
+            if fingerprints.state(folder) != state:
+                raise UserError(f"{folder}: was changed while it was merged; run the same command again")
+
+
+def _opened(groups: Sequence[Sequence[Recipe]], stack: ExitStack) -> list[_Group]:
+    """Open the parents of all groups, each once, and refuse those that do not fit together."""
+    readers: dict[Path, Reader] = {}
+    seen: dict[Path, tuple[Any, ...]] = {}
+    opened = []
+    for recipes in groups:
+        folders = {leaf: recipe.folders[leaf] for recipe in recipes for leaf in recipe.tree.leaves}
+        if recipes[0].base is not None:
+            folders[BACKBONE] = recipes[0].base
+        for folder in folders.values():
+            if folder not in readers:
+                check_checkpoint(folder)
+                seen[folder] = fingerprints.state(folder)
+                readers[folder] = stack.enter_context(Reader(folder))
+        common = compatibility.check({leaf: readers[folder] for leaf, folder in folders.items()}, recipes[0].vocab)
+        tensors = [name for name, info in _infos(common.models[next(iter(folders))]).items() if is_floating(info.dtype)]
+        for recipe in recipes:
+            recipe.check_rules(tensors)
+        opened.append(_Group(recipes, folders, common, {folder: seen[folder] for folder in folders.values()}))
+    return opened
 
 
 @dataclass
@@ -100,50 +169,64 @@ class _Result:
     planned: Manifest
     folder: Path
     writer: Writer
+    closing: Sequence[ExitStack]
+    """What ends the writing, then the folder"""
     table: list[dict[str, Any]] = field(default_factory=list)
     differing: int = 0
     anatomy: Anatomy | None = None
     said: list[str] = field(default_factory=list)
+    lost: UserError | None = None
+    """Why it cannot be made, while others beside it can"""
 
-    def take(self, name: str, merged: _Merged) -> None:
+    def take(self, name: str, merged: _Merged | UserError) -> None:
         """Hand the next tensor to the writer, and keep what is told of it."""
+        if self.lost is not None:  # when later tensors were underway
+            return
+        if isinstance(merged, UserError):
+            self._give_up(merged)
+            return
         self.writer.write(name, merged.tensor)
         self.differing += merged.changed
         if merged.entry is not None:
             told = self.anatomy.add(name, merged.counts) if self.anatomy and merged.counts else {}
             self.table.append(merged.entry | told)
 
+    def _give_up(self, error: UserError) -> None:
+        """Remove what was written, at once, as those beside it need the room."""
+        self.lost = error
+        for stack in self.closing:
+            stack.__exit__(type(error), error, None)
 
-def _merge_group(recipes: Sequence[Recipe]) -> None:
-    folders = {leaf: recipe.folders[leaf] for recipe in recipes for leaf in recipe.tree.leaves}
-    if recipes[0].base is not None:
-        folders[BACKBONE] = recipes[0].base
-    for folder in folders.values():
-        check_checkpoint(folder)
-    seen = {folder: fingerprints.state(folder) for folder in folders.values()}
-    with ExitStack() as stack:
-        readers = {leaf: stack.enter_context(Reader(folder)) for leaf, folder in folders.items()}
-        common = compatibility.check(readers, recipes[0].vocab)
-        for recipe in sorted(recipes, key=lambda recipe: recipe.out):
-            stack.enter_context(locked(recipe.out))
-            _check_place(recipe)
-        for folder in folders.values():
-            fingerprints.begin(folder)
-        work = []
-        for recipe in recipes:
-            check_expected(recipe)
-            planned = _plan_manifest(recipe)
-            if (recipe.out / MANIFEST).exists():
-                planned.parents = parents_of(recipe)
-            if is_done(recipe.out, planned, recipe.overwrite):
-                print(f"{recipe.out}: done already", flush=True)
-            else:
-                work.append((recipe, planned))
-        if work:
-            known = common.models.get(BACKBONE)
-            if known is None and any(recipe.anatomy for recipe, _ in work):
-                known = stack.enter_context(anatomy.opened(recipes[0].origin, common.models[recipes[0].tree.leaves[0]]))
-            _make(work, common, known, seen)
+
+def _merge_group(group: _Group) -> dict[Path, UserError]:
+    """Make the results of a group; returns why some could not be made."""
+    for folder in group.folders.values():
+        fingerprints.begin(folder)
+    lost: dict[Path, UserError] = {}
+    work = []
+    for recipe in group.recipes:
+        try:
+            planned = _left_to_do(recipe)
+        except UserError as error:
+            lost[recipe.out] = error
+            continue
+        if planned is None:
+            print(f"{recipe.out}: done already", flush=True)
+        else:
+            work.append((recipe, planned))
+    try:
+        return lost | _make(work, group) if work else lost
+    except UserError as error:
+        return lost | {recipe.out: error for recipe, _ in work}
+
+
+def _left_to_do(recipe: Recipe) -> Manifest | None:
+    """The manifest that a result will have; None where it is done."""
+    check_expected(recipe)
+    planned = _plan_manifest(recipe)
+    if (recipe.out / MANIFEST).exists():
+        planned.parents = parents_of(recipe)
+    return None if is_done(recipe.out, planned, recipe.overwrite) else planned
 
 
 def _check_place(recipe: Recipe) -> None:
@@ -153,44 +236,37 @@ def _check_place(recipe: Recipe) -> None:
     is_done(recipe.out, planned, recipe.overwrite)
 
 
-def _make(
-    work: Sequence[tuple[Recipe, Manifest]],
-    common: compatibility.Common,
-    known: Source | None,
-    seen: Mapping[Path, tuple[Any, ...]],
-) -> None:
-    """Make all results of a group in one pass, then publish them.
-
-    The anatomy gets the backbone `known` also where the operators get none.
-
-    Args:
-        seen: the parents' files as they were when they were opened
-    """
+def _make(work: Sequence[tuple[Recipe, Manifest]], group: _Group) -> dict[Path, UserError]:
+    """Make all results of a group in one pass, then publish them; returns why some were given up."""
     began = time.perf_counter()
-    readers = dict(common.models)
+    readers = dict(group.common.models)
     origin = readers.pop(BACKBONE, None)
     with ExitStack() as publishing:
+        known = origin
+        if known is None and any(recipe.anatomy for recipe, _ in work):
+            known = publishing.enter_context(anatomy.opened(work[0][0].origin, readers[work[0][0].tree.leaves[0]]))
         results = []
         with ExitStack() as writing:
             for recipe, planned in work:
-                folder = publishing.enter_context(publish(recipe.out, planned))
+                closing = [stack.enter_context(ExitStack()) for stack in (writing, publishing)]
+                folder = closing[1].enter_context(publish(recipe.out, planned))
                 infos = _infos(readers[recipe.tree.leaves[0]])
                 _check_room(recipe, folder, infos, len(work))
-                writer = writing.enter_context(Writer(folder, infos, recipe.max_shard_bytes))
-                results.append(_Result(recipe, planned, folder, writer))
+                writer = closing[0].enter_context(Writer(folder, infos, recipe.max_shard_bytes))
+                results.append(_Result(recipe, planned, folder, writer, closing))
                 if recipe.anatomy:
                     results[-1].anatomy = Anatomy(recipe.tree.leaves, known)
             _pass(results, readers, origin)
-        for folder, state in seen.items():
-            if fingerprints.state(folder) != state:  # what was opened went on to be read, whatever has its name now
-                raise UserError(f"{folder}: was changed while it was merged; run the same command again")
-        for result in results:
+        group.check_unchanged()
+        whole = [result for result in results if result.lost is None]
+        for result in whole:
             result.planned.parents = parents_of(result.recipe)
-            _finish(result, common, time.perf_counter() - began)
-    for result in results:
+            _finish(result, group.common, time.perf_counter() - began)
+    for result in whole:
         recipe = result.recipe
         said = f"{recipe.operator_name} {parameters_of(recipe.operator)}"
         print(f"{recipe.out}: merged {recipe.tree.nested()} by {said}", *result.said, sep="\n  ", flush=True)
+    return {result.recipe.out: result.lost for result in results if result.lost is not None}
 
 
 def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source | None) -> None:
@@ -203,7 +279,7 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
     title = f"merge {results[0].recipe.name}" if len(results) == 1 else f"merge {len(results)} recipes"
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=not results[0].recipe.progress)
     with bar:
-        underway: deque[tuple[str, Callable[[], Iterable[_Merged]]]] = deque()
+        underway: deque[tuple[str, Callable[[], Iterable[_Merged | UserError]]]] = deque()
         ahead = 0
 
         def hand_over(left: int) -> None:
@@ -220,6 +296,8 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
                 bar.update(infos[name].nbytes * (len(sources) + len(results)))
 
         for name, following in zip(names, [*names[1:], None], strict=True):
+            if all(result.lost for result in results):
+                return
             if following is not None:
                 for source in sources:
                     source.prefetch(following)
@@ -234,13 +312,13 @@ def _pass(results: Sequence[_Result], readers: dict[str, Source], origin: Source
         hand_over(0)
 
 
-def _listed(made: Callable[[], Iterable[_Merged]]) -> list[_Merged]:
+def _listed(made: Callable[[], Iterable[_Merged | UserError]]) -> list[_Merged | UserError]:
     return list(made())
 
 
 def _merge_tensor(
     name: str, results: Sequence[_Result], readers: dict[str, Source], origin: Source | None
-) -> Iterator[_Merged]:
+) -> Iterator[_Merged | UserError]:
     """Of each recipe, one after the other."""
     info = results[0].writer.tensors[name]
     if not is_floating(info.dtype):
@@ -266,7 +344,10 @@ def _merge_tensor(
         yield _merge_for(result, fold, readers)
 
 
-def _merge_for(result: _Result, fold: TensorFold, readers: dict[str, Source]) -> _Merged:
+def _merge_for(result: _Result, fold: TensorFold, readers: dict[str, Source]) -> _Merged | UserError:
+    """A tensor of one result; the mistake where this result alone cannot have it."""
+    if result.lost is not None:
+        return result.lost
     recipe, info, facts = result.recipe, result.writer.tensors[fold.name], Facts()
     made = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts)
     merged = converted(as_array(made), info.dtype)
@@ -275,7 +356,7 @@ def _merge_for(result: _Result, fold: TensorFold, readers: dict[str, Source]) ->
     change = _change(recipe, merged, left, facts)
     # The norm tells of NaN and infinity; large finite differences overflow it, too, so look again.
     if not math.isfinite(change["update_norm"]) and has_special(merged):
-        raise UserError(
+        return UserError(
             f"{recipe.out}: the merged {fold.name} as {info.dtype} holds NaN or infinity; choose milder parameters"
         )
     counts = result.anatomy.compare(fold.name, merged, leaves) if result.anatomy is not None else None

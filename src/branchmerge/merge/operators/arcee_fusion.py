@@ -92,6 +92,9 @@ class ArceeFusion(Operator):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, it is {getattr(self, name)!r}")
 
+    def is_portable(self) -> bool:
+        return self.precision in ("exact", "float64")
+
     def measure(self, models: Sequence[Weights], base: Weights | None = None) -> Measured:
         left, right = as_rows(models)
         if not len(left):

@@ -49,6 +49,9 @@ class ArceeFusionMergekit(Operator):
         object.__setattr__(self, "lam", float(self.lam))
         whole("seed", self.seed, 0)
 
+    def is_portable(self) -> bool:
+        return False  # its KL is the rounding of a processor's own instructions
+
     def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """S in the models' dtype, [R, C], and its quartiles."""
         left, right = as_rows(models)

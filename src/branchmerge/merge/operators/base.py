@@ -38,6 +38,10 @@ class Operator(ABC):
         """Whether it needs the backbone that the models were fine-tuned from; a parameter may decide that."""
         return False
 
+    def is_portable(self) -> bool:
+        """Whether it gives the same bytes on every CPU; a parameter may decide that."""
+        return True
+
     def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> Any:
         """What `apply` must know of the whole tensors."""
         return None
