@@ -1,6 +1,7 @@
 """Arcee Fusion against references computed in higher precision, and its limits."""
 
 import math
+from fractions import Fraction
 
 import mpmath
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchmerge.merge import selection_kernels as kernels
+from branchmerge.merge.operators import arcee_fusion
 from branchmerge.merge.operators.arcee_fusion import ArceeFusion
 from branchmerge.merge.threads import workers
 
@@ -99,6 +101,22 @@ def test_row_kl_of_huge_weights_does_not_overflow(precision: str) -> None:
     assert kl_of(precision, torch.tensor([[0.0, 2000.0]]), torch.tensor([[2000.0, 0.0]])) == pytest.approx([2000.0])
 
 
+@BOTH
+@pytest.mark.parametrize("kl", ["row", "tensor"])
+@pytest.mark.parametrize("columns", [3, 1500])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_number_that_is_none_in_both_models_shows(
+    precision: str, kl: str, columns: int, value: float, differs: bool
+) -> None:
+    """Also where the rows are equal otherwise: infinity is in both, so nothing else tells of it."""
+    left = torch.randn(4, columns)
+    left[2, 1] = value
+    right = left + 0.01 if differs else left.clone()
+    operator = ArceeFusion(kl=kl, precision=precision)
+    assert not operator.shows_finite(operator.measure([left, right]))
+
+
 def test_the_other_direction_exchanges_the_two() -> None:
     left, right = torch.randn(4, 30), torch.randn(4, 30)
     there = ArceeFusion(direction="left_right").measure([left, right])
@@ -122,6 +140,8 @@ def reference(left: torch.Tensor, right: torch.Tensor, operator: ArceeFusion) ->
     """Merged tensor and quartiles by the definition, from the operator's own KL and a sort of all S."""
     d = left.double() - right.double()
     kl = torch.tensor(operator.measure([left, right]).kl).reshape(-1, 1)
+    if len(kl) == 1:  # one factor for all: left out
+        kl = kl.sign()
     S = kl * (d if operator.delta == "signed" else d.abs())
     if operator.precision == "exact":  # rounded to float32, of a larger exponent
         S = ((kl * 2.0**96).float() * (d if operator.delta == "signed" else d.abs()).float()).double() / 2.0**96
@@ -150,6 +170,82 @@ def test_the_threshold_is_exact_and_the_gate_follows_it(
         assert torch.equal(operator([left, right]), merged)
 
 
+def taken_in_rational_arithmetic(
+    left: torch.Tensor, right: torch.Tensor, lam: float, signed: bool, strict: bool
+) -> torch.Tensor:
+    """The mask where one KL, above zero, covers the whole tensor: it is divided out, the rest is in fractions."""
+    d = left.double() - right.double()
+    d = d if signed else d.abs()
+    ordered = d.flatten().sort().values
+    q1, median, q3 = (Fraction(float(ordered[math.floor(q * (d.numel() - 1))])) for q in (0.25, 0.5, 0.75))
+    T = median + Fraction(lam) * (q3 - q1)
+    values, places = d.unique(return_inverse=True)
+    passes = [Fraction(value) > T or (Fraction(value) == T and not strict) for value in values.tolist()]
+    return torch.tensor(passes)[places]
+
+
+def bfloat16_experts(seed: int, shape: tuple[int, ...], mean: float, delta: float) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    base = mean + 0.02 * torch.randn(shape, generator=generator)
+    return [(base + delta * torch.randn(shape, generator=generator)).bfloat16() for _ in range(2)]
+
+
+@BOTH
+@pytest.mark.parametrize("lam", [0.5, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize(
+    ("shape", "mean", "delta", "parameters"),
+    [
+        ((4096,), 1.0, 3e-3, {}),  # a norm
+        ((1, 40_000), 0.0, 3e-4, {"gate": "gt"}),
+        ((128, 512), 0.0, 3e-4, {"kl": "tensor", "direction": "left_right", "delta": "signed", "gate": "gt"}),
+        ((20, 512), 0.0, 3e-4, {"kl": "tensor"}),
+    ],
+)
+def test_a_kl_that_is_common_to_all_elements_decides_nothing(
+    precision: str, lam: float, shape: tuple[int, ...], mean: float, delta: float, parameters: dict[str, str]
+) -> None:
+    """Differences of bfloat16 models take few values: where T is one of them, rounding would decide for thousands."""
+    operator = ArceeFusion(lam, precision=precision, **parameters)
+    at_threshold = 0
+    for seed in range(25):
+        left, right = bfloat16_experts(seed, shape, mean, delta)
+        signed = operator.delta == "signed"
+        at_least, above = (taken_in_rational_arithmetic(left, right, lam, signed, strict) for strict in (False, True))
+        expected = above if operator.gate == "gt" else at_least
+        at_threshold += bool((at_least != above).any())
+        assert torch.equal(operator([left, right]), torch.where(expected, right, left)), seed
+    assert at_threshold
+
+
+@BOTH
+@pytest.mark.parametrize("lam", [1.5, math.inf])
+def test_facts_tell_the_scores_with_a_common_kl(precision: str, lam: float) -> None:
+    left, right = bfloat16_experts(1, (4096,), 1.0, 3e-3)
+    operator = ArceeFusion(lam, precision=precision)
+    facts = operator.facts(operator.measure([left, right]))
+    S = sorted((kl_to_100_digits(right, left) * (left.double() - right.double()).abs()).tolist())
+    q1, median, q3 = (S[math.floor(q * 4095)] for q in (0.25, 0.5, 0.75))
+    expected = {"S_q1": q1, "S_median": median, "S_q3": q3, "T": median + lam * (q3 - q1)}
+    assert {key: facts[key] for key in expected} == pytest.approx(expected, rel=1e-5, abs=0)
+    assert facts["kl_min"] == facts["kl_max"] == pytest.approx(kl_to_100_digits(right, left), rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (300, 513), (7000,)])
+def test_float16_is_fused_as_the_float32_of_the_same_values(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(7)
+    left = (0.02 * torch.randn(shape, generator=generator)).half()
+    right = (left.float() + 3e-4 * torch.randn(shape, generator=generator)).half()
+    before = left.clone(), right.clone()
+    operator = ArceeFusion(lam=0.5)
+    measured, in_float32 = operator.measure([left, right]), operator.measure([left.float(), right.float()])
+    assert measured.compiled and measured.quartiles == in_float32.quartiles
+    merged, taken, change = operator.fuse(measured, [left.numpy(), right.numpy()], spare=np.empty(shape, np.float16))
+    expected, *told = operator.fuse(in_float32, [left.float().numpy(), right.float().numpy()])
+    assert merged.dtype == np.float16 and np.array_equal(merged, expected)
+    assert [taken, change] == told and 0 < taken < left.numel()
+    assert torch.equal(left, before[0]) and torch.equal(right, before[1])
+
+
 @pytest.mark.parametrize("delta", ["absolute", "signed"])
 def test_scores_at_the_end_of_float32_are_told_apart_from_zero(delta: str) -> None:
     """Scaled scores of some 50 times the smallest float32: their leading bits are those of zero."""
@@ -165,6 +261,32 @@ def test_scores_at_the_end_of_float32_are_told_apart_from_zero(delta: str) -> No
     expected = np.sort(S, axis=None)[places].astype(np.float64) / kernels.SCALE
     assert 0 < expected[2] < 2.0**-134 / kernels.SCALE
     assert operator.measure([left, right]).quartiles == pytest.approx(expected.tolist(), rel=0, abs=0)
+
+
+@pytest.mark.parametrize("equal", [1 << 31, 3 << 31])
+def test_more_equal_elements_than_32_bits_count(equal: int) -> None:
+    """Counts as of a tensor of many gigabytes, with a few scores above its zeros."""
+    parts = [np.zeros(kernels.KEYS, np.int32) for _ in range(equal >> 30)]
+    for counts in parts:
+        counts[kernels.ZERO] = 1 << 30
+    parts[0][kernels.ZERO + 5] = 10
+    total = arcee_fusion._summed(parts)
+    assert total.sum() == equal + 10
+    located = kernels.locate(total, np.array([equal // 2, equal - 1, equal]))
+    assert located.tolist() == [[kernels.ZERO, 0, equal], [kernels.ZERO, 0, equal], [kernels.ZERO + 5, equal, 10]]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_part_of_a_tensor_is_more_than_32_bits_count(threads: int) -> None:
+    before = workers.count
+    try:
+        workers.use(threads)
+        parts = workers.share(lambda part: part, 9_000_000, 1024)
+    finally:
+        workers.use(before)
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+    assert parts[-1].stop == 9_000_000
+    assert max(part.stop - part.start for part in parts) * 1024 < 1 << 31
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads() -> None:

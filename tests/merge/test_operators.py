@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import hypothesis.strategies as st
@@ -28,7 +29,7 @@ from branchmerge.merge.operators.ties import Ties
 
 EVERY = pytest.mark.parametrize("name", sorted(OPERATORS))
 SHAPES = st.sampled_from([(), (1,), (5,), (0,), (3, 4), (2, 0), (2, 3, 4)])
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -49,9 +50,30 @@ def test_any_shape_and_size_gives_finite_numbers_and_leaves_the_inputs_alone(
     before = [tensor.clone() for tensor in (base, *models)]
     merged = OPERATORS[name]()(models, base)
     assert merged.shape == base.shape
-    assert merged.dtype == (dtype if name.startswith("arcee_fusion") else torch.float32)
+    kept = name.startswith("arcee_fusion") or dtype == torch.float64
+    assert merged.dtype == (dtype if kept else torch.float32)
     assert torch.isfinite(merged).all()
     assert all(torch.equal(x, y) for x, y in zip((base, *models), before, strict=True))
+
+
+@EVERY
+def test_float64_models_are_merged_in_float64(name: str) -> None:
+    """Digits that float32 does not hold are not lost, also where only the backbone or one model has them."""
+    model = 1 + 1e-12 * random(40, 30).double()
+    merged = OPERATORS[name]()([model] * count_for(name), model)
+    torch.testing.assert_close(merged, model, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("wide", [0, 1, 2])
+def test_one_float64_tensor_is_enough(wide: int) -> None:
+    base, left, right = (random(50, seed=seed).double().add(1e-12 if seed == wide else 0) for seed in range(3))
+    tensors = [tensor if seed == wide else tensor.float() for seed, tensor in enumerate((base, left, right))]
+    found = make_operator("task_arithmetic", {"weights": 0.5})(tensors[1:], tensors[0])
+    expected = [
+        float(Fraction(w) + (Fraction(x) - Fraction(w)) / 2 + (Fraction(y) - Fraction(w)) / 2)
+        for w, x, y in zip(*(tensor.tolist() for tensor in (base, left, right)), strict=True)
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=0, abs=1e-15)
 
 
 @pytest.mark.parametrize("numbers", [(0.27, 0.04, -0.6, 0.74), (-0.7, -0.33, -1.4, 0.59, -0.002), (1.0, -2.0, 3.0)])
@@ -238,6 +260,25 @@ def test_ties_by_hand() -> None:
     b = torch.tensor([-1.0, -3.0, 2.0, 4.0])
     # Of a stay 4 and 2, of b -3 and 4; the last coordinate is a mean of two.
     assert Ties(density=0.5)([a, b], torch.zeros(4)).tolist() == [4, -3, 0, 3]
+
+
+def test_small_weights_average_as_large_ones_do() -> None:
+    base, left, right = torch.zeros(3), torch.tensor([2.0, 0.0, 4.0]), torch.tensor([4.0, 3.0, -2.0])
+    for weights, expected in ((1e-12, [3.0, 3.0, 4.0]), ((1.0, 1e-12), [2.0, 3.0, 4.0])):
+        merged = make_operator("ties", {"density": 1.0, "weights": weights})([left, right], base)
+        assert merged.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_weights_that_cancel_to_rounding_are_not_divided_by() -> None:
+    """0.1 + 0.2 - 0.3 is 5e-17."""
+    base, models = torch.zeros(1), [torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([-1.0])]
+    merged = make_operator("ties", {"density": 1.0, "weights": (0.1, 0.2, -0.3)})(models, base)
+    assert merged.tolist() == pytest.approx([0.6])
+
+
+def test_sce_takes_what_only_a_model_of_little_energy_changed() -> None:
+    base, left, right = torch.zeros(2), torch.tensor([100.0, 0.0]), torch.tensor([0.0, 1e-3])
+    assert Sce()([left, right], base).tolist() == pytest.approx([100.0, 1e-3])
 
 
 def test_breadcrumbs_by_hand() -> None:

@@ -1,5 +1,6 @@
 """Merging checkpoints tensor by tensor equals merging them in memory, and a killed merge leaves nothing behind."""
 
+import json
 import os
 import shutil
 import signal
@@ -245,6 +246,41 @@ def test_a_broken_parent_is_named_and_nothing_is_left(experts: Folders, tmp_path
     assert left_behind(tmp_path / "results") == []
 
 
+def test_infinity_that_all_parents_hold_is_found(experts: Folders, tmp_path: Path) -> None:
+    bad = {name: broken(experts["math"], tmp_path / name, float("inf")) for name in ("left", "right")}
+    with pytest.raises(UserError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        merge(recipe(bad, tmp_path / "merged", tree=["left", "right"]))
+
+
+def in_another_dtype(folder: Path, copy: Path, dtype: torch.dtype, value: float | None = None) -> Path:
+    """A copy of a checkpoint, with another number in one place."""
+    shutil.copytree(folder, copy)
+    weights = {name: tensor.to(dtype) for name, tensor in load(folder).items()}
+    if value is not None:
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_a_number_of_right_that_lefts_dtype_does_not_hold_ends_the_merge(experts: Folders, tmp_path: Path) -> None:
+    left = in_another_dtype(experts["math"], tmp_path / "left", torch.float16)
+    right = in_another_dtype(experts["math"], tmp_path / "right", torch.float32, 70000.0)
+    with pytest.raises(UserError, match=r"up_proj\.weight as float16 holds NaN or infinity"):
+        merge(recipe({"left": left, "right": right}, tmp_path / "merged", tree=["left", "right"]))
+
+
+def test_what_rounding_to_lefts_dtype_undoes_is_no_change(experts: Folders, tmp_path: Path) -> None:
+    """Right is Left before it was rounded: whatever is taken from it becomes Left's value again."""
+    left = in_another_dtype(experts["math"], tmp_path / "left", torch.bfloat16)
+    folders = {"left": left, "right": experts["math"]}
+    out = merge(recipe(folders, tmp_path / "merged", tree=["left", "right"], lam=0.0))
+    assert_equal(load(out), load(left))
+    manifest, table = read_manifest(out), json.loads((out / "tensors.json").read_text())
+    assert manifest is not None and manifest.merge["share_differing_from_left"] == 0
+    assert {row["changed"] for row in table} == {row["update_norm"] for row in table} == {0}
+    assert max(node["changed"] for row in table for node in row["nodes"].values()) > 0.1
+
+
 def test_a_broken_backbone_is_named(tiny_student: Path, experts: Folders, tmp_path: Path) -> None:
     bad = broken(tiny_student, tmp_path / "bad", float("nan"))
     with pytest.raises(UserError, match="holds NaN"):
@@ -313,8 +349,10 @@ def test_two_runs_write_the_same_bytes(experts: Folders, tmp_path: Path) -> None
     assert differing in ([], ["manifest.json"])  # which holds times
 
 
-def test_arcee_fusion_on_a_cpu_needs_no_torch(experts: Folders, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_arcee_fusion_on_a_cpu_needs_no_torch(experts: Folders, tmp_path: Path, dtype: torch.dtype) -> None:
     """It would cost half as much time again as a small merge."""
+    experts = {name: in_another_dtype(experts[name], tmp_path / name, dtype) for name in ("code", "math")}
     code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]"
     code += "; runpy.run_path(sys.argv[0], run_name='__main__')"
     arguments = [f"tree=[{experts['code']},{experts['math']}]", f"out={tmp_path / 'merged'}", "operator.lam=1.5"]

@@ -126,9 +126,10 @@ def kl_of_row(x: Any, y: Any, buffer: Any) -> float:
 
 @compiled
 def _equal(x: Any, y: Any) -> bool:
+    """Whether two rows are the same finite numbers; infinity less itself is NaN, which the KL is to show."""
     differ = False
     for i in range(x.size):
-        differ |= number(x[i]) != number(y[i])
+        differ |= number(x[i]) - number(y[i]) != F(0)
     return not differ
 
 

@@ -66,7 +66,7 @@ def measure(right: Any, left: Any, swapped: bool, known: bool, signed: bool, kl:
 
     Args:
         swapped: KL(Left || Right) in place of KL(Right || Left)
-        known: kl is given
+        known: kl is given; else it gets NaN where a row of either holds NaN or infinity
         counts: int32 [KEYS], is added to; empty for none
     """
     buffer = np.empty((3, CHUNK), np.float32)
@@ -92,6 +92,9 @@ def _count_row(right: Any, left: Any, kl: Any, signed: bool, keys: Any, counts: 
 @compiled
 def locate(counts: Any, places: Any) -> Any:
     """Where in the order of all values the given places (ascending) fall.
+
+    Args:
+        counts: int64 [KEYS]
 
     Returns:
         key, first place of that key, and number of values with it, int64 [places, 3]

@@ -349,11 +349,11 @@ def _merge_for(result: _Result, fold: TensorFold, readers: dict[str, Source]) ->
     if result.lost is not None:
         return result.lost
     recipe, info, facts = result.recipe, result.writer.tensors[fold.name], Facts()
-    made = fold.merge(recipe.tree, recipe.operator_for(fold.name), facts)
-    merged = converted(as_array(made), info.dtype)
+    made = as_array(fold.merge(recipe.tree, recipe.operator_for(fold.name), facts))
+    merged = converted(made, info.dtype)
     leaves = [readers[leaf].read(fold.name) for leaf in recipe.tree.leaves]
     left = leaves[0]
-    change = _change(recipe, merged, left, facts)
+    change = _change(recipe, made, merged, left, facts)
     # The norm tells of NaN and infinity; large finite differences overflow it, too, so look again.
     if not math.isfinite(change["update_norm"]) and has_special(merged):
         return UserError(
@@ -366,9 +366,14 @@ def _merge_for(result: _Result, fold: TensorFold, readers: dict[str, Source]) ->
     return _Merged(merged, round(change["changed"] * left.size), entry, counts)
 
 
-def _change(recipe: Recipe, merged: Array, left: Array, facts: Facts) -> dict[str, float]:
-    """How far the result is from the tree's first leaf; the root may have told, if that is its Left."""
-    if recipe.tree.children[0].leaf and merged.dtype == left.dtype and recipe.operator.selects:
+def _change(recipe: Recipe, made: Array, merged: Array, left: Array, facts: Facts) -> dict[str, float]:
+    """How far the result is from the tree's first leaf; the root may have told, if that is its Left.
+
+    Args:
+        made: the result before it was rounded to its dtype, which the root knows nothing of
+    """
+    same_dtype = made.dtype == merged.dtype == left.dtype
+    if recipe.tree.children[0].leaf and same_dtype and recipe.operator.selects:
         root = facts[recipe.tree.name()]
         return {key: root[key] for key in ("changed", "update_norm", "left_norm")}
     return changes(merged, left).facts

@@ -5,6 +5,7 @@ side, each by one thread, so that what Python does between the loops is done sid
 """
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,8 @@ T = TypeVar("T")
 
 BLOCK = 1 << 18
 """Elements that are worth a thread of their own."""
+LARGEST = 1 << 30
+"""Elements that a part has at most, but for a row: the loops count them in 32 bits."""
 
 
 class Workers:
@@ -35,8 +38,9 @@ class Workers:
         self.count = count
 
     def share(self, work: Callable[[slice], T], rows: int, columns: int) -> list[T]:
-        """Cut the rows into one part a thread and call `work` on each; small tensors are one part."""
-        parts = min(self.count, max(1, rows * columns // BLOCK), max(rows, 1))
+        """Cut the rows into one part a thread and call `work` on each; small tensors are one part, huge ones many."""
+        parts = min(self.count, max(1, rows * columns // BLOCK))
+        parts = min(max(parts, math.ceil(rows * columns / LARGEST)), max(rows, 1))
         cuts = [rows * i // parts for i in range(parts + 1)]
         slices = [slice(a, b) for a, b in pairwise(cuts)]
         return self.each(work, slices)

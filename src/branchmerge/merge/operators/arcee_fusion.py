@@ -6,6 +6,8 @@ As in the code of TinyR1-32B-Preview's authors (mergekit 0.1), but in exact arit
     T = median(S) + lam * (Q3(S) - Q1(S))       exact order statistics, no sampling
     out = Right where S >= T, else Left
 
+Where one KL covers the whole tensor (a vector, or kl=tensor) it decides nothing, and S is reckoned without it.
+
 The KL of two fine-tunes of one backbone is about 1e-8; softmax and logarithm in float32 return mostly rounding noise
 there, so it is computed in a form without cancellation. On a CPU the loops of selection_kernels.py do the work,
 elementwise in float32, the sums and T in float64; elsewhere, and with precision=float64, the same formulas run in
@@ -26,7 +28,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from branchmerge.merge import selection_kernels as kernels
-from branchmerge.merge.arrays import DTYPES, Array, Weights, as_array, as_tensor, bits, on_cpu, row_length
+from branchmerge.merge.arrays import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    Array,
+    Weights,
+    as_array,
+    as_tensor,
+    bits,
+    on_cpu,
+    row_length,
+)
 from branchmerge.merge.operators.base import Operator
 from branchmerge.merge.scan import Change
 from branchmerge.merge.threads import workers
@@ -54,10 +67,23 @@ class Measured:
     kl: NDArray[np.float64]
     """[R]"""
     quartiles: tuple[float, float, float]
-    """Q1, median and Q3 of S"""
+    """Q1, median and Q3 of the scores: of S, or, where the KL is common, of S without it"""
     elements: int
     compiled: bool
     """S is reckoned in float32 by selection_kernels.py, not in float64"""
+    common: bool = False
+    """One KL covers all elements"""
+
+    @property
+    def factors(self) -> NDArray[np.float64]:
+        """What the scores are reckoned with, [R]."""
+        return _factors(self.kl, self.common)
+
+    @property
+    def quartiles_of_s(self) -> tuple[float, float, float]:
+        left_out = abs(float(self.kl[0])) if self.common else 1.0
+        q1, median, q3 = (value * left_out for value in self.quartiles)
+        return q1, median, q3
 
 
 @dataclass(frozen=True)
@@ -105,15 +131,16 @@ class ArceeFusion(Operator):
     def _measure_compiled(self, left: Weights, right: Weights) -> Measured | None:
         """By selection_kernels.py; None where the KL is so large or small that S could leave the range of float32."""
         x, y = _stored(right), _stored(left)
-        kl = np.empty(len(x))
-        swapped, whole, signed = self.direction == "left_right", self.kl == "tensor", self.delta == "signed"
-        if whole:
+        kl, common = np.empty(len(x)), self._common(left)
+        swapped, signed = self.direction == "left_right", self.delta == "signed"
+        if common:
             kernels.measure(x.reshape(1, -1), y.reshape(1, -1), swapped, False, signed, kl[:1], np.zeros(0, np.int32))
             kl[:] = kl[:1]
+        factors = _factors(kl, common)  # without a common KL this is kl, which the rows' are written into
 
         def count(part: slice) -> Any:
             counts = np.zeros(kernels.KEYS if x.size > SMALL else 0, np.int32)
-            kernels.measure(x[part], y[part], swapped, whole, signed, kl[part], counts)
+            kernels.measure(x[part], y[part], swapped, common, signed, factors[part], counts)
             return counts
 
         counts = workers.share(count, *x.shape)
@@ -121,21 +148,27 @@ class ArceeFusion(Operator):
             return None
         if x.size <= SMALL:
             S = np.empty(x.shape, np.float32)
-            kernels.scores(x, y, kl, signed, S)
-            return self._found(kl, quartiles(S), x.size)
+            kernels.scores(x, y, factors, signed, S)
+            return self._found(kl, quartiles(S), x.size, common)
 
         def gather(keys: Any, room: int) -> Any:
             def found(part: slice) -> Any:
                 out = np.empty(room, np.float32)
-                return out[: kernels.gather(x[part], y[part], kl[part], signed, keys, out)]
+                return out[: kernels.gather(x[part], y[part], factors[part], signed, keys, out)]
 
             return np.concatenate(workers.share(found, *x.shape))
 
-        return self._found(kl, _quartiles_by_histogram(sum(counts[1:], counts[0]), x.size, gather), x.size)
+        by_histogram = _quartiles_by_histogram(_summed(counts), x.size, gather)
+        return self._found(kl, by_histogram, x.size, common)
 
-    def _found(self, kl: NDArray[np.float64], scaled: tuple[float, float, float], elements: int) -> Measured:
+    def _found(
+        self, kl: NDArray[np.float64], scaled: tuple[float, float, float], elements: int, common: bool
+    ) -> Measured:
         q1, median, q3 = (value / kernels.SCALE for value in scaled)
-        return Measured(kl, (q1, median, q3), elements, True)
+        return Measured(kl, (q1, median, q3), elements, True, common)
+
+    def _common(self, left: Weights) -> bool:
+        return self.kl == "tensor" or len(left) == 1
 
     def _measure_torch(self, left: Tensor, right: Tensor) -> Measured:
         import torch
@@ -147,9 +180,11 @@ class ArceeFusion(Operator):
         if self.kl == "tensor":
             p, q = p.reshape(1, -1), q.reshape(1, -1)
         kl = kl_of_rows(p, q, self.precision).expand(len(left))
+        common = self._common(left)
+        factors = kl.sign() if common else kl
 
         def scores() -> Iterator[Tensor]:
-            return (self._scores(kl[rows], left[rows], right[rows]) for rows in row_blocks(left))
+            return (self._scores(factors[rows], left[rows], right[rows]) for rows in row_blocks(left))
 
         places = _places(left.numel())
         if on_cpu(left):
@@ -158,11 +193,11 @@ class ArceeFusion(Operator):
             q1, median, q3 = torch.cat(list(scores())).flatten().sort().values[places].tolist()
         else:
             q1, median, q3 = select(scores, places)
-        return Measured(as_array(kl), (q1, median, q3), left.numel(), False)
+        return Measured(as_array(kl), (q1, median, q3), left.numel(), False, common)
 
-    def _scores(self, kl: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def _scores(self, factors: Tensor, left: Tensor, right: Tensor) -> Tensor:
         d = left.double() - right.double()
-        return kl[:, None] * (d if self.delta == "signed" else d.abs())
+        return factors[:, None] * (d if self.delta == "signed" else d.abs())
 
     def apply(self, measured: Measured, models: Sequence[Weights], base: Weights | None = None) -> Any:
         return self.apply_and_compare(measured, models, base)[0]
@@ -183,36 +218,36 @@ class ArceeFusion(Operator):
         left, right = as_rows(models)
         if measured.compiled:
             out = None if spare is None else spare.reshape(left.shape)
-            merged, taken, change = self._fuse_compiled(measured.kl, T, left, right, out)
+            merged, taken, change = self._fuse_compiled(measured.factors, T, left, right, out)
             return merged.reshape(models[0].shape), taken, change
-        chosen, taken = self._fuse_torch(measured.kl, T, as_tensor(left), as_tensor(right))
+        chosen, taken = self._fuse_torch(measured.factors, T, as_tensor(left), as_tensor(right))
         return chosen.reshape(models[0].shape), taken, None
 
     def _fuse_compiled(
-        self, kl: NDArray[np.float64], T: float, left: Weights, right: Weights, spare: Array | None
+        self, factors: NDArray[np.float64], T: float, left: Weights, right: Weights, spare: Array | None
     ) -> tuple[Array, int, Change]:
         x, y = _stored(right), _stored(left)
         strict = self.gate == "gt"
         scaled = _rounded(T * kernels.SCALE, down=strict)
-        # numpy's large arrays are made of large pages, which cost a tenth of torch's.
-        o = np.empty_like(x) if spare is None else _stored(spare)
+        dtype = as_array(left[:0]).dtype
+        o = _room_for(x, dtype, spare)
         update, norm = np.empty(len(x)), np.empty(len(x))
 
         def choose(rows: slice) -> Any:
-            signed = self.delta == "signed"
-            return kernels.choose(x[rows], y[rows], kl[rows], signed, scaled, strict, o[rows], update[rows], norm[rows])
+            parts = x[rows], y[rows], factors[rows]
+            return kernels.choose(*parts, self.delta == "signed", scaled, strict, o[rows], update[rows], norm[rows])
 
         taken, changed = np.sum(workers.share(choose, *x.shape), axis=0).tolist()
         change = Change(changed, math.sqrt(update.sum()), math.sqrt(norm.sum()), x.size)
-        return o.view(as_array(left).dtype), taken, change
+        return (o.astype(dtype) if dtype == FLOAT16 else o.view(dtype)), taken, change
 
-    def _fuse_torch(self, kl: NDArray[np.float64], T: float, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
+    def _fuse_torch(self, factors: NDArray[np.float64], T: float, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
         from branchmerge.merge.operators.row_kl import row_blocks
 
-        kl_there = as_tensor(kl.copy()).to(left.device)
+        there = as_tensor(factors.copy()).to(left.device)
         out, taken = left.clone(), 0
         for rows in row_blocks(left):
-            S = self._scores(kl_there[rows], left[rows], right[rows])
+            S = self._scores(there[rows], left[rows], right[rows])
             mask = S > T if self.gate == "gt" else S >= T
             out[rows] = right[rows].where(mask, left[rows])
             taken += int(mask.sum())
@@ -224,12 +259,21 @@ class ArceeFusion(Operator):
     def facts(self, measured: Measured) -> dict[str, float]:
         if not measured.elements:
             return {}
-        q1, median, q3 = measured.quartiles
+        q1, median, q3 = measured.quartiles_of_s
         return {
             "kl_min": float(measured.kl.min()), "kl_median": quartiles(measured.kl)[1],
             "kl_max": float(measured.kl.max()), "S_q1": q1, "S_median": median, "S_q3": q3,
-            "T": threshold(measured.quartiles, self.lam),
+            "T": threshold(measured.quartiles_of_s, self.lam),
         }  # fmt: skip
+
+
+def _factors(kl: NDArray[np.float64], common: bool) -> NDArray[np.float64]:
+    """What |Left - Right| is multiplied by in the scores: the KL, or its sign where it is common to all elements.
+
+    Differences of bfloat16 models take few values, thousands of elements each. Where T is one of them, rounding of the
+    common KL times it would decide over all these elements.
+    """
+    return np.sign(kl) if common else kl
 
 
 def _rounded(value: float, down: bool) -> np.float32:
@@ -250,12 +294,21 @@ def as_rows(models: Sequence[Any]) -> tuple[Any, Any]:
 
 
 def _compiled_for(weights: Weights) -> bool:
-    return on_cpu(weights) and as_array(weights[:0]).dtype in (DTYPES["BF16"], DTYPES["F32"])
+    return on_cpu(weights) and as_array(weights[:0]).dtype in (BFLOAT16, FLOAT16, FLOAT32)
 
 
 def _stored(weights: Weights) -> Array:
-    """What the kernels take."""
-    return bits(np.ascontiguousarray(as_array(weights)))
+    """What the kernels take: float16 as float32, which holds all its values, others as they are."""
+    array = np.ascontiguousarray(as_array(weights))
+    return array.astype(FLOAT32) if array.dtype == FLOAT16 else bits(array)
+
+
+def _room_for(right: Array, dtype: np.dtype[Any], spare: Array | None) -> Array:
+    """What the merged values of a dtype are written to, as the kernels have them."""
+    if dtype == FLOAT16:
+        return right  # a copy of Right, which nothing reads later
+    # numpy's large arrays are made of large pages, which cost a tenth of torch's.
+    return np.empty_like(right) if spare is None else _stored(spare)
 
 
 def quartiles(S: Array) -> tuple[float, float, float]:
@@ -269,6 +322,11 @@ def quartiles(S: Array) -> tuple[float, float, float]:
 
 def _places(n: int) -> list[int]:
     return [math.floor(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
+
+
+def _summed(counts: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
+    """The parts' counts together: what 32 bits hold of each may be more than they hold of all."""
+    return np.sum(counts, axis=0, dtype=np.int64)
 
 
 def _quartiles_by_histogram(counts: Any, n: int, gather: Any) -> tuple[float, float, float]:

@@ -76,8 +76,8 @@ class Operator(ABC):
             base: the backbone's
 
         Returns:
-            The merged tensor, float32 or wider; in the models' own dtype where every value is taken over from one of
-            them.
+            The merged tensor, float64 where a model is, else float32; in the models' own dtype where every value is
+            taken over from one of them.
 
         Raises:
             ValueError: the parameters do not fit the number of models, or the backbone is not given

@@ -30,6 +30,12 @@ def blocks(tensors: Sequence[Tensor], row: int = 1) -> Iterator[tuple[slice, lis
         yield place, [tensor[place].double() for tensor in flat]
 
 
+def room_for(tensors: Sequence[Tensor]) -> Tensor:
+    """A flat result of tensors of one shape, to be filled: float64 where one of them is, else float32."""
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return torch.empty(tensors[0].numel(), dtype=dtype, device=tensors[0].device)
+
+
 def gram(tensors: Sequence[Tensor], origin: Tensor | None = None) -> Tensor:
     """Inner products <W_i - O, W_j - O> of n tensors, added up in float64.
 
@@ -57,8 +63,8 @@ def summed(values: Tensor) -> float:
 
 
 def combination(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """sum_i c_i W_i, added up in float64, rounded once to float32."""
-    out = torch.empty(tensors[0].numel(), dtype=torch.float32, device=tensors[0].device)
+    """sum_i c_i W_i, added up in float64, rounded once to float32 where no tensor is float64."""
+    out = room_for(tensors)
     for place, parts in blocks(tensors):
         total = coefficients[0] * parts[0]
         for c, part in zip(coefficients[1:], parts[1:], strict=True):

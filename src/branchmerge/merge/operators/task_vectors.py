@@ -20,10 +20,12 @@ from torch import Tensor
 
 from branchmerge.merge.arrays import row_length
 from branchmerge.merge.operators.base import Operator
-from branchmerge.merge.operators.blocks import blocks
+from branchmerge.merge.operators.blocks import blocks, room_for
 from branchmerge.merge.operators.limits import number, switch
 from branchmerge.merge.operators.weights import as_weights, weights_for
 
+CANCELS = 1e-8
+"""A sum of weights that is this much smaller than they are counts as zero."""
 Thin = Callable[[list[Tensor]], list[Tensor]]
 """The task vectors' blocks, float64 [B] each -> the same, with zeros where something is left out."""
 
@@ -81,8 +83,8 @@ def combined(
     normalize: bool,
     votes: Sequence[float] | None,
 ) -> Tensor:
-    """The backbone plus lam times `summed` of the thinned task vectors, float32 of the shape of `base`."""
-    out = torch.empty(base.numel(), dtype=torch.float32, device=base.device)
+    """The backbone plus lam times `summed` of the thinned task vectors, in the shape of `base` and wide enough."""
+    out = room_for([base, *models])
     for place, (origin, *parts) in blocks([base, *models], row_length(base)):
         vectors = thin([part - origin for part in parts])
         out[place] = origin + lam * summed(vectors, weights, normalize=normalize, votes=votes)
@@ -112,8 +114,10 @@ def summed(
     total = (torch.stack(weighted) * agreeing).sum(0)
     if not normalize:
         return total
-    share = (torch.tensor(weights, dtype=total.dtype, device=total.device)[:, None] * agreeing).sum(0)
-    return total / torch.where(share.abs() > 1e-8, share, 1.0)
+    shares = torch.tensor(weights, dtype=total.dtype, device=total.device)[:, None] * agreeing
+    share = shares.sum(0)
+    # Weights of both signs may cancel to rounding, which is nothing to divide by; small ones are as good as others.
+    return total / torch.where(share.abs() > CANCELS * shares.abs().sum(0), share, 1.0)
 
 
 def magnitudes(model: Tensor, base: Tensor) -> NDArray[np.float32]:
