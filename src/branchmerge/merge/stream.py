@@ -7,7 +7,6 @@ Recipes over the same parents are made in one pass. One tensor of each model is 
 """
 
 import math
-import re
 import shutil
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -27,8 +26,9 @@ from branchmerge.errors import UserError
 from branchmerge.merge import anatomy, anatomy_report, card, compatibility, recipe_file
 from branchmerge.merge.anatomy import Anatomy, Counts
 from branchmerge.merge.arrays import Array, Weights, as_array, as_tensor, converted, is_floating, shares_memory
-from branchmerge.merge.checkpoint import Reader, TensorInfo, Writer
+from branchmerge.merge.checkpoint import TensorInfo, Writer
 from branchmerge.merge.fold import Facts, TensorFold
+from branchmerge.merge.groups import BACKBONE, Group, check_apart, infos_of, opened, tell_lost
 from branchmerge.merge.operators import parameters_of
 from branchmerge.merge.parents import check_expected, parents_of
 from branchmerge.merge.recipe import Recipe
@@ -36,13 +36,10 @@ from branchmerge.merge.scan import changes, check_finite, has_special
 from branchmerge.merge.threads import keep_freed_memory, workers
 from branchmerge.merge.views import Source
 from branchmerge.merge.vocabulary import write_config
-from branchmerge.student.backbone import check_checkpoint
 from branchmerge.student.export import copy_tokenizer
 from branchmerge.study import MANIFEST, Manifest, fingerprint, is_done, locked, publish, read_manifest, write_rows
 
 TABLE = "tensors.json"
-BACKBONE = "the backbone"
-"""Its name among the leaves."""
 SIDE_BY_SIDE = 1 << 25
 """Bytes of a tensor up to which several are merged side by side; larger ones are shared by all threads."""
 AHEAD = 1 << 27
@@ -70,82 +67,18 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
     """
     keep_freed_memory()
     outs = [recipe.out for recipe in recipes]
-    _check_apart(outs)
-    groups: dict[object, list[Recipe]] = {}
-    for recipe in recipes:
-        # Padding takes a row from the first leaf that has it, so there the leaves' order counts.
-        order = tuple(recipe.tree.leaves) if recipe.vocab != "same" else ()
-        places = frozenset(recipe.folders.items()), recipe.base, recipe.origin
-        groups.setdefault((*places, recipe.device, recipe.vocab, order), []).append(recipe)
+    check_apart(outs)
     lost: dict[Path, UserError] = {}
     with ExitStack() as stack:
-        opened = _opened(list(groups.values()), stack)
+        groups = opened(recipes, stack)
         for recipe in sorted(recipes, key=lambda recipe: recipe.out.resolve()):
             stack.enter_context(locked(recipe.out))
             _check_place(recipe)
-        for group in opened:
+        for group in groups:
             lost |= _merge_group(group)
     if lost:
-        _tell(lost, len(recipes))
+        tell_lost(lost, len(recipes))
     return outs
-
-
-def _check_apart(outs: Sequence[Path]) -> None:
-    """Refuse two results in one folder, however it is spelled: the second would wait for the first for ever."""
-    places = [out.resolve() for out in outs]
-    for out, place in zip(outs, places, strict=True):
-        if places.count(place) > 1:
-            raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
-
-
-def _tell(lost: dict[Path, UserError], members: int) -> NoReturn:
-    """Raise one mistake that names every member that was not made, and why."""
-    if members == 1:
-        raise next(iter(lost.values()))
-    names: dict[str, list[str]] = {}
-    for out, error in lost.items():
-        names.setdefault(str(error), []).append(out.name)
-    said = "; ".join(f"{', '.join(these)}: {error}" for error, these in names.items())
-    raise UserError(f"{len(lost)} of {members} members of this sweep were not made: {said}")
-
-
-@dataclass
-class _Group:
-    """Recipes over the same parents."""
-
-    recipes: Sequence[Recipe]
-    folders: dict[str, Path]
-    common: compatibility.Common
-    seen: dict[Path, tuple[Any, ...]]
-    """The parents' files as they were when they were opened"""
-
-    def check_unchanged(self) -> None:
-        """Refuse parents that were replaced: what was opened is read on, whatever has its name now."""
-        for folder, state in self.seen.items():
-            if fingerprints.state(folder) != state:
-                raise UserError(f"{folder}: was changed while it was merged; run the same command again")
-
-
-def _opened(groups: Sequence[Sequence[Recipe]], stack: ExitStack) -> list[_Group]:
-    """Open the parents of all groups, each once, and refuse those that do not fit together."""
-    readers: dict[Path, Reader] = {}
-    seen: dict[Path, tuple[Any, ...]] = {}
-    opened = []
-    for recipes in groups:
-        folders = {leaf: recipe.folders[leaf] for recipe in recipes for leaf in recipe.tree.leaves}
-        if recipes[0].base is not None:
-            folders[BACKBONE] = recipes[0].base
-        for folder in folders.values():
-            if folder not in readers:
-                check_checkpoint(folder)
-                seen[folder] = fingerprints.state(folder)
-                readers[folder] = stack.enter_context(Reader(folder))
-        common = compatibility.check({leaf: readers[folder] for leaf, folder in folders.items()}, recipes[0].vocab)
-        tensors = [name for name, info in _infos(common.models[next(iter(folders))]).items() if is_floating(info.dtype)]
-        for recipe in recipes:
-            recipe.check_rules(tensors)
-        opened.append(_Group(recipes, folders, common, {folder: seen[folder] for folder in folders.values()}))
-    return opened
 
 
 @dataclass
@@ -198,7 +131,7 @@ class _Result:
             stack.__exit__(type(error), error, None)
 
 
-def _merge_group(group: _Group) -> dict[Path, UserError]:
+def _merge_group(group: Group) -> dict[Path, UserError]:
     """Make the results of a group; returns why some could not be made."""
     for folder in group.folders.values():
         fingerprints.begin(folder)
@@ -236,7 +169,7 @@ def _check_place(recipe: Recipe) -> None:
     is_done(recipe.out, planned, recipe.overwrite)
 
 
-def _make(work: Sequence[tuple[Recipe, Manifest]], group: _Group) -> dict[Path, UserError]:
+def _make(work: Sequence[tuple[Recipe, Manifest]], group: Group) -> dict[Path, UserError]:
     """Make all results of a group in one pass, then publish them; returns why some were given up."""
     began = time.perf_counter()
     readers = dict(group.common.models)
@@ -250,7 +183,7 @@ def _make(work: Sequence[tuple[Recipe, Manifest]], group: _Group) -> dict[Path, 
             for recipe, planned in work:
                 closing = [stack.enter_context(ExitStack()) for stack in (writing, publishing)]
                 folder = closing[1].enter_context(publish(recipe.out, planned))
-                infos = _infos(readers[recipe.tree.leaves[0]])
+                infos = infos_of(readers[recipe.tree.leaves[0]])
                 _check_room(recipe, folder, infos, len(work))
                 writer = closing[0].enter_context(Writer(folder, infos, recipe.max_shard_bytes))
                 results.append(_Result(recipe, planned, folder, writer, closing))
@@ -400,15 +333,6 @@ def _finish(result: _Result, common: compatibility.Common, seconds: float) -> No
     result.said = told.lines
     card.write(recipe, planned, folder, told)
     recipe_file.write(recipe, planned, folder)
-
-
-def _infos(reader: Source) -> dict[str, TensorInfo]:
-    """All tensors in the order of their names, numbers by value, however the parents' files order them."""
-
-    def natural(name: str) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-    return {name: reader.tensors[name] for name in sorted(reader.tensors, key=natural)}
 
 
 def _check_room(recipe: Recipe, folder: Path, infos: dict[str, TensorInfo], results: int) -> None:
