@@ -43,6 +43,16 @@ def load(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
+def in_another_dtype(folder: Path, copy: Path, dtype: torch.dtype, value: float | None = None) -> Path:
+    """A copy of a checkpoint, with another number in one place."""
+    shutil.copytree(folder, copy)
+    weights = {name: tensor.to(dtype) for name, tensor in load(folder).items()}
+    if value is not None:
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
 def file_bytes(folder: Path) -> dict[str, bytes]:
     """The weights' files."""
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}

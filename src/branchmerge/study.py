@@ -11,27 +11,24 @@ import hashlib
 import json
 import mmap
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from branchmerge.config import PROJECT, CommonConfig
+from branchmerge.config import CommonConfig
 from branchmerge.errors import UserError
+from branchmerge.versions import git_commit, package_versions
 
 MANIFEST = "manifest.json"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
               errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EBUSY, errno.EXDEV)  # fmt: skip
 """Errors of a place that is full, not ours or no folder, in contrast to those of a broken disk."""
-PACKAGES = ("branchmerge", "torch", "transformers", "lightning", "lm-eval", "math-verify", "safetensors", "datasets")
 
 
 @dataclass(frozen=True)
@@ -337,28 +334,6 @@ def parent_of(folder: Path) -> Parent:
     manifest = read_manifest(folder)
     known = manifest.weights_sha256 if manifest is not None else ""
     return Parent(path=str(folder), weights_sha256=known or weights_sha256(folder))
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what can change a result, of those that are installed; Python's own too."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str:
-    """Commit of the checkout, with `+changes` where the tree differs from it; empty outside git."""
-    git = ["git", "-C", str(PROJECT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head + ("+changes" if status.strip() else "")
 
 
 def _difference(found: Mapping[str, Any], planned: Mapping[str, Any], prefix: str = "") -> str:

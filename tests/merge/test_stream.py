@@ -1,6 +1,5 @@
 """Merging checkpoints tensor by tensor equals merging them in memory, and a killed merge leaves nothing behind."""
 
-import json
 import os
 import shutil
 import signal
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from merging import FLAT, NESTED, load, perturbed, recipe
+from merging import FLAT, NESTED, in_another_dtype, load, perturbed, recipe
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -205,28 +204,6 @@ def test_shards_of_parents_and_of_the_result_change_nothing(experts: Folders, tm
     assert_equal(*loaded)
 
 
-def test_bfloat16_stays_and_every_element_is_one_of_the_parents(tiny_student: Path, tmp_path: Path) -> None:
-    folders = {
-        name: perturbed(tiny_student, tmp_path / name, seed, torch.bfloat16) for seed, name in enumerate(FLAT, start=1)
-    }
-    merged = load(merge(recipe(folders, tmp_path / "merged", lam=0.0)))
-    parents = [load(folder) for folder in folders.values()]
-    for name, tensor in merged.items():
-        assert tensor.dtype == torch.bfloat16
-        assert torch.stack([tensor == parent[name] for parent in parents]).any(0).all(), name
-
-
-def test_a_mean_in_bfloat16_is_rounded_once(tiny_student: Path, tmp_path: Path) -> None:
-    folders = {
-        name: perturbed(tiny_student, tmp_path / name, seed, torch.bfloat16) for seed, name in enumerate(FLAT, start=1)
-    }
-    merged = load(merge(recipe(folders, tmp_path / "merged", "linear", FLAT)))
-    parents = [load(folder) for folder in folders.values()]
-    for name, tensor in merged.items():
-        mean = torch.stack([parent[name].double() for parent in parents]).mean(0)
-        assert torch.equal(tensor, mean.float().bfloat16()), name
-
-
 def broken(student: Path, folder: Path, value: float) -> Path:
     """A copy with one bad number in a weight."""
     shutil.copytree(student, folder)
@@ -250,35 +227,6 @@ def test_infinity_that_all_parents_hold_is_found(experts: Folders, tmp_path: Pat
     bad = {name: broken(experts["math"], tmp_path / name, float("inf")) for name in ("left", "right")}
     with pytest.raises(UserError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
         merge(recipe(bad, tmp_path / "merged", tree=["left", "right"]))
-
-
-def in_another_dtype(folder: Path, copy: Path, dtype: torch.dtype, value: float | None = None) -> Path:
-    """A copy of a checkpoint, with another number in one place."""
-    shutil.copytree(folder, copy)
-    weights = {name: tensor.to(dtype) for name, tensor in load(folder).items()}
-    if value is not None:
-        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    return copy
-
-
-def test_a_number_of_right_that_lefts_dtype_does_not_hold_ends_the_merge(experts: Folders, tmp_path: Path) -> None:
-    left = in_another_dtype(experts["math"], tmp_path / "left", torch.float16)
-    right = in_another_dtype(experts["math"], tmp_path / "right", torch.float32, 70000.0)
-    with pytest.raises(UserError, match=r"up_proj\.weight as float16 holds NaN or infinity"):
-        merge(recipe({"left": left, "right": right}, tmp_path / "merged", tree=["left", "right"]))
-
-
-def test_what_rounding_to_lefts_dtype_undoes_is_no_change(experts: Folders, tmp_path: Path) -> None:
-    """Right is Left before it was rounded: whatever is taken from it becomes Left's value again."""
-    left = in_another_dtype(experts["math"], tmp_path / "left", torch.bfloat16)
-    folders = {"left": left, "right": experts["math"]}
-    out = merge(recipe(folders, tmp_path / "merged", tree=["left", "right"], lam=0.0))
-    assert_equal(load(out), load(left))
-    manifest, table = read_manifest(out), json.loads((out / "tensors.json").read_text())
-    assert manifest is not None and manifest.merge["share_differing_from_left"] == 0
-    assert {row["changed"] for row in table} == {row["update_norm"] for row in table} == {0}
-    assert max(node["changed"] for row in table for node in row["nodes"].values()) > 0.1
 
 
 def test_a_broken_backbone_is_named(tiny_student: Path, experts: Folders, tmp_path: Path) -> None:

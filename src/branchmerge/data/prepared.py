@@ -24,8 +24,9 @@ from branchmerge.data.datamodule import Corpus, plan_of, prepare
 from branchmerge.data.template import Document
 from branchmerge.evaluation.math_worker import end_workers
 from branchmerge.student import backbone, ranks
-from branchmerge.study import file_sha256, package_versions, whole_or_gone, write_text
+from branchmerge.study import file_sha256, whole_or_gone, write_text
 from branchmerge.trajectories.sources import read_branch
+from branchmerge.versions import package_versions
 
 TOKENS, CORPUS = "tokens.int32", "corpus.json"
 FORMAT = 1

@@ -27,7 +27,8 @@ from branchmerge.evaluation.requests import Request, Response
 from branchmerge.evaluation.sample_store import SampleStore
 from branchmerge.evaluation.scoring import Graded, summarise
 from branchmerge.evaluation.store import Score
-from branchmerge.study import Study, locked, package_versions
+from branchmerge.study import Study, locked
+from branchmerge.versions import package_versions
 
 PACKAGES = ("lm-eval", "transformers", "torch", "math-verify")
 """Whose versions decide a score"""

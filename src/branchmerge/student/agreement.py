@@ -31,7 +31,7 @@ def weights_sha256(start: Path) -> str:
     return fingerprint(found[host])
 
 
-def check_weights(start: Path, expected: str) -> None:
+def check_fingerprint(start: Path, expected: str) -> None:
     """Refuse weights that are not those of the manifest beside them."""
     found = weights_sha256(start)
     if found != expected:

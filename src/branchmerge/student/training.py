@@ -63,8 +63,6 @@ def train(config: TrainConfig) -> Path:
     shape = backbone.read_config(start)
     check_shape(config, shape)
     precision = _precision(config.trainer.precision, device)
-    compute = _compute(precision)
-    attn = attention.implementation(config.backbone.attn, device, compute, config.trainer.context_parallel > 1)
     agreement.check_alike(start, precision)
     folder = places.result(config)
     if folder.resolve() == start.resolve():
@@ -88,7 +86,8 @@ def train(config: TrainConfig) -> Path:
         ranks.say(f"{folder}: training domain {config.domain.name} from {start}")
         saved = _saved(config, planned)
         if known:
-            agreement.check_weights(start, known)
+            agreement.check_fingerprint(start, known)
+        attn = _attention(config, shape, device, _compute(precision))
         ranks.by_first(lambda: check_weights(start, config.trainer.sharded))
         ranks.by_first(lambda: check_room(start, folder, getattr(torch, config.export_dtype)))
         ranks.check_shared(saved.folder)
@@ -100,8 +99,7 @@ def train(config: TrainConfig) -> Path:
         _tell(corpus)
         ending = stack.enter_context(Ending())
         with publish(folder, planned) if ranks.is_first() else nullcontext(folder) as partial:
-            chosen = trials.choose_attention(attn, backbone.head_shape(shape), device, compute)
-            student, facts = _fit(config, start, device, precision, chosen, corpus, saved, ending)
+            student, facts = _fit(config, start, device, precision, attn, corpus, saved, ending)
             planned.data = corpus.account
             planned.training = facts
             check_finite(student.model, f"{folder}: after training")
@@ -285,6 +283,12 @@ def _precision(asked: str, device: torch.device) -> str:
     if asked != "auto":
         return asked
     return "bf16-mixed" if machine.computes_bf16(device) else "32-true"
+
+
+def _attention(config: TrainConfig, shape: dict[str, Any], device: torch.device, compute: torch.dtype) -> str:
+    """The one that is asked for and works here; before any row is graded."""
+    attn = attention.implementation(config.backbone.attn, device, compute, config.trainer.context_parallel > 1)
+    return trials.choose_attention(attn, backbone.head_shape(shape), device, compute)
 
 
 def _compute(precision: str) -> torch.dtype:

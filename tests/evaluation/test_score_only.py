@@ -1,0 +1,62 @@
+"""Responses that are there, graded beside a run that goes on or after one that died; and those that failed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Server, serving
+from test_run import QUESTIONS, composed, right, settings, short_waits, told
+
+from branchmerge.errors import UserError
+from branchmerge.evaluation.run import evaluate
+from branchmerge.study import locked
+
+__all__ = ["short_waits"]
+
+
+def test_score_only_grades_what_is_there_and_asks_nothing(tmp_path: Path) -> None:
+    def later_ones_fail(number: int, before: int, problem: Any) -> str | None:
+        return None if number >= 4 else right(number, before, problem)
+
+    with serving(Server(told("math", later_ones_fail))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]")
+        with pytest.raises(UserError, match="there is nothing to report"):
+            evaluate(composed(*arguments, "score_only=true"))
+        assert server.bodies == []
+        evaluate(composed(*arguments, "allow_missing=true"))
+        asked = len(server.bodies)
+        (score,) = evaluate(composed(*arguments, "score_only=true"))
+        assert (score.questions, score.missing, len(server.bodies)) == (4, 2, asked)
+
+
+def test_score_only_neither_waits_for_a_run_that_goes_on_nor_disturbs_it(tmp_path: Path) -> None:
+    with serving(Server(told("math", right))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]")
+        (whole,) = evaluate(composed(*arguments))
+    folder = tmp_path / "demo" / "scores" / "served" / "student"
+    stored, kept = folder / "responses" / "demo_math.jsonl", folder / "demo_math.json"
+    kept.unlink()
+    *lines, last = stored.read_bytes().splitlines(keepends=True)
+    half = b"".join(lines) + last[:30]  # the other run is writing it
+    stored.write_bytes(half)
+    with locked(folder):
+        (score,) = evaluate(composed(*arguments, "score_only=true"))
+        assert (score.questions, score.missing) == (QUESTIONS - 1, 1)
+        assert stored.read_bytes() == half and not kept.exists()
+    (alone,) = evaluate(composed(*arguments, "score_only=true"))
+    assert alone.value == score.value and kept.exists()
+    kept.write_text(kept.read_text().replace('"value"', '"worth"'))  # of another version
+    stored.write_bytes(b"".join(lines) + last)
+    (again,) = evaluate(composed(*arguments, "score_only=true"))
+    assert (again.value, again.questions) == (whole.value, QUESTIONS)
+
+
+def test_what_fails_is_counted_once(tmp_path: Path) -> None:
+    """Though a task follows that has all its responses."""
+    with serving(Server(told("code", right))) as server:
+        evaluate(composed(*settings(server, tmp_path, "benchmark.tasks=[demo_code]")))
+    with serving(Server(told("math", lambda *_: None))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math,demo_code]", "allow_missing=false")
+        (tmp_path / "demo" / "scores" / "served" / "student" / "demo_code.json").unlink()
+        with pytest.raises(UserError, match=f"^{QUESTIONS} samples could not be generated"):
+            evaluate(composed(*arguments))
