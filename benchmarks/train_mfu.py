@@ -8,9 +8,10 @@ logits of all tokens at once; `liger` has liger-kernel's loss; `dense` moreover 
 trainers do that know no packing. `--compile` compiles layers and chunked loss, as trainer.compile does; `--attn` names
 other attention, where it is installed (`packed_sdpa_fa4`: FlashAttention 4); `--sharded` is trainer=fsdp on this one
 card: FSDP2's casts in place of autocast's, and hidden states that stay bfloat16 from layer to layer; `--profile` tells
-the milliseconds of a step by kernel. MFU counts the products' FLOPs (6 N a token for weights in products, and causal
+the milliseconds of a step by kernel. `mfu` counts the products' FLOPs (6 N a token for weights in products, and causal
 attention inside the documents) over what the card does at best in dense bfloat16; recomputing by activation
-checkpointing is not counted, so it lowers the MFU.
+checkpointing is not counted, so it lowers the MFU. `mfu_palm` is by PaLM's formula (arXiv 2204.02311, appendix B), as
+most others report it: there scores that the causal mask hides count too; inside the documents here, not between them.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def train(options: argparse.Namespace, way: str) -> dict[str, Any]:
     batch = row(options.tokens, options.documents)
     root = PackedLoss(model, compiled=options.compile)
     root.loss = {"packed": root.chunked, "whole": summed_loss, "liger": fused_loss, "dense": dense_loss}[way]
-    flops = options.rows * step_flops(model, batch)
+    weights, scores = (options.rows * flops for flops in step_flops(model, batch))
     if options.sharded:
         sharding = Sharding(torch.bfloat16)
         shard(root, model, sharding, sharding.mesh("cuda", 1))
@@ -115,7 +116,8 @@ def train(options: argparse.Namespace, way: str) -> dict[str, Any]:
     peak = next(value for name, value in PEAK.items() if name in torch.cuda.get_device_name())
     return {
         "tokens_per_s": round(options.rows * options.tokens / seconds),
-        "mfu": round(flops / seconds / peak, 4),
+        "mfu": round((weights + scores) / seconds / peak, 4),
+        "mfu_palm": round((weights + 2 * scores) / seconds / peak, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "losses": [round(loss / batch.supervised_in_step, 5) for loss in (losses[0], losses[-1])],
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -162,14 +164,14 @@ def dense_loss(model: Any, batch: Batch) -> Tensor:
     return cross_entropy(output.logits[0].float(), batch.labels[0], reduction="sum")
 
 
-def step_flops(model: Any, batch: Batch) -> float:
-    """Of one step's products, forward and backward: weights, and attention inside each document, half of it masked."""
+def step_flops(model: Any, batch: Batch) -> tuple[float, float]:
+    """Of one row's products, forward and backward: weights; and attention inside each document, half of it masked."""
     config = model.config
     tokens = batch.input_ids.shape[1]
     layers = sum(p.numel() for name, p in model.model.layers.named_parameters() if p.ndim == 2)
     head = config.vocab_size * config.hidden_size
     squares = float((batch.cu_seq_lens.diff().double() ** 2).sum())
-    return 6 * (layers + head) * tokens + 6 * config.num_hidden_layers * config.hidden_size * squares
+    return 6 * (layers + head) * tokens, 6 * config.num_hidden_layers * config.hidden_size * squares
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from branchmerge.data.template import Document
 from branchmerge.errors import UserError
 from branchmerge.student import attention, flash4
 from branchmerge.student.backbone import load_model
-from branchmerge.student.loss import packed_logits
+from branchmerge.student.loss import PackedLoss, packed_logits
 
 LENGTHS = (7, 1, 30, 12)
 
@@ -232,8 +232,9 @@ def test_flash_attention_that_is_named_needs_half_precision_and_its_package(monk
 
 
 def test_a_mask_is_refused_through_a_model_too(tiny_student: Path) -> None:
-    """transformers would hand on no mask to the attention, where it is told that it needs none."""
+    """transformers would hand on no mask of padding to the attention, where it knows of none that it needs."""
     model = load_model(tiny_student, torch.float32, attention.PACKED_SDPA)
+    PackedLoss(model)
     ids, bounds = torch.arange(8)[None], torch.tensor([0, 8], dtype=torch.int32)
     packed = {"input_ids": ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "use_cache": False}
     assert model(**packed, attention_mask=None).logits.shape[1] == 8

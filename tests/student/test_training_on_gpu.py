@@ -1,19 +1,24 @@
 """Training on a GPU; skipped where there is none (benchmarks/cuda_checks.sh runs it)."""
 
+import os
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from branches import branch, metrics
+from branches import PROJECT, branch, metrics
 from conftest import Script, make_student
 from lightning.fabric.utilities import move_data_to_device
+from spreading import alone, assert_equal_to, wish
 from test_attention import MODELS, documents, everywhere, heads
 
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.student import attention, flash4, trials
 from branchmerge.student.backbone import load_model
 from branchmerge.student.checkpoints import generators, load_state, save_state
+from branchmerge.student.chunked_loss import _add_product
 from branchmerge.student.loss import packed_logits
 from branchmerge.student.module import Student
 from branchmerge.student.training import train
@@ -79,6 +84,14 @@ def test_heads_that_flash_attention_is_not_made_for(size: int, of_values: int, d
     assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
+def test_the_heads_gradient_is_added_up_in_float32() -> None:
+    total = torch.randn(3000, 96, device="cuda")
+    a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((500, 3000), (500, 96)))
+    expected = total.double() + a.T.double() @ b.double()
+    _add_product(total, a.T, b)
+    assert float((total - expected).norm() / expected.norm()) < 1e-5  # 1.7e-3 where the product is rounded before
+
+
 @FLASH4
 @pytest.mark.parametrize("size", [64, 128])
 def test_flash_attention_4_gives_result_and_gradients_of_the_formula(size: int) -> None:
@@ -106,6 +119,50 @@ def test_fsdp_on_a_gpu_has_the_losses_of_the_cpu(
     assert done.returncode == 0, done.stdout + done.stderr
     found, expected = ([float(row["loss"]) for row in metrics(tmp_path / where, "math")] for where in ("fsdp", "cpu"))
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+TOGETHER: dict[int, dict[str, tuple[str, ...]]] = {
+    2: {"shards": (), "offloaded": ("trainer.cpu_offload=true",), "copies": ("trainer.replicate=2",),
+        "shared rows": ("trainer.context_parallel=2",)},
+    4: {"copies of shards": ("trainer.replicate=2",),
+        "copies of pairs": ("trainer.replicate=2", "trainer.context_parallel=2")},
+}  # fmt: skip
+"""Ways of spreading a branch, by the number of processes"""
+
+
+@pytest.mark.parametrize("nodes", TOGETHER)
+def test_nodes_of_one_gpu_each_train_what_it_trains_alone(nodes: int, tiny_student: Path, tmp_path: Path) -> None:
+    """By NCCL over sockets; it is told that the processes are on hosts of their own, as here they share the GPU."""
+    settings = ("domain=math", "data.seq_len=250", "optim.epochs=2", "optim.global_batch=4", "trainer.accelerator=gpu",
+                "trainer.precision=32-true", "export_dtype=float32")  # fmt: skip
+    there = (*settings, "trainer.devices=1", f"trainer.num_nodes={nodes}")
+    wanted = {tmp_path / name: (*there, *way) for name, way in TOGETHER[nodes].items()}
+    told = {"WORLD_SIZE": nodes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 29533 + nodes, "TORCHELASTIC_RUN_ID": "nodes", "NCCL_SOCKET_IFNAME": "lo"}  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, *wish(tiny_student, wanted)], cwd=PROJECT, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, **{k: str(v) for k, v in told.items()}, "RANK": str(node), "GROUP_RANK": str(node),
+                 "NCCL_HOSTID": f"node{node}"},
+        )
+        for node in range(nodes)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=200)[0] for process in running]
+    assert not any(process.returncode for process in running), said
+    alone(tiny_student, tmp_path / "alone", *settings, "trainer=gpu")
+    for outputs in wanted:
+        assert_equal_to(tmp_path / "alone", outputs)
+
+
+def test_members_of_a_multirun_take_turns_on_one_gpu(script: Script, tiny_student: Path, tmp_path: Path) -> None:
+    here = ("--config-dir", "tests/conf", "study=tiny", f"backbone.path={tiny_student}", f"outputs={tmp_path}")
+    each = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.gpus_per_job=1", "optim.max_steps=2")
+    done = script("train", "-m", *here, "domain=math,code", *each)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for domain in ("math", "code"):
+        manifest = read_manifest(tmp_path / "tiny" / "experts" / domain)
+        assert manifest is not None and manifest.training["steps"] == 2
 
 
 def test_a_gpus_generator_comes_back(tmp_path: Path) -> None:

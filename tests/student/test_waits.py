@@ -15,7 +15,6 @@ from branchmerge.student.training import train
 
 PACKAGES = ("branchmerge", "transformers", "lightning")
 ONCE_A_ROW = {
-    "find_packed_sequence_indices",  # of transformers, before it asks for a mask that there is none of
     "_attend",  # only on a CPU: a document at a time
 }
 

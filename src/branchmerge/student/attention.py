@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.utils.import_utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
@@ -278,16 +278,17 @@ def _compiled_flex(compiled: bool) -> Any:
     return torch.compile(flex_attention) if compiled else flex_attention
 
 
-def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """cu_seq_lens tell where a document ends, so transformers shall build no mask; one that is given is refused."""
-    if attention_mask is not None:
+def refuse_what_is_not_packed(model: nn.Module, _: Any, given: dict[str, Any]) -> None:
+    """A forward pre-hook: raise on a mask, which transformers would drop, and on a cache, before which nothing ends."""
+    if given.get("attention_mask") is not None:
         raise PackedRowError
+    if given.get("use_cache"):
+        raise PackedRowError("packed rows take no cache: call the model with use_cache=False")
 
 
+# Without an entry in AttentionMaskInterface: there transformers would ask the device, row by row, whether it is packed.
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 AttentionInterface.register(PACKED_FLASH4, partial(packed_sdpa, newest=True))
-for _name in (PACKED_SDPA, PACKED_FLASH4):
-    AttentionMaskInterface.register(_name, _no_mask)
 
 
 def implementation(attn: str, device: torch.device, compute: torch.dtype, shared: bool = False) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from branchmerge.data.batch import Batch
 from branchmerge.errors import UserError
 from branchmerge.student import liger_loss
-from branchmerge.student.attention import PackedRowError
+from branchmerge.student.attention import refuse_what_is_not_packed
 from branchmerge.student.chunked_loss import summed_cross_entropy
 from branchmerge.student.context_parallel import ContextGroup
 
@@ -66,12 +66,6 @@ def _by_head(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], model: P
     return cross_entropy(hidden, model.get_output_embeddings().weight, batch.targets)
 
 
-def _refuse_cache(model: nn.Module, _: Any, given: dict[str, Any]) -> None:
-    """Raise where a model in training is called with a cache, before which no document in the row would end."""
-    if given.get("use_cache"):
-        raise PackedRowError("packed rows take no cache: call the model with use_cache=False")
-
-
 def check_hidden_states(model: PreTrainedModel) -> None:
     """Refuse a model whose hidden states transformers does not give apart from its logits."""
     if model.base_model is model:
@@ -93,7 +87,7 @@ class PackedLoss(nn.Module):
         """`compiled`: the chunked loss is, by torch.compile."""
         super().__init__()
         check_hidden_states(model)
-        model.base_model.register_forward_pre_hook(_refuse_cache, with_kwargs=True)
+        model.base_model.register_forward_pre_hook(refuse_what_is_not_packed, with_kwargs=True)
         self.model = model
         self.context = context
         self.chunked: Loss = partial(chunked_loss, compiled=True) if compiled else chunked_loss
