@@ -42,6 +42,16 @@ def test_what_is_read_is_what_was_written(config: TrainConfig, corpus: Corpus, t
     assert said(found) == said(corpus) and found.fingerprint
 
 
+def test_the_same_documents_in_other_rows_have_another_fingerprint(
+    config: TrainConfig, corpus: Corpus, tmp_path: Path
+) -> None:
+    write(corpus, tmp_path / "corpus")
+    fingerprint = read(config, tmp_path / "corpus").fingerprint
+    assert read(config, tmp_path / "corpus").fingerprint == fingerprint
+    config.data.seq_len //= 2
+    assert read(config, tmp_path / "corpus").fingerprint != fingerprint
+
+
 def test_a_token_takes_four_bytes_which_are_mapped(config: TrainConfig, corpus: Corpus, tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
     write(corpus, folder)

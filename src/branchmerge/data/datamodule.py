@@ -60,7 +60,7 @@ class Corpus:
     held_out: dict[str, list[Document]] = field(default_factory=dict)
     """By part; not trained on"""
     fingerprint: str = ""
-    """Of the tokens, where they are kept"""
+    """Of the tokens and of the rows that they are put into, where they are kept"""
 
     @property
     def tokens(self) -> int:

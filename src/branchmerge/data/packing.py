@@ -1,8 +1,8 @@
 """Put documents of uneven length into rows of at most `capacity` tokens, and rows into optimizer steps.
 
-    documents          rows (capacity 10)             steps (2 rows each)
-    aaaa bbbbbb ccc    [aaaabbbbbb] [ccceeeeee]  ->   step 0: row 1, row 0
-    dddddddd eeeeee    [dddddddd]                     step 1: row 2
+    documents          rows (capacity 10)              steps (2 rows each)
+    aaaa bbbbbb ccc    [dddddddd] [bbbbbbaaaa]    ->   step 0: row 1, row 0
+    dddddddd eeeeee    [eeeeeeccc]                     step 1: row 2
 
 Attention never crosses from one document to another (see `Batch`), so packing saves time and changes nothing else.
 """
@@ -29,13 +29,16 @@ class Plan:
 
 
 def pack(lengths: Sequence[int], capacity: int, rng: random.Random) -> list[Row]:
-    """Pack all documents once, best fit in a random order: each goes to the fullest row that still has room for it.
+    """Pack all documents once, best fit decreasing: the longest first, each into the fullest row with room for it.
+
+    Documents of one length come in random order, and so do the rows.
 
     Args:
         lengths: tokens of each document, each at most `capacity`.
     """
     order = list(range(len(lengths)))
     rng.shuffle(order)
+    order.sort(key=lambda document: -lengths[document])
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for document in order:

@@ -98,7 +98,9 @@ def read(config: TrainConfig, folder: Path) -> Corpus:
     rest = iter(documents[trained:])
     held_out = {part: list(islice(rest, count)) for part, count in counts.items()}
     documents = documents[:trained]
-    return Corpus(documents, plan_of(config, documents), facts["account"], held_out, facts["sha256"])
+    plan = plan_of(config, documents)
+    fingerprint = hashlib.sha256(f"{facts['sha256']} {plan.steps}".encode()).hexdigest()
+    return Corpus(documents, plan, facts["account"], held_out, fingerprint)
 
 
 def _kept(folder: Path) -> dict[str, Any] | None:
