@@ -120,6 +120,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise UserError(f"{path}: not a manifest of branchmerge ({error}); move it away or repair it") from error
 
 
+RECORDED_LATER = ("backbone", "tokenizer")
+"""Keys of `work` that older results lack; they are what they are."""
+
+
 def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
     """Whether this very work is finished in `folder`.
 
@@ -127,8 +131,9 @@ def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
     `overwrite` does not reach a folder that branchmerge did not make.
     """
     found = read_manifest(folder)
-    if found is not None and "backbone" not in found.work:  # experts from before it was recorded are what they are
-        planned = replace(planned, work={key: value for key, value in planned.work.items() if key != "backbone"})
+    if found is not None:
+        known = {key: value for key, value in planned.work.items() if key in found.work or key not in RECORDED_LATER}
+        planned = replace(planned, work=known)
     if found is None:
         check_free(folder)
         return False

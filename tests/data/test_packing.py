@@ -42,6 +42,14 @@ def test_a_document_goes_to_the_fullest_row_with_room() -> None:
         }
 
 
+def test_short_documents_meet_whatever_their_length() -> None:
+    """By length, rows of ten would have all threes, all twos or all ones but where one kind ends."""
+    lengths = [1] * 30 + [2] * 30 + [3] * 30
+    rows = pack(lengths, 10, random.Random(0))
+    mixed = [row for row in rows if len({lengths[document] for document in row}) > 1]
+    assert len(mixed) > 0.8 * len(rows)
+
+
 def test_long_documents_come_first() -> None:
     """In the order given, 4 4 4 6 6 6 would take four rows of ten."""
     for seed in range(20):

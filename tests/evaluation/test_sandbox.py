@@ -11,8 +11,9 @@ import pytest
 from attacking import sandbox_or_skip
 
 from branchmerge.errors import UserError
-from branchmerge.evaluation.sandbox import Job, Sandbox, isolation, shared
+from branchmerge.evaluation.sandbox import Job, Sandbox, isolation, shared, zygote
 from branchmerge.evaluation.sandbox.isolation import BUBBLEWRAP, LEVELS, UNSAFE
+from branchmerge.machine import cores
 
 SECONDS = 60.0
 """Enough on a loaded machine; nothing that ends by itself takes a tenth of it."""
@@ -112,6 +113,29 @@ def test_how_a_program_ended(sandbox: Sandbox, program: str, status: str) -> Non
     outcome = sandbox.run(Job(program, seconds=SECONDS, memory_bytes=1 << 30))
     assert outcome.status == status, outcome
     assert outcome.seconds < SECONDS
+
+
+def test_time_in_which_others_had_the_processors_does_not_count(sandbox: Sandbox) -> None:
+    if sandbox.level == BUBBLEWRAP:
+        pytest.skip("the clock is bwrap's, not the program's")
+    program = "import time\nwhile time.process_time() < 0.5: pass\nprint('done')"
+    shell = ["sh", "-c", "while :; do :; done"]
+    others = [subprocess.Popen(shell, start_new_session=True) for _ in range(6 * cores())]
+    try:
+        outcome = sandbox.run(Job(program, seconds=1.0))
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert (outcome.status, outcome.stdout) == ("ok", b"done\n"), outcome
+    assert outcome.seconds > 1.0
+
+
+@pytest.mark.parametrize("program", ["import time\ntime.sleep(50)", "while True: pass"])
+def test_time_in_which_nobody_worked_or_it_did_counts(sandbox: Sandbox, program: str) -> None:
+    outcome = sandbox.run(Job(program, seconds=1.0))
+    assert outcome.status == "timeout"
+    assert 1.0 <= outcome.seconds < zygote.PATIENCE
 
 
 def test_what_was_printed_before_the_end_is_kept(sandbox: Sandbox) -> None:

@@ -98,5 +98,7 @@ def test_checkpoints_merged_on_a_gpu(tiny_student: Path, tmp_path: Path) -> None
     for device in ("cpu", "cuda"):
         merge(recipe(folders, tmp_path / device / "merged", tree=NESTED, device=device))
         made[device] = load(tmp_path / device / "merged")
+    told = (tmp_path / "cuda" / "merged" / "recipe.yaml").read_text()
+    assert "# Makes this model again, on a GPU of the same kind" in told and "device: cuda" in told
     differing = sum(int((made["cpu"][name] != tensor).sum()) for name, tensor in made["cuda"].items())
     assert differing <= 2e-4 * sum(tensor.numel() for tensor in made["cpu"].values())

@@ -93,6 +93,11 @@ def test_every_operator_has_the_parameters_that_the_study_chose(outputs: Path, t
     assert made(outputs, *chosen, "operator.density=0.2").name == "ties-density0.2"
 
 
+def test_a_study_that_names_an_unknown_operator_is_refused(outputs: Path) -> None:
+    with pytest.raises(UserError, match=r"study\.operators\.arcee: there is no such operator; choose one of arcee_fus"):
+        made(outputs, "+study.operators={arcee: {lam: 0.5}}")
+
+
 def test_controls_are_named_by_the_parameters_of_their_operator(outputs: Path) -> None:
     control = made(outputs, "operator=arcee_fusion_null")
     assert (control.name, control.operator) == ("arcee_fusion_null", make_operator("arcee_fusion_null", {"lam": 0.75}))

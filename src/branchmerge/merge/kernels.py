@@ -7,11 +7,13 @@ floating-point operations (where they are fused it is written), and sums are tak
 same bits on every machine and for any number of threads.
 """
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic, overload
 
 CHUNK = 1024
@@ -50,6 +52,15 @@ def _number(stored):  # type: ignore[no-untyped-def]
     return lambda stored: stored
 
 
+def cache_folder(sources: Path) -> Path:
+    """Where Numba keeps what it compiled, for the kernels as they are: it looks for changes in a function's own file
+    only, but compiles into it those that it calls from other files."""
+    content = b"".join(path.read_bytes() for path in sorted(sources.glob("*kernels.py")))
+    kept = Path(config.CACHE_DIR) if config.CACHE_DIR else sources / "__pycache__"
+    return kept / f"kernels-{hashlib.sha256(content).hexdigest()[:12]}"
+
+
+config.CACHE_DIR = str(cache_folder(Path(__file__).parent))
 compiled = njit(nogil=True, cache=True, error_model="numpy")
 inlined = njit(nogil=True, cache=True, error_model="numpy", inline="always")
 

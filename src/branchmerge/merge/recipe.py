@@ -12,7 +12,7 @@ from branchmerge.config import MergeConfig
 from branchmerge.errors import UserError
 from branchmerge.machine import device_of
 from branchmerge.merge.fold import TensorFold
-from branchmerge.merge.operators import Operator, changed_parameters, make_operator, parameters_of
+from branchmerge.merge.operators import OPERATORS, Operator, changed_parameters, make_operator, parameters_of
 from branchmerge.merge.rules import Rule, parse_rules
 from branchmerge.merge.tree import Tree, parse
 from branchmerge.merge.vocabulary import WAYS
@@ -116,6 +116,8 @@ class Recipe:
     @property
     def again(self) -> str:
         """How exactly recipe.yaml makes the model again."""
+        if self.device != "cpu":
+            return "on a GPU of the same kind"
         portable = all(one.is_portable() for one in _operators(self.operator_name, self.operator, self.rules))
         return "byte for byte" if portable else "byte for byte on a processor of the same kind"
 
@@ -179,6 +181,9 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
 
 def _usual(operator_name: str, of_study: Mapping[str, Mapping[str, Any]]) -> Operator:
     """The operator as the study uses it, which conf/operator lays below the command line; results are named by it."""
+    for name in of_study:
+        if name not in OPERATORS:
+            raise UserError(f"study.operators.{name}: there is no such operator; choose one of {', '.join(OPERATORS)}")
     followed = of_study.get(FOLLOWS.get(operator_name, ""), {})
     return make_operator(operator_name, {**followed, **of_study.get(operator_name, {})})
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from branchmerge.errors import UserError
+from branchmerge.machine import device_of
 from branchmerge.merge.operators import make_operator, parameters_of
 from branchmerge.merge.recipe import Recipe
 from branchmerge.merge.rules import parse_rules
@@ -37,6 +38,7 @@ def write(recipe: Recipe, manifest: Manifest, folder: Path) -> None:
         "base": known[len(leaves)] if len(known) > len(leaves) else None,
         "max_shard_bytes": recipe.max_shard_bytes,
         **({"vocab": recipe.vocab} if recipe.vocab != "same" else {}),
+        **({"device": recipe.device} if recipe.device != "cpu" else {}),
     }
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
     write_text(folder / NAME, HEAD.format(name=NAME, again=recipe.again) + text)
@@ -56,12 +58,18 @@ def load(path: Path, out: Path, *, overwrite: bool = False, progress: bool = Tru
             {leaf: Path(model["path"]) for leaf, model in models.items()}, out,
             base=Path(base["path"]) if base else None, max_shard_bytes=int(content["max_shard_bytes"]),
             overwrite=overwrite, progress=progress, config={"recipe": str(path)},
-            rules=parse_rules(content["rules"]), vocab=content.get("vocab", "same"),
+            rules=parse_rules(content["rules"]), vocab=content.get("vocab", "same"), device=_device(content),
             expected={Path(model["path"]): str(model["sha256"]) for model in known.values()},
         )  # fmt: skip
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"recipe={path}: not a recipe of branchmerge ({said})") from error
+
+
+def _device(content: dict[str, Any]) -> str:
+    """Where the model was merged: other devices need not give the same bytes."""
+    named = content.get("device", "cpu")
+    return named if named == "cpu" else str(device_of(named))  # which asks torch
 
 
 def _plain(value: Any) -> Any:

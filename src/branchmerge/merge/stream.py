@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from branchmerge import fingerprints
 from branchmerge.errors import UserError
-from branchmerge.merge import anatomy, anatomy_report, card, compatibility, recipe_file
+from branchmerge.merge import anatomy, anatomy_report, card, compatibility, recipe_file, tokenizer_files
 from branchmerge.merge.anatomy import Anatomy, Counts
 from branchmerge.merge.arrays import Array, Weights, as_array, as_tensor, converted, is_floating, shares_memory
 from branchmerge.merge.checkpoint import TensorInfo, Writer
@@ -147,6 +147,9 @@ def _merge_group(group: Group) -> dict[Path, UserError]:
             print(f"{recipe.out}: done already", flush=True)
         else:
             work.append((recipe, planned))
+    for left in dict.fromkeys(group.common.tokenizer or recipe.folders[recipe.tree.leaves[0]] for recipe, _ in work):
+        for line in tokenizer_files.differences(left, group.folders):
+            print(f"warning: {line}", flush=True)
     try:
         return lost | _make(work, group) if work else lost
     except UserError as error:
@@ -358,10 +361,11 @@ def _plan_manifest(recipe: Recipe) -> Manifest:
     # Which parent stands where is told by the parents' order; leaf names are only names.
     work = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules,
             "tree": _shape(recipe.tree.nested()), "max_shard_bytes": recipe.max_shard_bytes}  # fmt: skip
+    work["tokenizer"] = tokenizer_files.fingerprint_of(recipe)
     if recipe.vocab != "same":  # results from before there was a choice stay what they are
         work["vocab"] = recipe.vocab
     facts = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules, "tree": recipe.tree.nested(),
-             "vocab": recipe.vocab}  # fmt: skip
+             "vocab": recipe.vocab, "device": recipe.device}  # fmt: skip
     return Manifest("merged", recipe.name, recipe.config, work, merge=facts)
 
 

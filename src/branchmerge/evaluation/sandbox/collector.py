@@ -23,7 +23,7 @@ class Job:
     """A program and what it may use.
 
     Memory is address space. Standard output beyond `output_bytes` ends the job. Seconds are wall clock, from fork to
-    end.
+    end; on a busy machine, for a job that is at work and not in `bubblewrap`, those in which it had a processor.
     """
 
     program: str

@@ -47,6 +47,8 @@ WARM = (
 )
 """What programs often import: loaded once here, found warm by every job."""
 SECONDS_TO_LEAVE = 5
+INTERVAL, AT_WORK, PATIENCE = 0.5, 0.005, 30.0
+"""Seconds: between two looks at a job that is late, of a processor in between for one at work, and for it at most."""
 BOOT = """
 import sys, types
 for name in ("branchmerge", "branchmerge.evaluation", "branchmerge.evaluation.sandbox"):
@@ -237,7 +239,7 @@ def _run(zygote: Zygote, keeper: int, place: Place, limits: Limits, descriptors:
         _as_process(lambda: _become_job(zygote, keeper, place, limits, descriptors))
     for descriptor in descriptors[:4]:
         os.close(descriptor)
-    how, status = _wait(job, report, begin + limits.seconds)
+    how, status = _wait(job, report, begin, limits.seconds)
     seconds = time.monotonic() - begin
     clean = _is_alone() and isolation.is_untouched(place)
     if not clean:
@@ -249,13 +251,23 @@ def _run(zygote: Zygote, keeper: int, place: Place, limits: Limits, descriptors:
     return clean
 
 
-def _wait(job: int, report: int, deadline: float) -> tuple[int, int]:
-    """Wait for a job, kill it if it must end; how it ended and its wait status."""
+def _wait(job: int, report: int, begin: float, seconds: float) -> tuple[int, int]:
+    """Wait for a job, kill it if it must end; how it ended and its wait status.
+
+    Its time is up after so many seconds. A job that is at work then, and had less of a processor than that, had to wait
+    for others: it may go on until it has had as much, or for PATIENCE at most. One that sleeps may not.
+    """
     poll = select.poll()
     ended = os.pidfd_open(job)
     poll.register(ended, select.POLLIN)
     poll.register(report, select.POLLIN)
-    ready = {number for number, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)}
+    used, look = 0.0, begin + max(0.0, seconds - INTERVAL)
+    while not (ready := {number for number, _ in poll.poll(max(0.0, look - time.monotonic()) * 1000)}):
+        before, used = used, _processor_seconds(job)
+        late = time.monotonic() - begin - seconds
+        if late >= 0 and (used >= seconds or used - before < AT_WORK or late > PATIENCE):
+            break
+        look += INTERVAL if late >= 0 else min(INTERVAL, seconds)
     os.close(ended)
     how = ENDED if ended in ready else CANCELLED if ready else OUT_OF_TIME
     # Also after its end: without a filter it may have left others in its group.
@@ -263,6 +275,14 @@ def _wait(job: int, report: int, deadline: float) -> tuple[int, int]:
         with suppress(ProcessLookupError, PermissionError):
             kill(job, signal.SIGKILL)
     return how, os.waitpid(job, 0)[1]
+
+
+def _processor_seconds(job: int) -> float:
+    """What a process had so far, by its clock as clock_getcpuclockid(3) names it; not that of processes it started."""
+    try:
+        return time.clock_gettime((~job << 3) | 2)
+    except OSError:
+        return 0.0
 
 
 def _is_alone() -> bool:

@@ -1,0 +1,60 @@
+"""What a merged model takes over from a parent, unmerged: tokenizer, chat template, end tokens."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from branchmerge.merge.recipe import Recipe
+from branchmerge.student.backbone import read_config
+from branchmerge.student.export import TOKENIZER_FILES
+from branchmerge.study import file_sha256, fingerprint
+
+
+def fingerprint_of(recipe: Recipe) -> str:
+    """Of the files that may be taken over: Left's; where vocabularies differ, those of all leaves."""
+    folders = [recipe.folders[leaf] for leaf in recipe.tree.leaves]
+    taken = folders if recipe.vocab != "same" else folders[:1]
+    return fingerprint({
+        f"{place}/{name}": _sha256(folder / name, (folder / name).stat().st_mtime_ns)
+        for place, folder in enumerate(taken)
+        for name in (*TOKENIZER_FILES, "config.json")
+        if (folder / name).is_file()
+    })  # fmt: skip
+
+
+@cache
+def _sha256(path: Path, _: int) -> str:
+    """Once for all members of a sweep."""
+    return file_sha256(path)
+
+
+def differences(taken: Path, folders: Mapping[str, Path]) -> list[str]:
+    """What of some models is not as in the one that the merged model takes it from, each as a line."""
+    name = next(name for name, folder in folders.items() if folder == taken)
+    lines = []
+    for what, of in (("chat template", _template), ("end-of-sequence tokens", _end_tokens)):
+        others = [other for other, folder in folders.items() if of(folder) != of(taken)]
+        if others:
+            lines.append(f"{', '.join(others)}: {what} other than of {name}, whose the merged model gets")
+    return lines
+
+
+def _template(folder: Path) -> Any:
+    file = folder / "chat_template.jinja"
+    return file.read_text() if file.is_file() else _entry(folder / "tokenizer_config.json", "chat_template")
+
+
+def _end_tokens(folder: Path) -> set[Any]:
+    ends = _entry(folder / "generation_config.json", "eos_token_id")
+    ends = read_config(folder).get("eos_token_id") if ends is None else ends
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _entry(file: Path, key: str) -> Any:
+    """Of a JSON file; None where there is none. What is broken in it is told by who loads the model."""
+    try:
+        return json.loads(file.read_text()).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
