@@ -71,6 +71,15 @@ def test_parents_that_are_prompted_otherwise_are_named(
     assert "warning: code, science: end-of-sequence tokens other than of math, whose the merged model gets" in said
 
 
+def test_the_backbone_is_no_parent_of_a_template(
+    experts: Folders, tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = perturbed(tiny_student, tmp_path / "base", 7)
+    change_template(base)
+    merge(recipe(experts, tmp_path / "out", "ties", TREE, base=base))
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_list_of_one_end_token_is_that_token(
     experts: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

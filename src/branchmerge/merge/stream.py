@@ -147,8 +147,9 @@ def _merge_group(group: Group) -> dict[Path, UserError]:
             print(f"{recipe.out}: done already", flush=True)
         else:
             work.append((recipe, planned))
-    for left in dict.fromkeys(group.common.tokenizer or recipe.folders[recipe.tree.leaves[0]] for recipe, _ in work):
-        for line in tokenizer_files.differences(left, group.folders):
+    leaves = {leaf: folder for leaf, folder in group.folders.items() if leaf != BACKBONE}
+    for taken in dict.fromkeys(group.common.tokenizer or recipe.folders[recipe.tree.leaves[0]] for recipe, _ in work):
+        for line in tokenizer_files.differences(taken, leaves):
             print(f"warning: {line}", flush=True)
     try:
         return lost | _make(work, group) if work else lost

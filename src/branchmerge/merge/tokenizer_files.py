@@ -30,12 +30,12 @@ def _sha256(path: Path, _: int) -> str:
     return file_sha256(path)
 
 
-def differences(taken: Path, folders: Mapping[str, Path]) -> list[str]:
-    """What of some models is not as in the one that the merged model takes it from, each as a line."""
-    name = next(name for name, folder in folders.items() if folder == taken)
+def differences(taken: Path, leaves: Mapping[str, Path]) -> list[str]:
+    """What of some leaves is not as in the folder that the merged model takes it from, each as a line."""
+    name = next((leaf for leaf, folder in leaves.items() if folder == taken), taken.name)
     lines = []
     for what, of in (("chat template", _template), ("end-of-sequence tokens", _end_tokens)):
-        others = [other for other, folder in folders.items() if of(folder) != of(taken)]
+        others = [leaf for leaf, folder in leaves.items() if of(folder) != of(taken)]
         if others:
             lines.append(f"{', '.join(others)}: {what} other than of {name}, whose the merged model gets")
     return lines

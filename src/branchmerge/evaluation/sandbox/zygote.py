@@ -47,8 +47,9 @@ WARM = (
 )
 """What programs often import: loaded once here, found warm by every job."""
 SECONDS_TO_LEAVE = 5
-INTERVAL, AT_WORK, PATIENCE = 0.5, 0.005, 30.0
-"""Seconds: between two looks at a job that is late, of a processor in between for one at work, and for it at most."""
+INTERVAL, SHORTEST, AT_WORK, PATIENCE = 0.5, 0.2, 0.001, 30.0
+"""Seconds between two looks at a job that is late, at most and at least; of a processor for one at work in between;
+and for which it may be late."""
 BOOT = """
 import sys, types
 for name in ("branchmerge", "branchmerge.evaluation", "branchmerge.evaluation.sandbox"):
@@ -267,7 +268,7 @@ def _wait(job: int, report: int, begin: float, seconds: float) -> tuple[int, int
         late = time.monotonic() - begin - seconds
         if late >= 0 and (used >= seconds or used - before < AT_WORK or late > PATIENCE):
             break
-        look += INTERVAL if late >= 0 else min(INTERVAL, seconds)
+        look += min(INTERVAL, seconds) if late < 0 else min(INTERVAL, max(SHORTEST, seconds - used))
     os.close(ended)
     how = ENDED if ended in ready else CANCELLED if ready else OUT_OF_TIME
     # Also after its end: without a filter it may have left others in its group.
