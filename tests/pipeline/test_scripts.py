@@ -344,7 +344,8 @@ def losses_of_wandb(run: Path) -> list[float]:
     ("key", "server", "said"),
     [
         ("", "", ""),
-        ("0" * 40, "http://127.0.0.1:9", "warning: W&B: "),  # where nobody listens
+        # Where nobody listens; slow, as W&B's own process asks again and again.
+        pytest.param("0" * 40, "http://127.0.0.1:9", "warning: W&B: ", marks=pytest.mark.slow),
     ],
 )
 def test_wandb_without_a_key_or_a_server_is_offline_and_asks_nothing(
