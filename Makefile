@@ -10,9 +10,9 @@ demo: setup ## the three phases on the embedded demo study; goes on where it was
 	$(BIN)/python merge.py
 	$(BIN)/python evaluate.py
 
-# Five processes also where there are two cores: many tests wait (for limits of the sandbox, for servers).
+# Four processes also where there are two cores: many tests wait (for limits of the sandbox, for servers).
 test: setup ## all tests but those marked slow
-	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## the demo study itself, as a test
 	$(BIN)/python -m pytest -m slow

@@ -361,6 +361,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_the_last_step(tiny_student: Path, 
         subprocess.run(["umount", "--lazy", experts], check=True)
 
 
+@pytest.mark.slow
 def test_members_of_a_multirun_train_side_by_side_in_processes_of_their_own(tiny_student: Path, tmp_path: Path) -> None:
     more = ("optim.epochs=2", "optim.max_steps=2", "optim.global_batch=2", "trainer.gpus_per_job=1")
     process = started(tiny_student, tmp_path, "domain=math,code", *more, multirun=True)

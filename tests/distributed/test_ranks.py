@@ -152,6 +152,7 @@ def test_processes_may_have_different_attention(both: list[dict[str, Any]]) -> N
     assert [each["attention"] for each in both] == ["packed_sdpa"] * 2
 
 
+@pytest.mark.slow
 def test_torchrun_trains_the_members_of_a_multirun_one_after_the_other(tiny_student: Path, tmp_path: Path) -> None:
     here = ("--config-dir", "tests/conf", "study=tiny", f"backbone.path={tiny_student}", f"outputs={tmp_path}")
     more = ("optim.max_steps=2", "optim.global_batch=2", "domain=math,code")

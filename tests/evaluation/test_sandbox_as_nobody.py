@@ -10,7 +10,7 @@ import pytest
 from branchmerge.evaluation.sandbox.isolation import NOBODY
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("sandbox", "sandbox_attacks", "sandbox_files")
+ATTACKS, ALL = ("sandbox_attacks", "sandbox_files"), ("sandbox", "sandbox_attacks", "sandbox_files")
 
 AS_NOBODY = """
 import os, sys
@@ -36,10 +36,11 @@ os.execve(command[0], command, {'PATH': os.defpath, 'HOME': '/nonexistent', 'PYT
 
 
 @pytest.mark.timeout(1200)
-def test_sandbox_as_an_ordinary_user() -> None:
+@pytest.mark.parametrize("tests", [ATTACKS, pytest.param(ALL, marks=pytest.mark.slow)], ids=["attacks", "all"])
+def test_sandbox_as_an_ordinary_user(tests: tuple[str, ...]) -> None:
     if os.getuid() != 0:
         pytest.skip("the tests ran as an ordinary user; only root can become another")
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in TESTS]
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in tests]
     options = ["-q", "-p", "no:cacheprovider", "--noconftest", "-n", "3"]  # most of them wait for limits
     needed = [sys.base_prefix, sys.prefix, str(ROOT)]
     code = AS_NOBODY.replace("NOBODY", str(NOBODY))
