@@ -14,7 +14,7 @@ import torch
 from branches import PROJECT, branch, metrics
 from conftest import make_student
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from branchmerge.data.batch import make_batch
 from branchmerge.data.datamodule import prepare
@@ -216,7 +216,6 @@ def test_layers_that_know_their_number_share_a_compilation(tmp_path: Path) -> No
         return out * (module.layer_idx + 1), None
 
     AttentionInterface.register("counted", counted)
-    AttentionMaskInterface.register("counted", attention._no_mask)
     folder = make_student(tmp_path / "student", num_hidden_layers=10)
     model = load_model(folder, torch.float32, "counted")
     row = make_batch([Document("a", np.arange(3, 40), 1)], 1)
