@@ -91,8 +91,9 @@ def train(options: argparse.Namespace, way: str) -> dict[str, Any]:
     if options.compile:
         compile_layers(model)
     batch = row(options.tokens, options.documents)
-    root = PackedLoss(model, compiled=options.compile)
-    root.loss = {"packed": root.chunked, "whole": summed_loss, "liger": fused_loss, "dense": dense_loss}[way]
+    root = PackedLoss(model, compiled=options.compile) if way != "dense" else Dense(model)
+    if isinstance(root, PackedLoss):
+        root.loss = {"packed": root.chunked, "whole": summed_loss, "liger": fused_loss}[way]
     weights, scores = (options.rows * flops for flops in step_flops(model, batch))
     if options.sharded:
         sharding = Sharding(torch.bfloat16)
@@ -153,15 +154,21 @@ def row(tokens: int, documents: int) -> Batch:
 def dense_mask(batch: Batch) -> Tensor:
     """bool [1, 1, T, T]: which token sees which."""
     bounds = batch.cu_seq_lens.long()
-    numbers = torch.repeat_interleave(torch.arange(len(bounds) - 1, device="cuda"), bounds.diff())
+    numbers = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=bounds.device), bounds.diff())
     return (numbers[:, None] == numbers[None]).tril_()[None, None]
 
 
-def dense_loss(model: Any, batch: Batch) -> Tensor:
-    """The sum that `summed_loss` gives, with logits for the whole row."""
-    mask = dense_mask(batch)
-    output = model(batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False)
-    return cross_entropy(output.logits[0].float(), batch.labels[0], reduction="sum")
+class Dense(torch.nn.Module):
+    """The sum that `summed_loss` gives, with a mask and logits for the whole row; `PackedLoss` takes no mask."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        mask = dense_mask(batch)
+        output = self.model(batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False)
+        return cross_entropy(output.logits[0].float(), batch.labels[0], reduction="sum")
 
 
 def step_flops(model: Any, batch: Batch) -> tuple[float, float]:
