@@ -43,7 +43,9 @@ def differences(taken: Path, leaves: Mapping[str, Path]) -> list[str]:
 
 def _template(folder: Path) -> Any:
     file = folder / "chat_template.jinja"
-    return file.read_text() if file.is_file() else _entry(folder / "tokenizer_config.json", "chat_template")
+    if file.is_file():
+        return file.read_text(errors="replace")
+    return _entry(folder / "tokenizer_config.json", "chat_template")
 
 
 def _end_tokens(folder: Path) -> set[Any]:
