@@ -1,6 +1,7 @@
 """Branches of the tiny study, as the tests describe them."""
 
 import csv
+import socket
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -25,3 +26,11 @@ def metrics(outputs: Path, domain: str) -> list[dict[str, str]]:
     """The curve of a branch."""
     with (outputs / "tiny" / "logs" / "train" / domain / "metrics.csv").open() as lines:
         return list(csv.DictReader(lines))
+
+
+def free_port() -> int:
+    """One at which processes of a branch can meet."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

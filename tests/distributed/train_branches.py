@@ -9,7 +9,6 @@ have imported everything then, which is most of what a process costs.
 
 import json
 import os
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -20,18 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from branchmerge.cli import importing
 
 with importing():
-    from branches import branch
+    from branches import branch, free_port
 
     from branchmerge.config import TrainConfig
     from branchmerge.student import ranks
     from branchmerge.student.training import train
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def variables(starter: str, rank: int, world: int, port: int) -> dict[str, str]:

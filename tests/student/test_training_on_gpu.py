@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from branches import PROJECT, branch, metrics
+from branches import PROJECT, branch, free_port, metrics
 from conftest import Script, make_student
 from lightning.fabric.utilities import move_data_to_device
 from spreading import alone, assert_equal_to, wish
@@ -138,7 +138,7 @@ def test_nodes_of_one_gpu_each_train_what_it_trains_alone(nodes: int, tiny_stude
     there = (*settings, "trainer.devices=1", f"trainer.num_nodes={nodes}")
     wanted = {tmp_path / name: (*there, *way) for name, way in TOGETHER[nodes].items()}
     told = {"WORLD_SIZE": nodes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": 29533 + nodes, "TORCHELASTIC_RUN_ID": "nodes", "NCCL_SOCKET_IFNAME": "lo"}  # fmt: skip
+            "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "nodes", "NCCL_SOCKET_IFNAME": "lo"}  # fmt: skip
     running = [
         subprocess.Popen(
             [sys.executable, *wish(tiny_student, wanted)], cwd=PROJECT, stdout=subprocess.PIPE,

@@ -52,15 +52,16 @@ def _number(stored):  # type: ignore[no-untyped-def]
     return lambda stored: stored
 
 
-def cache_folder(sources: Path) -> Path:
-    """Where Numba keeps what it compiled, for the kernels as they are: it looks for changes in a function's own file
+def _cache_folder() -> Path:
+    """Where Numba keeps what it compiled of the kernels as they are: it looks for changes in a function's own file
     only, but compiles into it those that it calls from other files."""
+    sources = Path(__file__).parent
     content = b"".join(path.read_bytes() for path in sorted(sources.glob("*kernels.py")))
     kept = Path(config.CACHE_DIR) if config.CACHE_DIR else sources / "__pycache__"
     return kept / f"kernels-{hashlib.sha256(content).hexdigest()[:12]}"
 
 
-config.CACHE_DIR = str(cache_folder(Path(__file__).parent))
+config.CACHE_DIR = str(_cache_folder())
 compiled = njit(nogil=True, cache=True, error_model="numpy")
 inlined = njit(nogil=True, cache=True, error_model="numpy", inline="always")
 
