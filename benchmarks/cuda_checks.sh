@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a machine with a GPU can show: the tests that are skipped elsewhere, and the GPU benchmarks' JSON lines.
-#   bash benchmarks/cuda_checks.sh WORK [tests|merge|slice|train|flash4 ...]
+#   bash benchmarks/cuda_checks.sh WORK [tests|merge|slice|train|loss|flash4 ...]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 work=$1
@@ -17,6 +17,7 @@ for part in "${@:-tests merge slice train}"; do
           python3 benchmarks/train_mfu.py --shape $shape --compile --ways packed --profile 12 &&
             python3 benchmarks/train_mfu.py --shape $shape --compile --ways packed --rows 3
         done ;;
+      loss) python3 benchmarks/loss_kernels.py ;;
       flash4) # with the package flash-attn-4
         for shape in 0.5b 1.5b; do
           python3 benchmarks/train_mfu.py --shape $shape --compile --ways packed --attn packed_sdpa_fa4 --profile 40 &&
