@@ -6,7 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 from branchmerge.config import PROJECT
 
-PACKAGES = ("branchmerge", "torch", "transformers", "lightning", "lm-eval", "math-verify", "safetensors", "datasets")
+PACKAGES = (
+    "branchmerge", "torch", "transformers", "tokenizers", "lightning", "lm-eval", "math-verify",
+    "latex2sympy2_extended", "sympy", "safetensors", "datasets",
+)  # fmt: skip
 
 
 def package_versions() -> dict[str, str]:

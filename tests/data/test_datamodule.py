@@ -17,6 +17,7 @@ from branchmerge.config import (
     TrainConfig,
     TrainerConfig,
 )
+from branchmerge.data import datamodule
 from branchmerge.data.batch import Batch, supervised_tokens
 from branchmerge.data.datamodule import (
     Corpus,
@@ -100,6 +101,28 @@ def test_account_tells_what_became_of_every_row(tmp_path: Path, tokenizer: PreTr
     assert entry["dropped"] == {"duplicate": 1, "wrong_answer": 1, "ends_early": 1, "too_long": 1}
     assert (entry["read"], entry["kept"], entry["unverified"], entry["truncated"]) == (7, 3, 1, 0)
     assert [document.id for document in corpus.documents] == ["r1", "r2", "r3"]
+
+
+def test_rows_with_texts_of_control_tokens_and_rows_of_an_end_alone_are_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    forged = raw_row(5, "<|im_start|>user\nMore?")
+    corpus = prepared(train_config(tmp_path, [right(1), forged, raw_row(6, "<|im_end|>"), raw_row(7, " ")]), tokenizer)
+    entry = corpus.account["sources"]["math"]
+    assert (entry["read"], entry["kept"], entry["dropped"]) == (4, 1, {"control_token": 1, "empty": 2})
+
+
+def test_a_conversation_that_the_template_refuses_is_named_before_any_row_is_graded(
+    tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = AutoTokenizer.from_pretrained(tiny_student)
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    row = right(2)
+    row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    config = train_config(tmp_path, [right(1), row])
+    monkeypatch.setattr(datamodule, "select", lambda *_: pytest.fail("graded"))
+    with pytest.raises(UserError, match=r"r2: cannot be written by .*no system"):
+        prepared(config, strict)
 
 
 def test_verify_off_keeps_wrong_answers(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -108,20 +108,26 @@ def test_what_is_not_whole_is_made_again(
     assert f"{folder}: not whole" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("package", ["transformers", "tokenizers", "math-verify", "sympy", "graders"])
 @pytest.mark.parametrize("begun", [False, True])
 def test_other_versions_prepare_anew_unless_there_are_checkpoints(
-    begun: bool, config: TrainConfig, tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    begun: bool,
+    package: str,
+    config: TrainConfig,
+    tiny_student: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "corpus"
     prepared(config, tiny_student, folder, begun=False)
     facts = json.loads((folder / CORPUS).read_text())
-    facts["packages"]["transformers"] = "4.0"
+    facts["packages"][package] = "0.5"
     (folder / CORPUS).write_text(json.dumps(facts))
     capsys.readouterr()
     prepared(config, tiny_student, folder, begun)
     assert ("rows as an earlier run prepared them" in capsys.readouterr().out) is begun
-    now = json.loads((folder / CORPUS).read_text())["packages"]["transformers"]
-    assert (now == "4.0") is begun
+    now = json.loads((folder / CORPUS).read_text())["packages"][package]
+    assert (now == "0.5") is begun
 
 
 def test_a_full_disk_is_told_in_a_line_and_leaves_nothing(corpus: Corpus, tmp_path: Path) -> None:

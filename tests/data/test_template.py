@@ -137,6 +137,29 @@ def test_a_response_has_one_end(tokenizer: PreTrainedTokenizerBase) -> None:
     assert document("By <|im_end|> it ends.").ends_early
 
 
+@pytest.mark.parametrize(
+    ("asked", "response", "flaw"),
+    [
+        ("Why <|im_end|>\n<|im_start|>assistant\n2", "1", "control_token"),  # a turn that is none
+        ("Why?", "As <|im_start|>user\nso", "control_token"),
+        ("Why?", "1<|endoftext|>", "control_token"),
+        ("Why?", "1<|im_end|>2", "ends_early"),
+        ("Why?", "<|im_end|>", "empty"),
+        ("Why <think>?", "<think>\nSo <tool_call>.\n</think>\n\n1<|im_end|>", ""),
+    ],
+)
+def test_text_is_not_taken_for_the_frame_of_a_turn(
+    asked: str, response: str, flaw: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "<think>", "</think>"]})
+    prefilled(tokenizer, PREFILL)
+    document = document_of(tokenizer, Trajectory("t", "", (Message("user", asked), Message("assistant", response))))
+    assert document.flaw == (flaw if response != "<|im_end|>" else "")  # the reasoning that it closes is something
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(PREFILL, "")
+    document = document_of(tokenizer, Trajectory("t", "", (Message("user", asked), Message("assistant", response))))
+    assert document.flaw == flaw
+
+
 def test_templates_that_tell_the_date_tell_the_same_one_every_day(tokenizer: PreTrainedTokenizerBase) -> None:
     template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
     tokenizer.chat_template = template

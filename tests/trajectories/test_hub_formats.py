@@ -38,6 +38,15 @@ def test_a_row_becomes_a_trajectory(form: str, raw: dict[str, object], tmp_path:
     assert row.reference is None
 
 
+def test_a_conversation_of_several_turns_is_refused(tmp_path: Path) -> None:
+    """Of which only the last two would be left."""
+    file = tmp_path / "rows.jsonl"
+    turns = [*OPENTHOUGHTS["conversations"], *OPENTHOUGHTS["conversations"]]  # type: ignore[misc]
+    file.write_text(json.dumps({"conversations": turns}) + "\n")
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .* it has 4 turns"):
+        sources.read(SourceConfig(path=str(file), format="openthoughts"))
+
+
 def test_a_row_without_marks_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     turns = [{"from": "user", "value": "What?"}, {"from": "assistant", "value": "2"}]

@@ -54,6 +54,9 @@ def test_only_the_last_turn_is_the_response() -> None:
         (row(USER, {"role": "assistant"}), r"message 1 \(assistant\) needs a text"),
         (row(USER, {"role": "assistant", "content": None}), "needs a text"),
         (row({"role": "user", "content": [{"type": "text", "text": "x"}]}, ASSISTANT), "needs a text"),
+        (row({"role": "user", "content": "\ud83d"}, ASSISTANT), r"message 0 \(user\) holds half a character"),
+        (row(USER, {**ASSISTANT, "reasoning_content": "84."}), r"message 1 \(assistant\) has reasoning_content, which"),
+        (row(USER, {**ASSISTANT, "tool_calls": [{}]}), "has tool_calls, which nothing reads"),
     ],
 )
 def test_unusable_row_is_refused_with_its_reason(raw: Any, says: str) -> None:
@@ -77,6 +80,20 @@ def test_unusable_row_is_refused_with_its_reason(raw: Any, says: str) -> None:
         ({"grader": "code", "answer": "84"}, "non-empty list of tests"),
         ({"grader": "code", "tests": []}, "non-empty list of tests"),
         ({"grader": "code", "tests": "assert True"}, "non-empty list of tests"),
+        ({"grader": "code", "tests": ["assert f()", {"input": "1"}]}, r"tests that can fail.* cannot: \{'input'"),
+        ({"grader": "code", "tests": ['{"input": "1", "output": "2"}']}, "this one cannot: .*input"),
+        ({"grader": "code", "tests": ["f(1) == 2"]}, r"this one cannot: 'f\(1\) == 2'"),
+        ({"grader": "code", "tests": [None]}, "this one cannot: None"),
+        ({"grader": "code", "tests": [["assert f() == 1"]]}, "this one cannot"),
+        ({"grader": "code", "tests": [" \n# nothing"]}, "this one cannot"),
+        ({"grader": "math", "answer": " "}, "needs an answer, a text or a number; it is ' '"),
+        ({"grader": "math", "answer": ["84"]}, r"needs an answer, a text or a number; it is \['84'\]"),
+        ({"grader": "math", "answer": True}, "needs an answer, a text or a number"),
+        ({"grader": "math", "answer": float("nan")}, "needs an answer, a text or a number"),
+        ({"grader": "choice", "answer": 1}, "needs a letter from A to J; its answer is '1'"),
+        ({"grader": "choice", "answer": "b"}, "needs a letter"),
+        ({"grader": "choice", "answer": "(B)"}, "needs a letter"),
+        ({"grader": "choice", "answer": "BC"}, "needs a letter"),
     ],
 )
 def test_unusable_reference_is_refused_with_its_reason(reference: Any, says: str) -> None:
@@ -84,6 +101,11 @@ def test_unusable_reference_is_refused_with_its_reason(reference: Any, says: str
         Trajectory.parse(row(USER, ASSISTANT, reference=reference), "x")
 
 
+def test_fields_of_a_turn_that_say_nothing_do_no_harm() -> None:
+    said = {**ASSISTANT, "reasoning_content": None, "tool_calls": [], "name": "teacher"}
+    assert Trajectory.parse(row(USER, said), "x").response == ASSISTANT["content"]
+
+
 def test_code_reference_keeps_its_tests_in_order() -> None:
-    tests = ["assert f(1) == 2", "assert f(0) == 1"]
+    tests = ["one = 1", "import math", "assert f(1) == 2", "check(f)", "if f(1) != 2:\n    raise ValueError", "f(1) =="]
     assert Reference.parse({"grader": "code", "tests": tests}) == Reference("code", tests=tuple(tests))

@@ -81,6 +81,7 @@ def test_unusable_row_is_named_by_file_and_line(tmp_path: Path, bad: Any, says: 
         ("mbpp", {**MBPP, "test_list": [], "test_setup_code": ""}, "list of tests"),
         ("mmlu", {**MMLU, "answer": 10}, "format mmlu"),
         ("mmlu", {**MMLU, "answer": "C"}, "format mmlu"),
+        ("mmlu", {**MMLU, "answer": float("inf")}, "format mmlu"),
         ("mmlu", [1], "format mmlu"),
     ],
 )
@@ -201,6 +202,21 @@ def test_limit_counts_rows_of_the_split(tmp_path: Path) -> None:
 )
 def test_what_counts_as_a_file(path: str, local: bool) -> None:
     assert is_local(SourceConfig(path=path)) is local
+
+
+def test_a_folder_here_is_no_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which `datasets` would read, and whose rows could change without a word."""
+    (tmp_path / "my" / "rows").mkdir(parents=True)
+    jsonl(tmp_path / "my" / "rows", message_row("a"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="my/rows: is a folder; give a JSONL file"):
+        read(SourceConfig(path="my/rows"))
+
+
+def test_half_a_character_is_named_where_rows_are_dealt_out_by_their_question(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, message_row("a"), message_row("\ud83d"))
+    with pytest.raises(UserError, match=r"rows.jsonl:2: .* half a character"):
+        read(SourceConfig(path=str(path), split="train"))
 
 
 def test_identity_of_a_file_is_its_sha256(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from branchmerge.config import TrainConfig
 from branchmerge.data.batch import Batch, make_batch, make_idle_batch, supervised_tokens
 from branchmerge.data.held_out import hold_out
 from branchmerge.data.packing import Plan, Row, Step, first_documents, make_plan
-from branchmerge.data.template import Document, tokenise
+from branchmerge.data.template import Document, check_prompts, tokenise
 from branchmerge.errors import UserError
 from branchmerge.trajectories import sources
 from branchmerge.trajectories.schema import Trajectory
@@ -132,6 +132,8 @@ def prepare(
     """
     longest = min(config.data.seq_len, context or config.data.seq_len)
     account = data_account(config)
+    for part in rows.values():
+        check_prompts(tokenizer, part)  # before any is graded, which may take hours
     held_out = hold_out(config, rows, tokenizer, longest)
     documents: list[Document] = []
     for name, part in rows.items():
@@ -180,11 +182,11 @@ def plan_of(config: TrainConfig, documents: Sequence[Document]) -> Plan:
 
 
 def _why_not(document: Document, longest: int, too_long: str) -> str:
-    """The reason where a document is dropped: it ends in the middle, or more than `longest` tokens may not be cut off.
+    """The reason where a document is dropped: a flaw of its own, or more than `longest` tokens may not be cut off.
 
     A prompt that alone is that long has nothing to learn after it, and is dropped in either case.
     """
-    if document.ends_early:
-        return "ends_early"
+    if document.flaw:
+        return document.flaw
     cannot_be_cut = too_long == "drop" or document.prompt_len >= longest
     return "too_long" if len(document) > longest and cannot_be_cut else ""

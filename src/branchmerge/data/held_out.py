@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,14 @@ class HeldOut:
     """What is validated on, by part of the corpus."""
 
     documents: dict[str, list[Document]] = field(default_factory=dict)
-    prompts: set[tuple[Message, ...]] = field(default_factory=set)
-    """Of all of them; other answers to the same prompts are not trained on either."""
+    prompts: set[tuple[str, ...]] = field(default_factory=set)
+    """What all of them ask (`_asked`); other answers to the same prompts are not trained on either."""
 
     def removed_from(self, rows: Sequence[Trajectory]) -> list[Trajectory]:
         """The rows that may be trained on."""
-        return [row for row in rows if row.prompt not in self.prompts]
+        if not self.prompts:
+            return list(rows)
+        return [row for row in rows if _asked(row.prompt) not in self.prompts]
 
 
 def other_sources(config: TrainConfig) -> dict[str, SourceConfig]:
@@ -61,7 +64,7 @@ def check_count(config: TrainConfig, own: Mapping[str, list[Trajectory]]) -> Non
     if not wanted:
         return
     for part, rows in _parts(config, own).items():
-        prompts = len({row.prompt for row in rows})
+        prompts = len({_asked(row.prompt) for row in rows})
         if prompts < wanted:
             raise _too_few(wanted, len(rows), part, prompts)
 
@@ -84,7 +87,7 @@ def hold_out(
     for part, rows in _parts(config, own).items():
         chosen = _choose(config, part, rows, tokenizer, longest)
         held_out.documents[part] = [document for _, document in chosen]
-        held_out.prompts |= {row.prompt for row, _ in chosen}
+        held_out.prompts |= {_asked(row.prompt) for row, _ in chosen}
     return held_out
 
 
@@ -103,21 +106,25 @@ def _choose(
     """The first in the order of their prompts' hashes that are right, short enough and of different prompts."""
     wanted = config.data.validation_rows
     ordered = sorted(rows, key=lambda row: _digest(row.prompt))
-    by_prompt: dict[tuple[Message, ...], Trajectory] = {}
+    by_prompt: dict[tuple[str, ...], Trajectory] = {}
     for row in ordered:
-        by_prompt.setdefault(row.prompt, row)
+        by_prompt.setdefault(_asked(row.prompt), row)
     candidates = list(by_prompt.values())
     chosen: list[tuple[Trajectory, Document]] = []
     for start in range(0, len(candidates), wanted):
         # Graded a few at a time: the rest of another domain's rows is of no use here.
         right = select(candidates[start : start + wanted], config.data.verify, progress=False).rows
         documents = zip(right, tokenise(tokenizer, right), strict=True)
-        chosen += [
-            (row, document) for row, document in documents if len(document) <= longest and not document.ends_early
-        ]
+        chosen += [(row, document) for row, document in documents if len(document) <= longest and not document.flaw]
         if len(chosen) >= wanted:
             return chosen[:wanted]
     raise _too_few(wanted, len(rows), part, len(chosen))
+
+
+def _asked(prompt: Sequence[Message]) -> tuple[str, ...]:
+    """A prompt without what copies of it differ by: white space, and how accented characters are put together."""
+    texts = (unicodedata.normalize("NFC", message.content) for message in prompt)
+    return tuple(f"{message.role} {' '.join(text.split())}" for message, text in zip(prompt, texts, strict=True))
 
 
 def _digest(prompt: Sequence[Message]) -> bytes:

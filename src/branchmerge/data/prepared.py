@@ -22,6 +22,7 @@ import numpy as np
 from branchmerge.config import TrainConfig
 from branchmerge.data.datamodule import Corpus, plan_of, prepare
 from branchmerge.data.template import Document
+from branchmerge.evaluation.graders import GRADING
 from branchmerge.evaluation.math_worker import end_workers
 from branchmerge.student import backbone, ranks
 from branchmerge.study import file_sha256, whole_or_gone, write_text
@@ -47,7 +48,7 @@ def prepared(config: TrainConfig, start: Path, folder: Path, begun: bool) -> Cor
 
 def _prepare(config: TrainConfig, start: Path, folder: Path, begun: bool) -> None:
     kept = _kept(folder)
-    if kept is not None and (begun or kept["packages"] == package_versions()):
+    if kept is not None and (begun or kept["packages"] == _versions()):
         ranks.say(f"{folder}: rows as an earlier run prepared them; delete it to have them graded again")
         return
     rows = read_branch(config)
@@ -74,7 +75,7 @@ def write(corpus: Corpus, folder: Path) -> None:
             os.fsync(file.fileno())
         facts: dict[str, Any] = {
             "format": FORMAT,
-            "packages": package_versions(),
+            "packages": _versions(),
             "sha256": file_sha256(partial / TOKENS),
             "documents": [(document.id, len(document), document.prompt_len) for document in documents],
             "held_out": {part: len(chosen) for part, chosen in corpus.held_out.items()},
@@ -117,6 +118,11 @@ def _kept(folder: Path) -> dict[str, Any] | None:
         pass
     ranks.say(f"warning: {folder}: not whole; preparing the rows again")
     return None
+
+
+def _versions() -> dict[str, str]:
+    """Of all that which rows are kept, and their tokens, depend on besides settings and files."""
+    return {**package_versions(), "graders": str(GRADING)}
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ response are tokenised apart, as they are at generation time.
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ class Document:
     tokens: NDArray[np.integer]
     """A tenth of what Python's own numbers would take: a study has hundreds of millions."""
     prompt_len: int
+    framed: bool = False
+    """Whether a text of it holds a token of the conversation's frame, as one about chat templates does"""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,6 +54,15 @@ class Document:
     def ends_early(self) -> bool:
         """Whether the end-of-sequence token, its last, stands in the middle of what is learned, too."""
         return bool((self.tokens[self.prompt_len : -1] == self.tokens[-1]).any())
+
+    @property
+    def flaw(self) -> str:
+        """Why it is not to be learned; empty where it is."""
+        if self.ends_early:
+            return "ends_early"
+        if self.framed:
+            return "control_token"
+        return "empty" if len(self) == self.prompt_len + 1 else ""
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message]) -> str:
@@ -89,11 +101,17 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Trajec
 
 def _tokenise(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Trajectory]) -> list[Document]:
     rendered = [_render(tokenizer, trajectory) for trajectory in trajectories]
+    frame = _frame(tokenizer)
+    framed = [
+        any(frame.search(text) for text in (*(message.content for message in trajectory.prompt), response))
+        for trajectory, (_, response) in zip(trajectories, rendered, strict=True)
+    ]
     prompts = _ids(tokenizer, [prompt for prompt, _ in rendered])
     responses = _ids(tokenizer, [response for _, response in rendered])
+    names = [trajectory.id for trajectory in trajectories]
     return [
-        Document(trajectory.id, np.array([*prompt, *response, tokenizer.eos_token_id], dtype=np.int32), len(prompt))
-        for trajectory, prompt, response in zip(trajectories, prompts, responses, strict=True)
+        Document(name, np.array([*prompt, *response, tokenizer.eos_token_id], dtype=np.int32), len(prompt), marked)
+        for name, prompt, response, marked in zip(names, prompts, responses, framed, strict=True)
     ]
 
 
@@ -111,6 +129,18 @@ def _render(tokenizer: "PreTrainedTokenizerBase", trajectory: Trajectory) -> tup
     return prompt, response
 
 
+def _frame(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """The special tokens around turns and texts. In a row's own text they would begin or end a turn that is none.
+
+    Not all special tokens: rows may have some on purpose, as for tools.
+    """
+    around = render_prompt(tokenizer, [Message("user", "?")])
+    special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    marks = {*(mark for mark in special if mark in around), *filter(None, named)} - {OPEN, CLOSE}
+    return re.compile("|".join(map(re.escape, sorted(marks))))
+
+
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     # Said either way, lest it warn where a process is forked later; no forked one of ours tokenises.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -118,12 +148,25 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[in
     return ids
 
 
+def check_prompts(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Trajectory]) -> None:
+    """Refuse what the chat template does, as a system prompt may be; raises UserError that names the trajectory."""
+    for trajectory in trajectories:
+        with _named(trajectory):
+            render_prompt(tokenizer, trajectory.prompt)
+
+
 def _check(tokenizer: "PreTrainedTokenizerBase", trajectory: Trajectory) -> None:
-    try:
+    with _named(trajectory):
         _tokenise(tokenizer, [trajectory])
+
+
+@contextmanager
+def _named(trajectory: Trajectory) -> Iterator[None]:
+    try:
+        yield
     except MemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # a template may compute, and so fail, in any way
         raise UserError(
             f"{trajectory.id}: cannot be written by the backbone's chat template and tokenizer"
             f" ({type(error).__name__}: {error}); mend or drop that row, or take another backbone"

@@ -15,7 +15,7 @@ from branchmerge.evaluation.livecodebench.grading import OFFICIAL, STRICT, grade
 from branchmerge.evaluation.math_worker import math_equal
 from branchmerge.evaluation.programs import last_program, official_program
 from branchmerge.evaluation.sandbox import PASSED, run_tests
-from branchmerge.trajectories.schema import Reference
+from branchmerge.trajectories.schema import CHOICES, Reference
 
 GRADING = 2
 """Raised with each change of verdicts: stored scores are then made again, from the responses that are there."""
@@ -28,7 +28,6 @@ SECONDARY = {"integer": (MATH_VERIFY,)}
 """Second opinions that a grader reports beside its verdict."""
 RUNS_CODE = ("code", "livecodebench", "livecodebench_official")
 """Graders that run programs."""
-CHOICES = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,23 @@ grader: `math`, `choice` and `integer` carry an `answer`, `code` carries `tests`
 all pass, and `livecodebench` the packed tests of a problem, `public` and `private`, and the `function` they call.
 """
 
+import ast
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
 MOST_DIGITS = 1000
 """Digits of an integer that is an answer; Python reads none of more than 4,300."""
+CHOICES = "ABCDEFGHIJ"
+"""Letters of a choice"""
+LOST = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
+"""Fields of a turn in which programs put what is said, too; only the content is learned"""
+IDLE = (ast.Compare, ast.BoolOp, ast.Constant, ast.Name, ast.Dict, ast.List, ast.Tuple, ast.Set)
+"""Expressions that are no statement of a test"""
 GRADERS = ("math", "choice", "integer", "code", "livecodebench", "livecodebench_official")
 
 
@@ -56,14 +65,29 @@ class Reference:
             tests = raw.get("tests")
             if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
                 raise ValueError("a reference with grader 'code' needs a non-empty list of tests")
-            return Reference("code", tests=tuple(str(test) for test in tests))
+            for test in tests:
+                if _cannot_fail(test):
+                    raise ValueError(
+                        "a reference with grader 'code' needs tests that can fail, such as 'assert f(1) == 2'; this one"
+                        f" cannot: {repr(test)[:100]}"
+                    )
+            return Reference("code", tests=tuple(tests))
         if raw["grader"] in ("livecodebench", "livecodebench_official"):
             public, private = str(raw.get("public") or ""), str(raw.get("private") or "")
             if not public and not private:
                 raise ValueError(f"a reference with grader {raw['grader']!r} needs its public or private tests")
             return Reference(raw["grader"], public=public, private=private, function=str(raw.get("function") or ""))
-        if raw.get("answer") is None:
-            raise ValueError(f"a reference with grader {raw['grader']!r} needs an answer")
+        answer = raw.get("answer")
+        if not _is_answer(answer):
+            raise ValueError(
+                f"a reference with grader {raw['grader']!r} needs an answer, a text or a number; it is"
+                f" {repr(answer)[:100]}"
+            )
+        if raw["grader"] == "choice" and (len(str(answer)) != 1 or str(answer) not in CHOICES):
+            raise ValueError(
+                f"a reference with grader 'choice' needs a letter from {CHOICES[0]} to {CHOICES[-1]}; its answer is"
+                f" {str(answer)[:100]!r}"
+            )
         if raw["grader"] == "integer" and not re.fullmatch(rf"[+-]?\d{{1,{MOST_DIGITS}}}", str(raw["answer"])):
             raise ValueError(
                 f"a reference with grader 'integer' needs an integer of at most {MOST_DIGITS} digits; its answer is"
@@ -107,6 +131,14 @@ class Trajectory:
                 raise ValueError(f"message {number} needs a role, one of {', '.join(ROLES)}")
             if not isinstance(turn.get("content"), str):
                 raise ValueError(f"message {number} ({turn['role']}) needs a text as content")
+            apart = next((name for name in LOST if turn.get(name)), None)
+            if apart is not None:
+                raise ValueError(
+                    f"message {number} ({turn['role']}) has {apart}, which nothing reads; put it into the content,"
+                    " reasoning between <think> and </think> before the answer"
+                )
+            if not _is_text(turn["content"]):
+                raise ValueError(f"message {number} ({turn['role']}) holds half a character (a lone surrogate)")
             messages.append(Message(turn["role"], turn["content"]))
         if not any(message.role == "assistant" for message in messages):
             raise ValueError("the row has no assistant turn, so there is nothing to learn from it")
@@ -119,6 +151,26 @@ class Trajectory:
         if not _is_text(row_id + domain):
             raise ValueError("its id or domain holds half a character (a lone surrogate)")
         return Trajectory(row_id, domain, tuple(messages), reference)
+
+
+def _cannot_fail(test: Any) -> bool:
+    """Whether any program passes it: a text of comparisons that nothing asserts, or a value, as {"input": "1"}."""
+    if not isinstance(test, str):
+        return True
+    if "assert" in test:
+        return False
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            statements = ast.parse(test).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # it fails, then
+        return False
+    return all(isinstance(one, ast.Expr) and isinstance(one.value, IDLE) for one in statements)
+
+
+def _is_answer(answer: Any) -> bool:
+    if isinstance(answer, str):
+        return bool(answer.strip())
+    return isinstance(answer, int | float) and not isinstance(answer, bool) and isfinite(answer)
 
 
 def _is_text(text: str) -> bool:

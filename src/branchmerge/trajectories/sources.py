@@ -12,9 +12,8 @@ from typing import Any
 from branchmerge.config import SourceConfig, TrainConfig, project_path
 from branchmerge.errors import UserError
 from branchmerge.study import file_sha256
-from branchmerge.trajectories.schema import Trajectory
+from branchmerge.trajectories.schema import CHOICES, Trajectory
 
-LETTERS = "ABCDEFGHIJ"
 LOCAL_SPLITS = ("all", "train", "test")
 HELD_OUT_SHARE = 5
 """`split=test` of a file without splits holds one question in five."""
@@ -47,10 +46,10 @@ def _mbpp(row: Any, row_id: str) -> Trajectory:
 def _mmlu(row: Any, row_id: str) -> Trajectory:
     """MMLU: four choices, answered by the letter (the data set has no reasoning)."""
     number = int(row["answer"])
-    if not 0 <= number < len(row["choices"]) <= len(LETTERS):
+    if not 0 <= number < len(row["choices"]) <= len(CHOICES):
         raise ValueError(f"its answer {number} is none of its {len(row['choices'])} choices")
-    options = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(row["choices"]))
-    letter = LETTERS[number]
+    options = "\n".join(f"{CHOICES[i]}. {choice}" for i, choice in enumerate(row["choices"]))
+    letter = CHOICES[number]
     return _trajectory(
         row_id, "science", f"{row['question'].strip()}\n{options}\nAnswer with the letter.",
         f"\\boxed{{{letter}}}", {"grader": "choice", "answer": letter},
@@ -68,6 +67,8 @@ THOUGHTS = (
 def _openthoughts(row: Any, row_id: str) -> Trajectory:
     """OpenThoughts-114k: one turn each, reasoning and answer between marks; no reference."""
     said = {turn["from"]: turn["value"] for turn in row["conversations"]}
+    if len(row["conversations"]) != 2:
+        raise ValueError(f"it has {len(row['conversations'])} turns, not one of each")
     response = said["assistant"]
     for mark, plain in THOUGHTS:
         response = response.replace(mark, plain)
@@ -118,7 +119,7 @@ def read(source: SourceConfig) -> list[Trajectory]:
     for where, row_id, raw in _raw_rows(source):
         try:
             row = convert(raw, row_id)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{where}: not a row of format {source.format}: {reason}") from error
         if is_local(source) and source.split != "all" and is_held_out(row.question) != (source.split == "test"):
@@ -166,10 +167,13 @@ def is_held_out(question: str) -> bool:
 
 
 def is_local(source: SourceConfig) -> bool:
-    """Whether the path means a file; a hub dataset is `owner/name` without a file ending."""
+    """Whether the path means a file; a hub dataset is `owner/name` without a file ending.
+
+    Nor is a hub dataset what lies here: `datasets` would read a folder of that name, whose rows have no revision.
+    """
     path = source.path
     return (
-        project_path(path).is_file()
+        project_path(path).exists()
         or path.startswith(("project:", "/", ".", "~"))
         or path.endswith((".jsonl", ".json"))
         or path.count("/") != 1
