@@ -9,7 +9,7 @@ import pytest
 from branches import branch
 
 from branchmerge.config import TrainConfig
-from branchmerge.data.datamodule import Corpus, prepare
+from branchmerge.data.datamodule import Corpus, data_account, prepare
 from branchmerge.data.prepared import CORPUS, TOKENS, prepared, read, write
 from branchmerge.errors import UserError
 from branchmerge.evaluation.graders import grade
@@ -75,10 +75,25 @@ def test_rows_are_asked_for_once(tiny_student: Path, tmp_path: Path) -> None:
     config = branch(tiny_student, tmp_path, "domain=math", f"data.path={rows}", "optim.global_batch=1")
     verdict = grade("\\boxed{42}", Reference("math", answer="\\frac{84}{2}"))
     assert verdict.correct and math_workers()
-    first = prepared(config, tiny_student, tmp_path / "corpus", begun=False)
+    account = data_account(config)
+    first = prepared(config, tiny_student, tmp_path / "corpus", begun=False, account=account)
     assert len(first.documents) == 1 and not math_workers()
     rows.unlink()
-    assert said(prepared(config, tiny_student, tmp_path / "corpus", begun=False)) == said(first)
+    assert said(prepared(config, tiny_student, tmp_path / "corpus", begun=False, account=account)) == said(first)
+
+
+def test_a_file_that_is_still_written_is_refused(tiny_student: Path, tmp_path: Path) -> None:
+    """Before its rows are graded: the result would be known by the rows that it had at first."""
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "What is 6 x 7?"}, {"role": "assistant", "content": "42"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    config = branch(tiny_student, tmp_path, "domain=math", f"data.path={rows}")
+    account = data_account(config)
+    with rows.open("a") as more:
+        more.write(json.dumps({"messages": turns, "id": "one more"}) + "\n")
+    with pytest.raises(UserError, match=r"rows.jsonl: has changed since this run began"):
+        prepared(config, tiny_student, tmp_path / "corpus", begun=False, account=account)
+    assert not (tmp_path / "corpus").exists()
 
 
 @pytest.mark.parametrize(
@@ -88,7 +103,7 @@ def test_what_is_not_whole_is_made_again(
     harm: str, config: TrainConfig, tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "corpus"
-    first = said(prepared(config, tiny_student, folder, begun=False))
+    first = said(prepared(config, tiny_student, folder, begun=False, account=data_account(config)))
     tokens = (folder / TOKENS).read_bytes()
     if harm == "a token":
         (folder / TOKENS).write_bytes(bytes([tokens[0] ^ 1]) + tokens[1:])
@@ -104,7 +119,7 @@ def test_what_is_not_whole_is_made_again(
         (folder / CORPUS).unlink()
     else:
         (folder / CORPUS).write_text("{")
-    assert said(prepared(config, tiny_student, folder, begun=False)) == first
+    assert said(prepared(config, tiny_student, folder, begun=False, account=data_account(config))) == first
     assert f"{folder}: not whole" in capsys.readouterr().out
 
 
@@ -119,12 +134,12 @@ def test_other_versions_prepare_anew_unless_there_are_checkpoints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "corpus"
-    prepared(config, tiny_student, folder, begun=False)
+    prepared(config, tiny_student, folder, begun=False, account=data_account(config))
     facts = json.loads((folder / CORPUS).read_text())
     facts["packages"][package] = "0.5"
     (folder / CORPUS).write_text(json.dumps(facts))
     capsys.readouterr()
-    prepared(config, tiny_student, folder, begun)
+    prepared(config, tiny_student, folder, begun, data_account(config))
     assert ("rows as an earlier run prepared them" in capsys.readouterr().out) is begun
     now = json.loads((folder / CORPUS).read_text())["packages"][package]
     assert (now == "0.5") is begun

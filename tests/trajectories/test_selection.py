@@ -80,3 +80,10 @@ def test_same_response_after_another_system_prompt_is_no_duplicate() -> None:
 def test_a_repeated_row_under_another_id_is_a_duplicate() -> None:
     selection = select([RIGHT, dataclasses.replace(RIGHT, id="copy")], check=True, progress=False)
     assert (len(selection.rows), selection.dropped) == (1, {"duplicate": 1})
+
+
+@pytest.mark.parametrize("first", ["graded", "copy"])
+def test_a_copy_without_reference_does_not_save_a_wrong_row(first: str) -> None:
+    rows = sorted([WRONG, dataclasses.replace(WRONG, reference=None)], key=lambda row: row.reference is None)
+    selection = select(rows if first == "graded" else rows[::-1], check=True, progress=False)
+    assert (selection.rows, selection.dropped) == ([], {"duplicate": 1, "wrong_answer": 1})

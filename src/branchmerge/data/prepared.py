@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from branchmerge.config import TrainConfig
-from branchmerge.data.datamodule import Corpus, plan_of, prepare
+from branchmerge.data.datamodule import Corpus, data_account, plan_of, prepare
 from branchmerge.data.template import Document
+from branchmerge.errors import UserError
 from branchmerge.evaluation.graders import GRADING
 from branchmerge.evaluation.math_worker import end_workers
 from branchmerge.student import backbone, ranks
@@ -33,31 +34,40 @@ TOKENS, CORPUS = "tokens.int32", "corpus.json"
 FORMAT = 1
 
 
-def prepared(config: TrainConfig, start: Path, folder: Path, begun: bool) -> Corpus:
+def prepared(config: TrainConfig, start: Path, folder: Path, begun: bool, account: dict[str, Any]) -> Corpus:
     """What the branch trains on; all processes call this together.
 
     Args:
         start: checkpoint whose tokenizer it is
         folder: where it is kept, for this very work alone
         begun: there are checkpoints that were made with what is kept, so it stays also where versions have changed
+        account: `data_account` as planned, which the result will be known by
     """
-    ranks.by_first(lambda: _prepare(config, start, folder, begun))
+    ranks.by_first(lambda: _prepare(config, start, folder, begun, account))
     ranks.check_seen(folder / CORPUS, "give an outputs= (or out=) on a disk that all nodes share")
     return read(config, folder)
 
 
-def _prepare(config: TrainConfig, start: Path, folder: Path, begun: bool) -> None:
+def _prepare(config: TrainConfig, start: Path, folder: Path, begun: bool, account: dict[str, Any]) -> None:
     kept = _kept(folder)
     if kept is not None and (begun or kept["packages"] == _versions()):
         ranks.say(f"{folder}: rows as an earlier run prepared them; delete it to have them graded again")
         return
     rows = read_branch(config)
+    _check_unchanged(config, account)
     tokenizer = backbone.load_tokenizer(start)
     backbone.check_tokenizer(tokenizer, start)
     try:
         write(prepare(config, rows, tokenizer, backbone.context_length(start)), folder)
     finally:
         end_workers()  # 50 MB each, through all of the training
+
+
+def _check_unchanged(config: TrainConfig, account: dict[str, Any]) -> None:
+    """Refuse rows of a file that is still being written: the result would be known by others."""
+    for name, entry in data_account(config)["sources"].items():
+        if entry["sha256"] != account["sources"][name]["sha256"]:
+            raise UserError(f"{entry['path']}: has changed since this run began; run it again when the file is whole")
 
 
 def write(corpus: Corpus, folder: Path) -> None:

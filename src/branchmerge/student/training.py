@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> Path:
         ranks.by_first(saved.tell_of_others)
         if config.trainer.checkpoint.is_on:
             ranks.by_first(lambda: saved.tell_if_small(bytes_of_training(config) * numbers_in(start)))
-        corpus = prepared(config, start, saved.folder / "corpus", ranks.by_first(saved.has_some))
+        corpus = prepared(config, start, saved.folder / "corpus", ranks.by_first(saved.has_some), planned.data)
         saved.rows = corpus.fingerprint
         _tell(corpus)
         ending = stack.enter_context(Ending())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from branchmerge.trajectories.schema import Trajectory
+from branchmerge.trajectories.schema import Message, Trajectory
 from branchmerge.trajectories.verification import CORRECT, UNVERIFIED, verify
 
 
@@ -28,7 +28,12 @@ def select(rows: Sequence[Trajectory], check: bool, progress: bool) -> Selection
     dropped: Counter[str] = Counter()
     answered = [row for row in rows if row.response.strip()]
     dropped["empty"] = len(rows) - len(answered)
-    distinct = list({(row.prompt, row.response): row for row in answered}.values())
+    last: dict[tuple[tuple[Message, ...], str], Trajectory] = {}
+    for row in answered:
+        said = (row.prompt, row.response)
+        if row.reference is not None or said not in last or last[said].reference is None:  # a copy hides no reference
+            last[said] = row
+    distinct = list(last.values())
     dropped["duplicate"] = len(answered) - len(distinct)
     kept: list[Trajectory] = []
     verdicts = verify(distinct) if check else (UNVERIFIED for _ in distinct)
