@@ -40,6 +40,11 @@ def computes_bf16(device: "torch.device") -> bool:
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_computes_bf16()
+
+
+def cpu_computes_bf16() -> bool:
+    """The same of this CPU; a plan asks without torch."""
     flags = cpu_flags()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 

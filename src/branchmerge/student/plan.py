@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from branchmerge import machine
 from branchmerge.config import PlanningConfig, TrainConfig
 from branchmerge.config_checks import check_groups, check_trainer
 from branchmerge.errors import UserError
@@ -83,19 +84,27 @@ def _shape(config: TrainConfig, checkpoint: Path | None) -> tuple[dict[str, Any]
     if shape:
         source = f"backbone.shape of {config.backbone.name}" if checkpoint is None else f"that of {checkpoint}"
         return shape, [f"the model's shape is {source}"]
-    raise UserError(
-        f"plan=true: {config.backbone.path or config.backbone.pretrained} is not on this machine, and"
-        f" backbone={config.backbone.name} has no shape; set backbone.path=/folder/of/a/model or backbone.shape"
-    )
+    path = config.backbone.path
+    if path is None:
+        raise UserError(
+            f"plan=true: {config.backbone.pretrained} is not on this machine, and backbone={config.backbone.name} has"
+            " no shape; set backbone.path=/folder/of/a/model or backbone.shape"
+        )
+    if Path(path).expanduser().is_dir():
+        backbone.check_checkpoint(Path(path).expanduser())  # which tells what the folder lacks
+    raise UserError(f"plan=true: backbone.path={path} is not on this machine; give a folder, or download the model")
 
 
 def _world(config: TrainConfig) -> tuple[int, list[str]]:
     """Number of devices, and what was assumed for it."""
     trainer = config.trainer
+    if not trainer.sharded:
+        check_trainer(trainer)  # several devices without a part of the model each are no machine to plan for
+        return 1, []
     of_a_node = trainer.gpus_per_job or trainer.devices
     if of_a_node is not None:
         return of_a_node * trainer.num_nodes, []
-    if not trainer.sharded or trainer.accelerator == "cpu":
+    if trainer.accelerator == "cpu":
         return trainer.num_nodes, []
     said = f"trainer.devices=null: {GPUS_OF_A_NODE} GPUs a node are assumed"
     return GPUS_OF_A_NODE * trainer.num_nodes, [said]
@@ -112,9 +121,10 @@ def _setting(config: TrainConfig, shape: dict[str, Any], world: int) -> Setting:
         sharded=trainer.sharded,
         replicate=trainer.replicate,
         context=trainer.context_parallel,
-        cpu_offload=trainer.cpu_offload,
+        cpu_offload=trainer.cpu_offload and gpu,  # a CPU has no other memory
         checkpointing=trainer.recomputes,
-        bf16=trainer.precision == "bf16-mixed" or (trainer.precision == "auto" and gpu),
+        bf16=trainer.precision == "bf16-mixed"
+        or (trainer.precision == "auto" and (gpu or machine.cpu_computes_bf16())),
         eight_bit=config.optim.optimizer == "adamw_8bit",
         gpu=gpu,
     )
@@ -123,6 +133,11 @@ def _setting(config: TrainConfig, shape: dict[str, Any], world: int) -> Setting:
 def _rows(config: TrainConfig, world: int, context: int) -> int:
     """Packed rows of a device in a step; the last devices may have fewer."""
     return math.ceil(config.optim.global_batch / (world // context))
+
+
+def _can_be_cut(setting: Setting, world: int) -> bool:
+    """Whether so many devices make groups that share a row, and whole sets."""
+    return world % setting.context == 0 and world % setting.replicate == 0
 
 
 def _on(setting: Setting, world: int, config: TrainConfig) -> Setting:
@@ -192,14 +207,18 @@ def _changes(
     config: TrainConfig, base: Setting, worlds: list[int], lengths: list[int]
 ) -> list[tuple[Callable[[Setting], str], list[Setting]]]:
     """Every knob: how it is said, and its settings, the mildest first."""
-    more = [_on(base, world, config) for world in worlds if world > base.world]
+    more = [_on(base, world, config) for world in worlds if world > base.world and _can_be_cut(base, world)]
     shorter = [replace(base, seq_len=length) for length in reversed(lengths) if length < base.seq_len]
     knobs: list[tuple[Callable[[Setting], str], list[Setting]]] = []
     if not base.checkpointing:
         on = [replace(base, checkpointing=True)]
         knobs.append((lambda _: "trainer.activation_checkpointing=true", on))
-    if base.sharded and not base.cpu_offload:
-        knobs.append((lambda _: "trainer.cpu_offload=true", [replace(base, cpu_offload=True)]))
+    fewer = [replace(base, replicate=sets) for sets in range(base.replicate - 1, 0, -1) if base.replicate % sets == 0]
+    knobs.append((lambda setting: f"trainer.replicate={setting.replicate}", fewer))
+    if base.gpu and not base.cpu_offload:
+        alone = "" if base.sharded else f" {_launch(config, base.world)}"
+        offloaded = _on(replace(base, cpu_offload=True, sharded=True), base.world, config)
+        knobs.append((lambda _: f"trainer.cpu_offload=true{alone}", [offloaded]))
     if not base.eight_bit and not base.cpu_offload:
         knobs.append((lambda _: "optim.optimizer=adamw_8bit", [replace(base, eight_bit=True)]))
     shared = [
@@ -207,18 +226,20 @@ def _changes(
         for size in (2, 4, 8)
         if size > base.context and base.world % size == 0 and backbone.can_share(base.shape, size)
     ]
-    knobs.append((lambda setting: f"trainer.context_parallel={setting.context}", shared))
+    if config.backbone.attn in ("auto", "sdpa"):  # flash-attn knows nothing of shared rows
+        knobs.append((lambda setting: f"trainer.context_parallel={setting.context}", shared))
     knobs.append((lambda setting: f"{setting.world} {setting.devices} ({_launch(config, setting.world)})", more))
     knobs.append((lambda setting: f"data.seq_len={setting.seq_len}", shorter))
     return [(said, settings) for said, settings in knobs if settings]
 
 
 def _launch(config: TrainConfig, world: int) -> str:
+    """Not trainer=fsdp, in whose place another may be, with a trainer.accelerator that must stay."""
     a_node = config.trainer.devices or GPUS_OF_A_NODE
     if world % a_node:
         a_node = GPUS_OF_A_NODE if world % GPUS_OF_A_NODE == 0 else world
     apart = "" if config.trainer.gpus_per_job is None else " trainer.gpus_per_job=null"
-    return f"trainer=fsdp trainer.devices={a_node} trainer.num_nodes={world // a_node}{apart}"
+    return f"trainer.strategy=fsdp trainer.devices={a_node} trainer.num_nodes={world // a_node}{apart}"
 
 
 def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workload | None) -> list[str]:
@@ -238,7 +259,7 @@ def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workloa
     else:
         notes.append(work.said)
     context = asked.context
-    refused = [world for world in worlds if world % context or world % config.trainer.replicate]
+    refused = [world for world in worlds if not _can_be_cut(asked, world)]
     if refused:
         told = f"{', '.join(map(str, refused))} {asked.devices}"
         notes.append(f"training refuses {told}, which cannot be cut into such groups")

@@ -79,11 +79,16 @@ def _disk(plan: Plan) -> str:
 
 def _work(plan: Plan) -> list[str]:
     work, asked, card = plan.work, plan.asked, plan.config.planning
-    if work is None or asked.hours is None or asked.gpu_hours is None:
+    if work is None:
         return ["  work      not known, see below"]
+    counted = f"  work      {work.steps:,} steps, {work.rows:,} rows, {work.tokens:,} tokens"
+    if asked.hours is None or asked.gpu_hours is None:
+        return [
+            counted,
+            "  time      not known: the model is more than matrices and attention, all alike, whose FLOPs are counted",
+        ]
     return [
-        f"  work      {work.steps:,} steps, {work.rows:,} rows, {work.tokens:,} tokens,"
-        f" {work.flops(asked.memory.work):.3g} FLOPs",
+        f"{counted}, {work.flops(asked.memory.work):.3g} FLOPs",
         f"  time      {asked.hours:,.1f} hours, {asked.gpu_hours:,.0f} {asked.setting.device} hours"
         f" at {card.mfu:.0%} of {card.tflops:g} TFLOP/s;"
         f" cost {asked.gpu_hours * card.price:,.0f} at {card.price:g} an hour",
@@ -116,9 +121,11 @@ def _advice(plan: Plan) -> list[str]:
     if plan.asked.fits:
         return []
     if not plan.advice:
+        setting = plan.asked.setting
+        offload = "the CPU's memory, " if setting.gpu else ""
         return [
-            "Nothing tried makes it fit: neither recomputed activations, the CPU's memory, more"
-            f" {plan.asked.setting.devices} nor shorter rows."
+            f"Nothing tried makes it fit: neither recomputed activations, {offload}more {setting.devices} nor shorter"
+            " rows."
         ]
     return (
         ["What makes it fit:"]

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from branchmerge.config import TrainConfig
+from branchmerge.data import held_out
 from branchmerge.student import backbone
 from branchmerge.student.flops import Shapes, pairs_of
 from branchmerge.study import write_json
 from branchmerge.trajectories import sources
+from branchmerge.versions import package_versions
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ def workload(config: TrainConfig, checkpoint: Path | None, folder: Path) -> Work
         checkpoint: the backbone, where it is on this machine
         folder: what was counted once is kept here
     """
-    if checkpoint is not None and all(sources.is_local(source) for source in sources.of_branch(config).values()):
+    others = held_out.other_sources(config) if config.data.validation_rows else {}
+    read = [*sources.of_branch(config).values(), *others.values()]
+    if checkpoint is not None and all(sources.is_local(source) for source in read):
         return _counted(config, checkpoint, folder)
     return _expected(config)
 
@@ -50,16 +54,19 @@ def workload(config: TrainConfig, checkpoint: Path | None, folder: Path) -> Work
 def _counted(config: TrainConfig, checkpoint: Path, folder: Path) -> Workload:
     """What training itself would do, by its own functions."""
     rows = [(asdict(source), sources.identity(source)) for source in sources.of_branch(config).values()]
-    facts = [rows, asdict(config.data), asdict(config.optim), config.seed, backbone.identity(checkpoint)]
+    facts = [
+        rows, held_out.identity(config), asdict(config.data), asdict(config.optim), config.seed,
+        backbone.identity(checkpoint), package_versions(),
+    ]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     place = folder / f"rows-{key}.json"
     if place.is_file():
         return Workload(**json.loads(place.read_text()))
     from branchmerge.data.datamodule import prepare
 
-    corpus = prepare(
-        config, sources.read_branch(config), backbone.load_tokenizer(checkpoint), backbone.context_length(checkpoint)
-    )
+    tokenizer = backbone.load_tokenizer(checkpoint)
+    backbone.check_tokenizer(tokenizer, checkpoint)
+    corpus = prepare(config, sources.read_branch(config), tokenizer, backbone.context_length(checkpoint))
     packed = corpus.plan.rows
     lengths = (len(corpus.documents[number]) for row in packed for number in row)
     found = Workload(
@@ -71,15 +78,17 @@ def _counted(config: TrainConfig, checkpoint: Path, folder: Path) -> Workload:
 
 
 def _expected(config: TrainConfig) -> Workload | None:
-    """Rows are taken as full, documents as of one length, all their tokens as learned."""
+    """Rows are taken as full, documents as of one length, all their tokens as learned, and limits as reached."""
     expected, capacity, optim = config.study.expected, config.data.seq_len, config.optim
     parts = config.domain.parts if config.data.path is None else []
     if not parts or any(part not in expected for part in parts):
         return None
     lengths = {part: min(expected[part].tokens or capacity // 2, capacity) for part in parts}
-    counts = {part: expected[part].trajectories for part in parts}
+    limits = {part: source.limit for part, source in sources.of_branch(config).items()}
+    counts = {part: min(expected[part].trajectories, limits[part] or expected[part].trajectories) for part in parts}
     tokens = sum(counts[part] * lengths[part] for part in parts)
-    rows = math.ceil(tokens / capacity) * optim.epochs
+    rows = math.ceil(tokens / capacity)
+    rows = min(rows, config.data.packed_rows or rows) * optim.epochs
     steps = math.ceil(rows / optim.global_batch)
     if optim.max_steps is not None and optim.max_steps < steps:
         steps = optim.max_steps
