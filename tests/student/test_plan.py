@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +171,11 @@ def test_flops_are_those_that_torch_counts(tied: bool) -> None:
         model(ids, use_cache=False).logits.sum().backward()
     found = Shapes.of(model)
     assert found is not None
-    work = {"matrices": found.matrices, "head": found.head, "attended": found.attended}
-    counted = Workload(1, 1, tokens, tokens, tokens**2, "").flops(work)
-    assert counter.get_total_flops() == counted
+    work = asdict(found)
+    twice = Workload(1, 1, tokens, tokens, [(tokens, 2), (1, -tokens)], "")
+    assert counter.get_total_flops() == twice.flops(work)
     row = make_batch([Document("a", np.arange(tokens), 1)], tokens - 1)
-    pairs = tokens * (tokens + 1) / 2
-    assert Workload(1, 1, tokens, tokens - 1, pairs, "").flops(work) == found.flops_of(row)
+    assert Workload(1, 1, tokens, tokens - 1, [(tokens, 1)], "").flops(work) == found.flops_of(row)
 
 
 def planned(outputs: Path, *overrides: str) -> Plan:
@@ -218,7 +217,7 @@ def test_a_plan_tells_steps_tokens_time_and_cost(roomy: tuple[Path, Plan]) -> No
 def test_work_is_what_the_study_expects_and_the_steps_allow(roomy: tuple[Path, Plan]) -> None:
     short = planned(roomy[0], "planning.card_gib=1", "study.expected.math.tokens=128").work
     assert short is not None and (short.rows, short.tokens) == (72_500, 72_500 * 512)
-    assert short.pairs == pytest.approx(72_500 * 4 * 128 * 129 / 2)
+    assert short.documents == [(128, pytest.approx(72_500 * 4))]
     few = planned(roomy[0], "planning.card_gib=1", "optim.max_steps=10").work
     assert few is not None and (few.steps, few.rows, few.tokens) == (10, 960, 960 * 512)
 

@@ -148,11 +148,11 @@ def test_flops_are_those_that_torch_counts(tiny_student: Path) -> None:
     batch = make_batch([Document("a", np.arange(100, 100 + length), 1)], 1)
     with FlopCounterMode(display=False) as counted:
         summed_loss(model, batch).backward()
-    pairs = length * (length + 1) / 2
+    seen = length * (length + 1) / 2
     products = counted.get_total_flops() - sum(
         flops for operator, flops in counted.get_flop_counts()["Global"].items() if "attention" in str(operator)
     )
-    assert shapes.flops_of(batch) - 12 * shapes.attended * pairs == pytest.approx(products, rel=1e-6)
+    assert shapes.flops_of(batch) - 12 * shapes.attended * seen == pytest.approx(products, rel=1e-6)
     assert shapes.attended == 2 * 32
 
 
@@ -161,6 +161,31 @@ def test_layers_of_several_kinds_have_no_count() -> None:
     more = {"head_dim": 16, "vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
     config = AutoConfig.for_model("gemma4_text", intermediate_size=48, num_kv_shared_layers=0, **shape, **more)
     assert Shapes.of(AutoModelForCausalLM.from_config(config)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "windowed"),
+    [
+        ("mistral", {"sliding_window": 8}, 3),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, 2),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": False}, 0),
+        ("gemma2", {"sliding_window": 8, "head_dim": 16}, 2),
+        ("llama", {}, 0),
+    ],
+)
+def test_layers_that_look_back_over_a_window_count_only_what_they_see(
+    kind: str, more: dict[str, Any], windowed: int
+) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model(kind, intermediate_size=48, vocab_size=64, **shape, **more)
+    shapes = Shapes.of(AutoModelForCausalLM.from_config(config))
+    assert shapes is not None
+    assert (shapes.attended, shapes.windowed) == ((3 - windowed) * 32, windowed * 32)
+    everything = Shapes(shapes.matrices, shapes.head, 3 * 32)
+    batch = make_batch([Document("a", np.arange(20), 1), Document("b", np.arange(5), 1)], 1)
+    seen = torch.ones(20, 20).tril()
+    unseen = seen.tril(-8).sum().item()  # of the first document; the window holds all of the other one
+    assert everything.flops_of(batch) - shapes.flops_of(batch) == 12 * windowed * 32 * unseen
 
 
 def test_two_documents_cost_less_than_one_of_their_length(tiny_student: Path) -> None:

@@ -1,11 +1,11 @@
 """What a training step computes, and what the card could: their ratio over time is the model FLOPs utilisation (MFU).
 
-A matrix of n weights takes 2n FLOPs a token forwards and 4n backwards. Attention takes, for a pair of tokens that see
-each other, 4 FLOPs for each of the heads' numbers forwards and 8 backwards. What activation checkpointing computes
-anew does not count.
+A matrix of n weights takes 2n FLOPs a token forwards and 4n backwards. Attention takes, for a pair of tokens of which
+one sees the other, 4 FLOPs for each of the heads' numbers forwards and 8 backwards. What activation checkpointing
+computes anew does not count.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,9 @@ PEAKS = {
 }
 """Dense bfloat16 FLOP/s by the card's name, from the makers' data sheets; the first name that fits counts."""
 
+FULL, WINDOWED = "full_attention", "sliding_attention"
+"""Kinds of layers, in transformers' words"""
+
 
 def peak_of(card: str) -> float | None:
     """FLOP/s of a card as torch names it; None where it is not known."""
@@ -49,11 +52,14 @@ class Shapes:
     head: int
     """Weights of the output head, which only learned tokens meet"""
     attended: int
-    """Layers x heads x head size"""
+    """Layers x heads x head size, of layers whose tokens see all before them in their document"""
+    windowed: int = 0
+    """The same of layers whose tokens see `window` of them, themselves included"""
+    window: int = 0
 
     @staticmethod
     def of(model: "PreTrainedModel") -> "Shapes | None":
-        """None for a model that is more than matrices and attention, all alike: experts, convolutions, states."""
+        """None for a model that is more than matrices and attention, alike but for a window: experts, states."""
         if any(parameter.ndim > 2 for parameter in model.parameters()):
             return None
         config = model.config.get_text_config()
@@ -61,6 +67,12 @@ class Shapes:
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         except (AttributeError, RuntimeError):  # not told, or not the same in all layers (Gemma 4)
             return None
+        window: int = getattr(config, "sliding_window", None) or 0
+        kinds = getattr(config, "layer_types", None) or [WINDOWED if window else FULL] * config.num_hidden_layers
+        if not {*kinds} <= {FULL, WINDOWED}:
+            return None
+        windowed = kinds.count(WINDOWED) if window else 0
+        heads = config.num_attention_heads * size
         head: Any = model.get_output_embeddings().weight
         embedding: Any = model.get_input_embeddings().weight
         apart = {id(head): head.numel(), id(embedding): embedding.numel()}  # one where they are tied
@@ -68,22 +80,33 @@ class Shapes:
         return Shapes(
             matrices=matrices - sum(apart.values()),
             head=head.numel(),
-            attended=config.num_hidden_layers * config.num_attention_heads * size,
+            attended=(len(kinds) - windowed) * heads,
+            windowed=windowed * heads,
+            window=window if windowed else 0,
         )
 
-    def flops(self, tokens: int, learned: int, pairs: float) -> float:
-        """Forwards and backwards.
+    def flops(self, tokens: int, learned: int, documents: Collection[tuple[int, float]]) -> float:
+        """Forwards and backwards; attention stays inside documents.
 
         Args:
-            pairs: of tokens of one document of which one sees the other
+            documents: lengths, each with the number of documents that have it
         """
-        return 6.0 * (self.matrices * tokens + self.head * learned) + 12.0 * self.attended * pairs
+        seen = sum(number * pairs(length) for length, number in documents)
+        near = sum(number * pairs(length, self.window) for length, number in documents) if self.windowed else 0
+        return 6.0 * (self.matrices * tokens + self.head * learned) + 12.0 * (
+            self.attended * seen + self.windowed * near
+        )
 
     def flops_of(self, batch: "Batch") -> float:
-        """Of a packed row; attention stays inside its documents."""
-        return self.flops(sum(batch.lengths), batch.supervised, pairs_of(batch.lengths))
+        """Of a packed row."""
+        return self.flops(sum(batch.lengths), batch.supervised, [(length, 1) for length in batch.lengths])
 
 
-def pairs_of(lengths: Iterable[int]) -> float:
-    """Pairs of tokens that see each other in documents of such lengths: each token and all before it, itself too."""
-    return sum(length * (length + 1) / 2 for length in lengths)
+def pairs(length: int, window: int | None = None) -> float:
+    """Pairs of tokens of a document of which one sees the other: each token and those before it, itself too.
+
+    Args:
+        window: how many each sees at most
+    """
+    within = length if window is None else min(length, window)
+    return within * (within + 1) / 2 + (length - within) * within

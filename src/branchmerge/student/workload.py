@@ -1,4 +1,4 @@
-"""How much a branch trains on: steps, tokens, and the pairs of tokens that attend to each other.
+"""How much a branch trains on: steps, tokens, and the lengths of the documents inside which they see each other.
 
 Read from the rows where they, and the tokenizer, are on this machine; else reckoned from what the study expects.
 """
@@ -6,13 +6,14 @@ Read from the rows where they, and the tokenizer, are on this machine; else reck
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from branchmerge.config import TrainConfig
 from branchmerge.data import held_out
 from branchmerge.student import backbone
-from branchmerge.student.flops import Shapes, pairs_of
+from branchmerge.student.flops import Shapes
 from branchmerge.study import write_json
 from branchmerge.trajectories import sources
 from branchmerge.versions import package_versions
@@ -27,14 +28,14 @@ class Workload:
     """Packed rows, over all steps and devices"""
     tokens: int
     learned: int
-    pairs: float
-    """Of tokens in one document of which one sees the other"""
+    documents: list[tuple[int, float]]
+    """Their lengths, each with the number of documents that have it, over all epochs"""
     said: str
     """Where these numbers are from"""
 
     def flops(self, work: dict[str, int]) -> float:
         """Of the whole branch by a model whose `Shapes` are these."""
-        return Shapes(**work).flops(self.tokens, self.learned, self.pairs)
+        return Shapes(**work).flops(self.tokens, self.learned, self.documents)
 
 
 def workload(config: TrainConfig, checkpoint: Path | None, folder: Path) -> Workload | None:
@@ -61,17 +62,18 @@ def _counted(config: TrainConfig, checkpoint: Path, folder: Path) -> Workload:
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     place = folder / f"rows-{key}.json"
     if place.is_file():
-        return Workload(**json.loads(place.read_text()))
+        kept = json.loads(place.read_text())
+        return Workload(**{**kept, "documents": [(length, number) for length, number in kept["documents"]]})
     from branchmerge.data.datamodule import prepare
 
     tokenizer = backbone.load_tokenizer(checkpoint)
     backbone.check_tokenizer(tokenizer, checkpoint)
     corpus = prepare(config, sources.read_branch(config), tokenizer, backbone.context_length(checkpoint))
     packed = corpus.plan.rows
-    lengths = (len(corpus.documents[number]) for row in packed for number in row)
+    lengths = Counter(len(corpus.documents[number]) for row in packed for number in row)
     found = Workload(
         steps=len(corpus.plan.steps), rows=len(packed), tokens=corpus.tokens, learned=corpus.supervised,
-        pairs=pairs_of(lengths), said="rows and tokens are those of the data here",
+        documents=sorted(lengths.items()), said="rows and tokens are those of the data here",
     )  # fmt: skip
     write_json(place, asdict(found))
     return found
@@ -94,11 +96,11 @@ def _expected(config: TrainConfig) -> Workload | None:
         steps = optim.max_steps
         rows = min(rows, steps * optim.global_batch)
     trained = rows * capacity
-    pairs = sum(counts[part] * pairs_of([lengths[part]]) for part in parts) * trained / tokens
+    documents = [(lengths[part], counts[part] * trained / tokens) for part in parts]
     assumed = ", ".join(
         f"{counts[part]:,} of {part} with {lengths[part]:,} tokens each"
         + ("" if expected[part].tokens else " (half a packed row; study.expected." + part + ".tokens= says better)")
         for part in parts
     )
     said = f"the rows are not here; assumed are trajectories: {assumed}; data sets that nobody sifted may have more"
-    return Workload(steps, rows, trained, trained, pairs, said)
+    return Workload(steps, rows, trained, trained, documents, said)
