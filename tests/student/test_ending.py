@@ -11,10 +11,12 @@ import pytest
 from branches import branch, metrics
 from lightning import Callback
 from test_resume import expert, steps_saved
+from torch.distributed.checkpoint import FileSystemWriter
 
 from branchmerge.student import samples, training, validation
 from branchmerge.student.export import export
 from branchmerge.student.module import Student
+from branchmerge.student.resume import Resume
 from branchmerge.student.samples import SAMPLES
 from branchmerge.student.training import train
 from branchmerge.study import read_manifest, weights_sha256
@@ -82,6 +84,46 @@ def test_what_is_under_way_is_left_off_and_done_by_the_next_run(
     assert steps_saved(tmp_path) == [2]
     train(branch(student, tmp_path, *SETTINGS))
     assert seen(tmp_path) == seen(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_while_a_checkpoint_is_loaded_ends_the_run_as_any_other(
+    number: signal.Signals,
+    tiny_student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The Trainer's own handlers are there then, which end with 0 (1), as if all were done."""
+
+    def told(*_: Any) -> None:
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Resume, "on_train_start", told)
+    with pytest.raises(SystemExit) as ended:
+        train(branch(tiny_student, tmp_path, "domain=math"))
+    assert ended.value.code == 128 + number
+    assert "told to end after step 0 of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "times"),
+    [(Student, "on_fit_start", 1), (Student, "training_step", 2), (FileSystemWriter, "finish", 2)],
+)
+def test_ctrl_c_that_ends_at_once_is_told_as_such(
+    owner: type, name: str, times: int, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is to be saved, or the second one; the Trainer makes a status of 1 of it, without a word."""
+
+    def pressed(*_: Any, **__: Any) -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(owner, name, pressed)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(branch(tiny_student, tmp_path, "domain=math", "trainer.checkpoint.every_n_steps=1"))
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def export_told(number: signal.Signals) -> Callable[..., str]:

@@ -229,7 +229,7 @@ def test_the_last_ones_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
     assert folder.newest() is None
 
 
-@pytest.mark.parametrize("harm", ["flipped", "cut", "lost", "no record", "broken record"])
+@pytest.mark.parametrize("harm", ["flipped", "cut", "lost", "no record", "broken record", "other step"])
 def test_one_that_is_not_whole_is_passed_over(harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_with(tmp_path, 2, 4)
     last = folder.folder / "step-00000004"
@@ -242,6 +242,8 @@ def test_one_that_is_not_whole_is_passed_over(harm: str, tmp_path: Path, capsys:
         state.write_bytes(state.read_bytes()[:-1])
     elif harm == "broken record":
         record.write_text(record.read_text()[:-10])
+    elif harm == "other step":
+        record.write_text(record.read_text().replace('"step": 4', '"step": 5'))
     else:
         (record if harm == "no record" else state).unlink()
     found = folder.newest()

@@ -34,6 +34,7 @@ from branchmerge.student import ranks
 from branchmerge.study import UNWRITABLE, Manifest, file_sha256, sync, write_json
 
 DONE = "checkpoint.json"
+STEP = "step-{step:08d}"
 STATE, GENERATORS = "state", "generators-{rank}.pt"
 DIGITS = 12
 """Of a fingerprint in a folder's name"""
@@ -124,7 +125,7 @@ class CheckpointFolder:
         Returns:
             Whether it was written; where the disk is full or not ours the last one stays, and a warning is printed.
         """
-        final = self.folder / f"step-{position.step:08d}"
+        final = self.folder / STEP.format(step=position.step)
         partial = self.folder / f".{final.name}.partial"
         digests: dict[str, str] = {}
         parts: list[Callable[[], Any]] = [
@@ -212,6 +213,8 @@ def _read(folder: Path, rows: str) -> tuple[Checkpoint | None, str]:
     record, why = None, ""
     try:
         record = _Record(**json.loads((folder / DONE).read_text()))
+        if folder.name != STEP.format(step=record.step):  # nothing else tells whether these few bytes have changed
+            raise ValueError(f"{DONE} tells of step {record.step}")
         for name in _mine(sorted(record.sha256)):
             if file_sha256(folder / name) != record.sha256[name]:
                 raise ValueError(f"{name} has changed")
@@ -279,10 +282,16 @@ def _state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch warns where only one process trains."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
+    """torch warns where only one process trains, and makes an error of its own of Ctrl-C."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, KeyboardInterrupt):
+                raise failure from None
+        raise
 
 
 def generators() -> dict[str, Any]:

@@ -33,10 +33,8 @@ class Ending:
         return self
 
     def listen(self) -> None:
-        """Called again after a Trainer's work, which takes handlers away."""
         for number in self._former:
-            if number != self.signal:  # one that came is noted, and the next Ctrl-C ends at once
-                signal.signal(number, self._take_note)
+            signal.signal(number, self._take_note)
 
     def told(self) -> bool:
         """Whether any process was; all of them ask this together."""

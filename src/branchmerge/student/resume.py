@@ -92,8 +92,13 @@ class EndWhenTold(Callback):
         self.resume = resume
         self.ending = ending
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.ending.listen()
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Listen where the Trainer would begin to, and so through all of its work, from the loading of a checkpoint on.
+
+        Its own handler has processes meet in the middle of what they do together, where they may wait for ever, and
+        ends the run with status 0.
+        """
+        trainer._signal_connector.register_signal_handlers = self.ending.listen  # type: ignore[method-assign]
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
         if not self.ending.told():
@@ -104,10 +109,6 @@ class EndWhenTold(Callback):
             " again to go on"
         )
         raise SystemExit(self.ending.status)
-
-    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """The Trainer has just put back the handlers that it found; the student is still to be published."""
-        self.ending.listen()
 
 
 def _optimizer(trainer: Trainer) -> Optimizer:

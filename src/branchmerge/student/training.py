@@ -209,10 +209,13 @@ def _fit(
         )
         data = TrajectoryData(corpus, first_step, share, shares, config.data.workers, device.type == "cuda")
         during.enter_context(_products(precision, device))
-        trainer.fit(student, datamodule=data)
+        try:
+            trainer.fit(student, datamodule=data)
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # of which the Trainer makes a 1, without a word
+                raise KeyboardInterrupt from end
+            raise
     seconds = resume.seconds
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     student.tell_if_broken_at_the_end()
     last_loss = float(trainer.callback_metrics["loss"])  # not finite where that step was left out
     facts = {
