@@ -31,6 +31,15 @@ def test_ctrl_c_ends_with_the_status_that_shells_give_it() -> None:
     assert done.stderr == "interrupted; run the same command again to go on\n"
 
 
+def test_a_disk_too_full_for_hydras_files_is_told_without_a_name() -> None:
+    """Which the error of a write does not have."""
+    full = "from branchmerge import cli; cli.run(lambda: open('/dev/full', 'wb', buffering=0).write(b'x'))"
+    done = subprocess.run([sys.executable, "-c", full], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    said = "error: the log of this call: cannot be made or read (No space left on device); give an outputs= of your own"
+    assert done.stderr == f"{said}\n"
+
+
 class _Cycle:
     def __init__(self) -> None:
         self.itself = self

@@ -63,7 +63,8 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if _BEGUN or os.environ[SHOW] not in ("", "0"):
             raise
-        _end(UserError(f"{error.filename}: cannot be made or read ({error.strerror}); give an outputs= of your own"))
+        place = error.filename or "the log of this call"  # one that finds no room when it is written says no name
+        _end(UserError(f"{place}: cannot be made or read ({error.strerror}); give an outputs= of your own"))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

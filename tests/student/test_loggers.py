@@ -1,23 +1,31 @@
 """The curve outlives kills, damage and full disks; what else is told of a branch ends none."""
 
 import csv
+import json
 import os
 import resource
 import signal
+import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from branches import branch, metrics
 from lightning import Callback
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.loggers import CSVLogger
 
+from branchmerge.data.template import Document
 from branchmerge.errors import UserError
 from branchmerge.student import loggers, training
-from branchmerge.student.loggers import KEPT, METRICS, RUN_ID, loggers_of
+from branchmerge.student.backbone import load_tokenizer
+from branchmerge.student.ending import Ending
+from branchmerge.student.loggers import KEPT, METRICS, RUN_ID, WORK, claim, loggers_of
+from branchmerge.student.samples import Samples
 from branchmerge.student.training import train
 
 
@@ -58,6 +66,59 @@ def test_a_curve_outlives_a_kill_while_it_is_taken_over(tiny_student: Path, tmp_
     rows = list(csv.DictReader((tmp_path / METRICS).open()))
     assert [row["loss"] for row in rows] == [*(row.split(",")[0] for row in before[1:4]), "9.0"]
     assert not (tmp_path / KEPT).exists()
+
+
+@contextmanager
+def files_of(size: int) -> Iterator[None]:
+    """No file may grow beyond that many bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_full_from_the_first_row_on_costs_no_header(tiny_student: Path, tmp_path: Path) -> None:
+    with loggers_of(branch(tiny_student, tmp_path, "domain=math"), tmp_path) as (curve,):
+        for step, size in enumerate((0, 4, 1 << 20)):
+            with files_of(size):
+                curve.log_metrics({"loss": 1.0}, step)
+                curve.save()
+    with (tmp_path / METRICS).open() as lines:
+        assert [row["step"] for row in csv.DictReader(lines)] == ["0", "1", "2"]
+
+
+def test_a_full_disk_costs_the_sample_and_not_the_next_one(tiny_student: Path, tmp_path: Path) -> None:
+    samples = Samples(load_tokenizer(tiny_student), Document("a", np.arange(3), 1), 1, 4, tmp_path, Ending())
+    for step, size in ((0, 1 << 20), (1, 20), (2, 1 << 20)):
+        with files_of(size):
+            samples._add({"step": step})
+    assert [json.loads(line) for line in samples.path.read_text().splitlines()] == [{"step": 0}, {"step": 2}]
+
+
+def test_a_disk_that_may_not_be_written_any_more_ends_no_training(
+    tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk in memory")
+    try:
+        samples = Samples(load_tokenizer(tiny_student), Document("a", np.arange(3), 1), 1, 4, tmp_path, Ending())
+        with loggers_of(branch(tiny_student, tmp_path, "domain=math"), tmp_path) as (curve,):
+            for step in range(2):
+                curve.log_metrics({"loss": 1.0}, step)
+                curve.save()
+                samples._add({"step": step})
+                subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
+        assert capsys.readouterr().out.count("cannot be written (Read-only file system); training goes on") == 2
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_what_killed_runs_left_half_written_goes(tmp_path: Path) -> None:
+    (tmp_path / f".{METRICS}.partial-1").write_text("loss,st")
+    claim(tmp_path, "work")
+    assert [path.name for path in tmp_path.iterdir()] == [WORK]
 
 
 def test_a_run_that_goes_on_takes_over_no_curve_of_another(
@@ -141,15 +202,11 @@ def test_a_tracker_that_fails_ends_no_training(
     """TensorBoard where no file may grow beyond 4 kB, as on a full disk, and again when there is room."""
     monkeypatch.setattr(loggers, "PAUSE", 0.0)
     settings = branch(tiny_student, tmp_path, "domain=math", "logger=tensorboard")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with loggers_of(settings, tmp_path) as (curve, tracker):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-        try:
+        with files_of(4096):
             for step in range(200):
                 tracker.log_metrics({"loss": 1.0}, step)
                 tracker.save()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         curve.log_metrics({"loss": 1.0}, 200)
         tracker.finalize("success")
     said = capsys.readouterr().out

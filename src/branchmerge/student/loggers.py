@@ -9,7 +9,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,12 @@ def loggers_of(config: TrainConfig, folder: Path, first_step: int = 0) -> Iterat
 
 
 def claim(folder: Path, work: str) -> None:
-    """Make a folder of logs that of a work; what runs of another told there goes, so that none goes on with it."""
+    """Make a folder of logs that of a work; what runs of another told there goes, so that none goes on with it.
+
+    So does what killed runs left half-written (`write_text`).
+    """
+    for left in folder.glob(".*.partial-*"):
+        left.unlink(missing_ok=True)
     mark = folder / WORK
     if mark.is_file() and mark.read_text() != work:
         for name in TOLD:
@@ -106,15 +111,18 @@ class _Curve(CSVLogger):
 
     def save(self) -> None:
         path = Path(self.log_dir) / METRICS
-        size = path.stat().st_size if path.is_file() else 0
+        size = path.stat().st_size if path.is_file() else None
         try:
             self._make_columns(path)
             super().save()
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
-            if path.is_file():
-                os.truncate(path, size)  # no half of a row
+            with suppress(OSError):  # as where nothing can be changed any more
+                if size is None:
+                    path.unlink()  # to an empty file Lightning's writer would add rows without their header
+                else:
+                    os.truncate(path, size)  # no half of a row
             if not self._told:
                 ranks.say(f"warning: {path}: cannot be written ({error.strerror}); training goes on")
             self._told = True

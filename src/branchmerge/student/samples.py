@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,13 +66,19 @@ class Samples(BetweenSteps):
             answer = greedy(module, self.document, self.tokens, self.tokenizer.eos_token_id, check)
         if not ranks.is_first():
             return
-        row = {"step": step, "id": self.document.id, "text": self.tokenizer.decode(answer)}
+        self._add({"step": step, "id": self.document.id, "text": self.tokenizer.decode(answer)})
+
+    def _add(self, row: dict[str, Any]) -> None:
+        """A line, whole or not at all: the next one would be added to half of it, and lost with it."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
+            with suppress(OSError):  # as where nothing can be changed any more
+                os.truncate(self.path, size)
             ranks.say(f"warning: {self.path}: cannot be written ({error.strerror}); training goes on")
 
     def _lines_before(self, step: int) -> list[str]:
