@@ -25,9 +25,11 @@ from branchmerge.student.attention import PACKED_FLASH4, PACKED_SDPA
 from branchmerge.student.checkpoints import CheckpointFolder, Position
 from branchmerge.student.export import check_finite
 from branchmerge.student.module import Student
-from branchmerge.student.training import train
+from branchmerge.student.training import _helping, train
 from branchmerge.student.trials import choose_attention
-from branchmerge.study import Manifest, weights_sha256
+from branchmerge.study import Manifest, publish, weights_sha256
+
+PLANNED = Manifest("expert", "math", {}, {})
 
 
 class UnsendableError(Exception):
@@ -53,6 +55,12 @@ def refuse(error: Exception) -> Callable[[], str]:
     return lambda: ranks.by_first(work)
 
 
+def published(folder: Path) -> None:
+    """Where the disk is full for the first one, which alone writes."""
+    with publish(folder / "expert", PLANNED) if ranks.is_first() else _helping(folder / "expert"):
+        refuse(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))()
+
+
 def written(folder: Path, number: int) -> bool:
     """A checkpoint of which the second process's part is not on the disk in the end; `number` says why."""
     usual = checkpoints.sync
@@ -67,9 +75,7 @@ def written(folder: Path, number: int) -> bool:
 
     checkpoints.sync = sync
     try:
-        return CheckpointFolder(folder, Manifest("expert", "math", {}, {}), 1).write(
-            Position(step=1, seconds=1.0), save
-        )
+        return CheckpointFolder(folder, PLANNED, 1).write(Position(step=1, seconds=1.0), save)
     finally:
         checkpoints.sync = usual
 
@@ -139,6 +145,7 @@ def main(folder: Path, student: Path) -> None:
         "other weights": told(lambda: backbone_on(apart, folder, other=True)),
         "user error": told(refuse(UserError("a mistake"))),
         "other error": told(refuse(UnsendableError("it broke"))),
+        "no room for the expert": told(lambda: published(folder)),
         "full disk": told(lambda: written(folder, errno.EDQUOT)),
         "broken disk": told(lambda: written(folder, errno.EIO)),
         "by the clock": interrupted(

@@ -50,6 +50,8 @@ def test_all_get_the_first_ones_error(both: list[dict[str, Any]]) -> None:
 
 
 def test_a_disk_that_fails_for_one_of_them_is_told_to_all(both: list[dict[str, Any]]) -> None:
+    first, second = (each["no room for the expert"] for each in both)
+    assert first == second and "cannot write expert there (No space left on device); make room" in first
     assert [each["full disk"] for each in both] == ["False"] * 2
     assert ["Input/output error" in each["broken disk"] for each in both] == [True] * 2
 

@@ -145,14 +145,23 @@ def by_first(work: Callable[[], T]) -> T:
             told[0] = work()
         except Exception as error:
             own = error
-            told[1] = error if isinstance(error, UserError) else RuntimeError(f"{type(error).__name__}: {error}")
+            told[1] = _sendable(error)
     dist.broadcast_object_list(told, group=_patient)
     if own is not None:
         raise own
-    if told[1] is not None:  # of many kinds of errors only the words can travel
+    if told[1] is not None:
         raise told[1]
     result: T = told[0]
     return result
+
+
+def _sendable(error: Exception) -> Exception:
+    """Of many kinds of errors only the words can travel; by the number all know a full disk (`study.writing`)."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror)
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def check_shared(folder: Path) -> None:

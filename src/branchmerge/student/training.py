@@ -3,7 +3,8 @@
 import logging
 import math
 import warnings
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from branchmerge.student.sharding import (
     shard,
 )
 from branchmerge.student.watch import watchers
-from branchmerge.study import Manifest, Parent, is_done, locked, publish, read_manifest
+from branchmerge.study import Manifest, Parent, is_done, locked, publish, read_manifest, writing
 from branchmerge.trajectories.sources import check_files, unpinned
 
 
@@ -98,7 +99,7 @@ def train(config: TrainConfig) -> Path:
         saved.rows = corpus.fingerprint
         _tell(corpus)
         ending = stack.enter_context(Ending())
-        with publish(folder, planned) if ranks.is_first() else nullcontext(folder) as partial:
+        with publish(folder, planned) if ranks.is_first() else _helping(folder) as partial:
             student, facts = _fit(config, start, device, precision, attn, corpus, saved, ending)
             planned.data = corpus.account
             planned.training = facts
@@ -112,6 +113,13 @@ def train(config: TrainConfig) -> Path:
             f" {facts['tokens_per_second']:.0f} tokens/s, last loss {loss}"
         )
     return folder
+
+
+@contextmanager
+def _helping(folder: Path) -> Iterator[Path]:
+    """What `publish` is to the first process: that the disk is full all tell in the same line, and so only once."""
+    with writing(folder):
+        yield folder
 
 
 def _check_redo(config: TrainConfig, folder: Path) -> None:
