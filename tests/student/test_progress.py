@@ -224,6 +224,16 @@ def test_the_time_left_is_reckoned_from_the_steps_of_this_run(tiny_student: Path
     assert progress._said(trainer, module, 12, 0.0).endswith("ETA 0:01:40")
 
 
+def test_that_another_process_died_is_told_also_between_two_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no rows are in work, as while the student is validated or sampled."""
+    trainer: Any = SimpleNamespace(global_step=4)
+    module: Any = None
+    for error in (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), RuntimeError("a bug")):
+        StepRows(256).on_exception(trainer, module, error)
+    said = "rank 0 failed at step 4 as it could not reach another rank: [gloo/transport/tcp/pair.cc:553] Connection"
+    assert capsys.readouterr().err == f"{said} closed by peer\n"
+
+
 def test_on_a_gpu_memory_and_utilisation_are_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no such device here, so what torch says of it is given."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 << 30)

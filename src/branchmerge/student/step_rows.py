@@ -43,7 +43,7 @@ class StepRows(Callback):
         self._begin_step()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if not self._in_work or not isinstance(exception, Exception):
+        if not isinstance(exception, Exception) or not (self._in_work or _lost_another(exception)):
             return
         at = f"rank {ranks.rank()} failed at step {trainer.global_step}"
         rows = f"on the rows {', '.join(self._in_work)} ({type(exception).__name__})"
