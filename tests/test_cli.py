@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import weakref
@@ -28,6 +29,13 @@ def test_openmps_threads_let_go_of_their_core_unless_told_otherwise(given: dict[
 def test_ctrl_c_ends_with_the_status_that_shells_give_it() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60)
     assert done.returncode == 130
+    assert done.stderr == "interrupted; run the same command again to go on\n"
+
+
+def test_ctrl_c_while_python_ends_adds_no_traceback() -> None:
+    again = f"import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT); {INTERRUPTED}"
+    done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGINT  # a shell's 130
     assert done.stderr == "interrupted; run the same command again to go on\n"
 
 

@@ -66,6 +66,7 @@ def run(main: Callable[[], None]) -> None:
         place = error.filename or "the log of this call"  # one that finds no room when it is written says no name
         _end(UserError(f"{place}: cannot be made or read ({error.strerror}); give an outputs= of your own"))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more, and Python's own end is cut short without a traceback
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     finally:
