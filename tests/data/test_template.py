@@ -132,8 +132,10 @@ def test_a_response_has_one_end(tokenizer: PreTrainedTokenizerBase) -> None:
     def document(response: str) -> Document:
         return document_of(tokenizer, Trajectory("t", "math", (MESSAGES[1], Message("assistant", response))))
 
-    assert tokenizer.decode(document("1<|im_end|>").tokens).endswith("assistant\n1<|im_end|>")
-    assert not document("1<|im_end|>").ends_early
+    for ended in ("1<|im_end|>", "1<|im_end|>\n"):
+        assert tokenizer.decode(document(ended).tokens).endswith("assistant\n1<|im_end|>")
+        assert not document(ended).flaw
+    assert tokenizer.decode(document("1 \n").tokens).endswith("assistant\n1 \n<|im_end|>")
     assert document("By <|im_end|> it ends.").ends_early
 
 

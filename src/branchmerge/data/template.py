@@ -118,7 +118,9 @@ def _tokenise(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Traje
 def _render(tokenizer: "PreTrainedTokenizerBase", trajectory: Trajectory) -> tuple[str, str]:
     """Prompt and response as the student would see them: one <think>, and one end."""
     prompt = render_prompt(tokenizer, trajectory.prompt)
-    response = trajectory.response.removesuffix(tokenizer.eos_token)
+    response = trajectory.response
+    if response.rstrip().endswith(tokenizer.eos_token):  # as templates write, and a line break after it
+        response = response.rstrip().removesuffix(tokenizer.eos_token)
     opened = opening(prompt)
     if not opened:
         return prompt, response
