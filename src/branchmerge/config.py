@@ -260,13 +260,13 @@ class PlanningConfig:
     """What plan=true reckons with: a kind of GPU, its price, and what to compare."""
 
     card: str = "H100 SXM"
-    """Its name, for the text alone."""
+    """Its name, as in `student.flops.PEAKS`."""
     card_gib: float = field(default=80.0, metadata=_at_least(0.001))
     """Its memory."""
     reserve_gib: float = field(default=4.0, metadata=_at_least(0))
     """Of it, for what no simulation shows: the CUDA context, NCCL's buffers, gaps between pieces of memory."""
-    tflops: float = field(default=989.0, metadata=_at_least(0.001))
-    """Its dense bfloat16 products, in 1e12 FLOPs a second, by the data sheet."""
+    tflops: float | None = field(default=None, metadata=_at_least(0.001))
+    """Its dense bfloat16 products, in 1e12 FLOPs a second; null: by the data sheet of a card of that name."""
     mfu: float = field(default=0.4, metadata=_between(0.001, 1))
     """The part of that which training reaches; activations computed again are not counted as work."""
     price: float = field(default=2.0, metadata=_at_least(0))

@@ -240,6 +240,15 @@ def test_cost_and_disk_are_told(roomy: tuple[Path, Plan]) -> None:
     assert said in told(replace(plan, asked=large))
 
 
+def test_a_card_is_as_fast_as_its_name_says_or_the_user(roomy: tuple[Path, Plan]) -> None:
+    assert "at 40% of 312 TFLOP/s" in told(planned(roomy[0], "planning.card_gib=1", "planning.card=A100 SXM"))
+    assert "at 40% of 5 TFLOP/s" in told(
+        planned(roomy[0], "planning.card_gib=1", "planning.card=TPU", "planning.tflops=5")
+    )
+    with pytest.raises(UserError, match=r"planning.card=TPU: how fast it is is not known here; give planning.tflops="):
+        planned(roomy[0], "planning.card=TPU")
+
+
 @pytest.mark.slow
 def test_a_member_of_a_multirun_has_gpus_of_its_own(roomy: tuple[Path, Plan]) -> None:
     assert planned(roomy[0], "trainer.gpus_per_job=2").asked.setting.world == 2

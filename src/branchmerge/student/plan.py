@@ -14,6 +14,7 @@ from branchmerge.config import PlanningConfig, TrainConfig
 from branchmerge.config_checks import check_groups, check_trainer
 from branchmerge.errors import UserError
 from branchmerge.student import backbone
+from branchmerge.student.flops import peak_of
 from branchmerge.student.forecast import Memory, Setting, forecast
 from branchmerge.student.workload import Workload, workload
 
@@ -58,6 +59,7 @@ class Plan:
 
 def make_plan(config: TrainConfig) -> Plan:
     """Answer for the configuration as it is, for other numbers of devices and for other lengths."""
+    config = replace(config, planning=replace(config.planning, tflops=_tflops(config.planning)))
     folder = Path(config.outputs).expanduser() / "plans"
     checkpoint = backbone.find(config)
     shape, notes = _shape(config, checkpoint)
@@ -76,6 +78,17 @@ def make_plan(config: TrainConfig) -> Plan:
     advice = [] if asked_option.fits else _advice(config, asked, worlds, lengths, work, folder)
     notes += [*said, *_notes(config, asked, worlds, work)]
     return Plan(config, asked_option, by_devices, by_length, advice, work, notes)
+
+
+def _tflops(card: PlanningConfig) -> float:
+    """In 1e12 FLOPs a second."""
+    peak = peak_of(card.card)
+    if card.tflops is None and peak is None:
+        raise UserError(
+            f"planning.card={card.card}: how fast it is is not known here; give planning.tflops= of its dense bfloat16"
+            " products (and its planning.card_gib=)"
+        )
+    return card.tflops or (peak or 0) / 1e12
 
 
 def _shape(config: TrainConfig, checkpoint: Path | None) -> tuple[dict[str, Any], list[str]]:
@@ -172,7 +185,7 @@ def hours(setting: Setting, memory: Memory, config: TrainConfig, work: Workload 
         return None
     row = work.flops(memory.work) / work.rows
     in_turn = work.rows / config.optim.global_batch * setting.rows / setting.context
-    return in_turn * row / (config.planning.mfu * config.planning.tflops * 1e12) / 3600
+    return in_turn * row / (config.planning.mfu * _tflops(config.planning) * 1e12) / 3600
 
 
 def _advice(

@@ -85,7 +85,7 @@ def _work(plan: Plan) -> list[str]:
     if asked.hours is None or asked.gpu_hours is None:
         return [
             counted,
-            "  time      not known: the model is more than matrices and attention, all alike, whose FLOPs are counted",
+            "  time      not known: the model is more than matrices and attention, whose FLOPs are counted",
         ]
     return [
         f"{counted}, {work.flops(asked.memory.work):.3g} FLOPs",
