@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from test_plan import TINY, planned
 
-from branchmerge import config, machine
-from branchmerge.config_checks import typed
+from branchmerge import machine
 from branchmerge.errors import UserError
 from branchmerge.student.forecast import Memory, Setting
-from branchmerge.student.plan import Plan, make_plan
 from branchmerge.student.plan_text import told
-
-PROJECT = Path(__file__).resolve().parents[2]
-TINY = {"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2}
-config.register()
 
 
 def by_hand(settings: Sequence[Setting], folder: Path) -> list[Memory]:
@@ -36,14 +30,6 @@ def by_hand(settings: Sequence[Setting], folder: Path) -> list[Memory]:
 @pytest.fixture(autouse=True)
 def without_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("branchmerge.student.plan.forecast", by_hand)
-
-
-def planned(outputs: Path, *overrides: str) -> Plan:
-    few = ["planning.devices=[2]", "planning.seq_lens=[128]", "planning.reserve_gib=0", "study.seq_len=512"]
-    shape = [f"backbone.shape.{key}={json.dumps(value)}" for key, value in TINY.items()]
-    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
-        given = ["plan=true", "study=tinyr1_1_5b", f"outputs={outputs}", *few, *shape, *overrides]
-        return make_plan(typed(compose("train", overrides=given), config.TrainConfig))
 
 
 @pytest.mark.parametrize(
