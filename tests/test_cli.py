@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 
@@ -47,42 +46,6 @@ def test_a_disk_too_full_for_hydras_files_is_told_without_a_name() -> None:
     assert done.returncode == 1
     said = "error: the log of this call: cannot be made or read (No space left on device); give an outputs= of your own"
     assert done.stderr == f"{said}\n"
-
-
-SPEAKING = """
-import os
-import hydra
-from branchmerge import cli
-
-@hydra.main(version_base="1.3", config_path=None)
-@cli.job
-def main(cfg):
-    while True:
-        {}
-
-cli.run(main)
-"""
-
-
-def speaking(work: str, folder: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", SPEAKING.format(work), f"hydra.run.dir={folder}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_what_nobody_reads_any_more_ends_without_a_traceback(tmp_path: Path) -> None:
-    """As the plan of which `head` takes the first lines."""
-    with speaking("print('a line')", tmp_path) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline() == "a line\n"
-        process.stdout.close()
-        assert (process.stderr.read(), process.wait(60)) == ("", 128 + signal.SIGPIPE)
-
-
-def test_another_pipe_that_breaks_is_told(tmp_path: Path) -> None:
-    with speaking("r, w = os.pipe(); os.close(r); os.write(w, b'a')", tmp_path) as process:
-        assert process.stderr is not None
-        assert "BrokenPipeError" in process.stderr.read()
-        assert process.wait(60) == 1
 
 
 class _Cycle:

@@ -3,7 +3,6 @@
 import functools
 import gc
 import os
-import select
 import signal
 import sys
 import traceback
@@ -87,9 +86,6 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         try:
             task(cfg)
         except Exception as error:
-            if isinstance(error, BrokenPipeError) and _nobody_reads():
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be said
-                sys.exit(128 + signal.SIGPIPE)
             multirun, several = HydraConfig.get().mode == RunMode.MULTIRUN, _is_one_of_several()
             if multirun and not several:
                 raise
@@ -101,13 +97,6 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             sys.exit(1)
 
     return wrapped
-
-
-def _nobody_reads() -> bool:
-    """Whether the output goes to a program that has ended, as `head` does; pipes of other things break too."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _is_one_of_several() -> bool:
