@@ -3,9 +3,12 @@
 import gc
 import os
 import signal
+import shutil
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +49,22 @@ def test_a_disk_too_full_for_hydras_files_is_told_without_a_name() -> None:
     assert done.returncode == 1
     said = "error: the log of this call: cannot be made or read (No space left on device); give an outputs= of your own"
     assert done.stderr == f"{said}\n"
+
+
+def test_a_folder_of_a_later_member_that_cannot_be_made_is_one_line(
+    script: Callable[..., subprocess.CompletedProcess[str]], tiny_student: Path, tmp_path: Path
+) -> None:
+    """The first member's job has ended by then; the models come after the last."""
+    copy = shutil.copytree(tiny_student, tmp_path / "copy")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "1").write_text("in the way")
+    where = [f"outputs={tmp_path}/outputs", f"hydra.sweep.dir={tmp_path}/logs", f"out={tmp_path}/m${{hydra:job.num}}"]
+    failed = script("merge", "-m", f"tree=[{tiny_student},{copy}]", "operator=linear,slerp", *where)
+    assert failed.returncode == 1
+    assert failed.stderr == (
+        f"error: {tmp_path}/logs/1: cannot be made or read (File exists); give an outputs= of your own\n"
+    )
+    assert not list(tmp_path.glob("m*"))
 
 
 class _Cycle:

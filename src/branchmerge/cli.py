@@ -34,7 +34,8 @@ _TOGETHER: dict[Callable[[list[Any]], object], list[Any]] = {}
 
 
 _BEGUN: list[bool] = []
-"""Not empty once a job began; what fails before is Hydra's, which makes a folder for its log below outputs."""
+"""Not empty while a job is under way; what fails before it, or between the members of a multirun, is Hydra's, which
+makes folders for its logs below outputs."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -54,6 +55,7 @@ def run(main: Callable[[], None]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         main()
+        _BEGUN.append(True)
         for task, items in _TOGETHER.items():
             task(items)
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -85,6 +87,7 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         _BEGUN.append(True)
         try:
             task(cfg)
+            _BEGUN.clear()
         except Exception as error:
             multirun, several = HydraConfig.get().mode == RunMode.MULTIRUN, _is_one_of_several()
             if multirun and not several:

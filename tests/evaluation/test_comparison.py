@@ -91,4 +91,4 @@ def test_one_sample_a_question_tells_no_detectable_difference(scores: list[Score
         path.write_text("".join(line for line in path.read_text().splitlines(True) if json.loads(line)["sample"] == 0))
     found, _ = comparisons(scores, "backbone", tmp_path)
     assert [one.detectable is None for one in found] == [True, False]
-    assert samples(tmp_path / "merged", "aime")["q0"] == [1.0]
+    assert samples(tmp_path / "merged", scores[1])["q0"] == [1.0]

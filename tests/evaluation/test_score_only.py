@@ -9,6 +9,7 @@ from test_run import QUESTIONS, composed, right, settings, short_waits, told
 
 from branchmerge.errors import UserError
 from branchmerge.evaluation.run import evaluate
+from branchmerge.report import write_report
 from branchmerge.study import locked
 
 __all__ = ["short_waits"]
@@ -49,6 +50,22 @@ def test_score_only_neither_waits_for_a_run_that_goes_on_nor_disturbs_it(tmp_pat
     stored.write_bytes(b"".join(lines) + last)
     (again,) = evaluate(composed(*arguments, "score_only=true"))
     assert (again.value, again.questions) == (whole.value, QUESTIONS)
+
+
+def test_the_report_beside_a_run_that_goes_on_has_no_samples_of_others(tmp_path: Path) -> None:
+    with serving(Server(told("math", right))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]")
+        evaluate(composed(*arguments))
+    folder = tmp_path / "demo" / "scores" / "served" / "student"
+    page = "samples/served/student/demo_math.html"
+    (folder / "demo_math.json").unlink()
+    (folder / "samples" / "demo_math.jsonl").unlink()
+    config = composed(*arguments, "score_only=true")
+    with locked(folder):
+        report = write_report(config, evaluate(config))
+        assert page not in (report / "index.html").read_text() and "1.000" in (report / "index.html").read_text()
+        assert not (report / page).exists()
+    assert page in (write_report(config, evaluate(config)) / "index.html").read_text() and (report / page).exists()
 
 
 def test_what_fails_is_counted_once(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from branchmerge.evaluation.store import Score, read, write
+from branchmerge.evaluation.store import Score, read, samples_of, signed, write
 
 KEY: dict[str, Any] = {"weights_sha256": "ab12", "limit": None, "until": ("<|im_end|>",), "packages": {"torch": "2.10"}}
 SCORE = Score(
@@ -28,6 +29,33 @@ def test_written_score_is_read_back_for_the_same_key(tmp_path: Path) -> None:
 def test_score_of_another_key_is_not_taken(tmp_path: Path, other: dict[str, Any]) -> None:
     write(tmp_path, SCORE, SAMPLES)
     assert read(tmp_path, "demo_math", other) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b"\xff\xfe" * 9),
+        lambda path: path.write_text(path.read_text() * 2),  # whole lines: nothing of it looks damaged
+        lambda path: path.write_text(path.read_text().split("\n")[0] + "\n"),
+    ],
+    ids=["lost", "cut", "garbage", "twice", "fewer"],
+)
+def test_a_score_without_its_own_samples_is_not_taken(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    score = signed(SCORE, SAMPLES)
+    write(tmp_path, score, SAMPLES)
+    assert read(tmp_path, "demo_math", KEY) is not None and samples_of(tmp_path, score) == SAMPLES
+    damage(tmp_path / "samples" / "demo_math.jsonl")
+    assert read(tmp_path, "demo_math", KEY) is None and samples_of(tmp_path, score) is None
+
+
+def test_scores_from_before_are_what_they_are(tmp_path: Path) -> None:
+    """Without a fingerprint of their samples, and of the model's files."""
+    write(tmp_path, SCORE, SAMPLES)
+    assert read(tmp_path, "demo_math", {**KEY, "model_files": "ef56"}) is not None
+    (tmp_path / "samples" / "demo_math.jsonl").unlink()
+    assert read(tmp_path, "demo_math", KEY) is None
 
 
 def test_missing_score_is_none(tmp_path: Path) -> None:

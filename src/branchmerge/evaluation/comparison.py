@@ -1,12 +1,11 @@
 """Compare the stored scores of two models question by question, benchmark by benchmark; see paired.py for the tests."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from branchmerge.evaluation.paired import Difference, compare, detectable, holm, samples_needed, spread
-from branchmerge.evaluation.store import Score
+from branchmerge.evaluation.store import Score, samples_of
 
 SAME = ("task_version", "docs_sha256", "sampling", "seed")
 """What two scores must have in common; docs_sha256 is of prompts, questions and references"""
@@ -66,7 +65,7 @@ def _compare(a: Score, b: Score, root: Path, power: float | None) -> tuple[Diffe
             raise ValueError(f"not comparable, their {name} differ: {a.key.get(name)} and {b.key.get(name)}")
     if a.missing or b.missing:
         raise ValueError(f"not comparable, {a.missing} and {b.missing} samples are missing")
-    first, second = (samples(root / score.model, score.task) for score in (a, b))
+    first, second = (samples(root / score.model, score) for score in (a, b))
     if first.keys() != second.keys():
         raise ValueError("not comparable, they answer other questions")
     pairs = list(first.values()), [second[question] for question in first]
@@ -78,11 +77,12 @@ def _compare(a: Score, b: Score, root: Path, power: float | None) -> tuple[Diffe
     return difference, detectable(known, questions, k), needed
 
 
-def samples(folder: Path, task: str) -> dict[str, list[float]]:
-    """The accuracy of each stored sample, by question."""
+def samples(folder: Path, score: Score) -> dict[str, list[float]]:
+    """The accuracy of each stored sample, by question; raises ValueError where they are not there."""
+    rows = samples_of(folder, score)
+    if rows is None:
+        raise ValueError(f"not comparable, the samples of {score.model} are not stored")
     found: dict[str, list[float]] = {}
-    with (folder / "samples" / f"{task}.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            found.setdefault(str(row["id"]), []).append(float(row["accuracy"]))
+    for row in rows:
+        found.setdefault(str(row["id"]), []).append(float(row["accuracy"]))
     return found

@@ -1,12 +1,13 @@
 """Which checkpoints to score, and what to call them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from branchmerge.config import EvaluateConfig
 from branchmerge.errors import UserError
 from branchmerge.student import backbone
-from branchmerge.study import Parent, Study, parent_of, read_manifest
+from branchmerge.study import Parent, Study, fingerprint, parent_of, read_manifest
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,12 @@ class Model:
     folder: Path | None
     """None for a model that is only known to its servers"""
     weights: Parent
+
+    @cached_property
+    def files(self) -> str:
+        """Fingerprint of what else decides its responses: config, tokenizer, chat template, end tokens; empty where
+        only the servers have them."""
+        return "" if self.folder is None else fingerprint(backbone.identity(self.folder))
 
 
 def find(config: EvaluateConfig) -> list[Model]:

@@ -119,6 +119,7 @@ def _key(config: EvaluateConfig, model: Model, task: Benchmark) -> dict[str, Any
     """Everything that decides a score."""
     return {
         **_facts(config, model, task),
+        "model_files": model.files,
         **task.facts,
         "seed": config.seed,
         "sandbox": task.sandbox_level(),
@@ -150,7 +151,8 @@ def _score_model(
             path = _responses(config, model, task)
             if config.overwrite and not config.score_only:
                 path.unlink(missing_ok=True)
-            with SampleStore(path, _facts(config, model, task), read_only=config.score_only) as responses:
+            facts = _facts(config, model, task)
+            with SampleStore(path, facts, model.files, read_only=config.score_only) as responses:
                 requests = task.requests(config.seed)
                 missing = [request for request in requests if responses.get(request) is None]
                 reused = reused or len(missing) < len(requests)
@@ -165,9 +167,10 @@ def _score_model(
                 failures += backend.failures
             if graded:
                 seconds = time.perf_counter() - began
-                score = _score(config, model, task, graded, len(requests) - len(graded), seconds)
+                rows = [one.row() for one in graded]
+                score = store.signed(_score(config, model, task, graded, len(requests) - len(graded), seconds), rows)
                 if alone:
-                    store.write(_folder(config, model), score, [one.row() for one in graded])
+                    store.write(_folder(config, model), score, rows)
                 scores.append(score)
     if reused and model.folder is None and not config.backend.revision:
         print(

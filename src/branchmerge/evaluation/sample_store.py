@@ -1,7 +1,8 @@
 """Responses on disk as they come: JSON lines that are only ever appended to, so that a killed run loses none.
 
-A line counts for a request if its key does (see `Request.key`): what was drawn with other parameters, another model or
-another task stays in the file and is not used. A last line that was cut off, by a kill or a full disk, is removed.
+A line counts for a request if its key does (see `Request.key`), and the model's files beside the weights are those
+that it tells: what was drawn with other parameters, another model or another task stays in the file and is not used.
+A last line that was cut off, by a kill or a full disk, is removed.
 """
 
 import json
@@ -13,22 +14,29 @@ from typing import Any
 
 from branchmerge.errors import UserError
 from branchmerge.evaluation.requests import Request, Response
+from branchmerge.study import writing
 
 
 class SampleStore:
     """The responses of one model to one task; one process at a time may add to it (see `study.locked`)."""
 
-    def __init__(self, path: Path, facts: Mapping[str, Any], read_only: bool = False) -> None:
+    def __init__(self, path: Path, facts: Mapping[str, Any], model_files: str = "", read_only: bool = False) -> None:
         """
         Args:
             facts: what decides a response besides the request: model, backend, task version
+            model_files: see `Model.files`; not in the key, as lines from before they were told are what they are
             read_only: another process may be adding to it
+
+        Raises:
+            UserError: it cannot be opened or read
         """
         self.path = path
         self.facts = dict(facts)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.model_files = model_files
         flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_APPEND
-        self._descriptor = os.open(path, flags | os.O_CREAT, 0o644)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, flags | os.O_CREAT, 0o644)
         self._responses = self._load(read_only)
 
     def __enter__(self) -> "SampleStore":
@@ -50,7 +58,7 @@ class SampleStore:
             UserError: the disk is full; what was stored before stays
         """
         keyed = [(request.key(self.facts), request, response) for request, response in pairs]
-        lines = b"".join(_line(key, request, response) for key, request, response in keyed)
+        lines = b"".join(self._line(key, request, response) for key, request, response in keyed)
         end = os.fstat(self._descriptor).st_size
         try:
             written = 0
@@ -73,15 +81,16 @@ class SampleStore:
         for number, line in enumerate(raw[:whole].splitlines(), start=1):
             try:
                 row = json.loads(line)
-                found[row["key"]] = Response(row["text"], row["tokens"], row["finish"])
-            except (ValueError, KeyError, TypeError) as error:
+                if row.get("model_files", self.model_files) == self.model_files:
+                    found[row["key"]] = Response(row["text"], row["tokens"], row["finish"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{self.path}: line {number} is damaged ({error}); remove that line, its sample is drawn again"
                 ) from error
         return found
 
-
-def _line(key: str, request: Request, response: Response) -> bytes:
-    row = {"key": key, "question": request.question, "sample": request.sample, "seed": request.seed,
-           "tokens": response.tokens, "finish": response.finish, "text": response.text}  # fmt: skip
-    return json.dumps(row, ensure_ascii=True).encode() + b"\n"
+    def _line(self, key: str, request: Request, response: Response) -> bytes:
+        row = {"key": key, "model_files": self.model_files, "question": request.question, "sample": request.sample,
+               "seed": request.seed, "tokens": response.tokens, "finish": response.finish,
+               "text": response.text}  # fmt: skip
+        return json.dumps(row, ensure_ascii=True).encode() + b"\n"

@@ -1,17 +1,22 @@
 """Scores on disk: scores/<model>/<task>.json with the graded samples beside it in samples/<task>.jsonl.
 
-A score is valid for a model and settings if its `key` says so; the samples are written first, so a score never
-stands without them. Responses as they were generated are in responses/<task>.jsonl (see sample_store.py).
+A score is valid for a model and settings if its `key` says so, and if its own samples are there: they are written
+first, and it has their fingerprint, as a run that was killed between the two leaves another's. Responses as they were
+generated are in responses/<task>.jsonl (see sample_store.py).
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from branchmerge.study import write_json, write_text
+from branchmerge.study import write_json, write_text, writing
+
+RECORDED_LATER = ("model_files",)
+"""Keys that older scores lack; they are what they are."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +55,44 @@ class Score:
     """truncated (a share), pass@k, maj@k, and what single graders add"""
     token_source: str = ""
     """How `output_tokens` were counted"""
+    samples_sha256: str = ""
+    """Of the file with its samples; empty in older scores"""
 
 
 def read(folder: Path, task: str, key: Mapping[str, Any]) -> Score | None:
-    """The finished score for this key, None where there is none that this version can read."""
+    """The finished score for this key, None where there is none that this version can read, or not its samples."""
     try:
         score = Score(**json.loads((folder / f"{task}.json").read_text()))
     except (FileNotFoundError, ValueError, TypeError):  # a new score takes its place
         return None
-    return score if score.key == json.loads(json.dumps(key)) else None
+    known = {name: value for name, value in key.items() if name in score.key or name not in RECORDED_LATER}
+    if score.key != json.loads(json.dumps(known)) or samples_of(folder, score) is None:
+        return None
+    return score
+
+
+def samples_of(folder: Path, score: Score) -> list[dict[str, Any]] | None:
+    """The stored samples of a score; None where they are not there, damaged, or another score's."""
+    try:
+        raw = (folder / "samples" / f"{score.task}.jsonl").read_bytes()
+        if score.samples_sha256 not in ("", hashlib.sha256(raw).hexdigest()):
+            return None
+        return [json.loads(line) for line in raw.split(b"\n") if line]
+    except (OSError, ValueError):
+        return None
+
+
+def signed(score: Score, samples: Iterable[Mapping[str, Any]]) -> Score:
+    """The score with the fingerprint of its samples."""
+    return replace(score, samples_sha256=hashlib.sha256(_lines(samples).encode()).hexdigest())
 
 
 def write(folder: Path, score: Score, samples: Iterable[Mapping[str, Any]]) -> None:
-    """Store samples and score, each whole or not at all."""
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-    write_text(folder / "samples" / f"{score.task}.jsonl", "".join(lines))
-    write_json(folder / f"{score.task}.json", asdict(score))
+    """Store samples and score, each whole or not at all; raises UserError where the disk is full or not ours."""
+    with writing(folder):
+        write_text(folder / "samples" / f"{score.task}.jsonl", _lines(samples))
+        write_json(folder / f"{score.task}.json", asdict(score))
+
+
+def _lines(samples: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)

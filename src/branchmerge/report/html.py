@@ -12,16 +12,28 @@ from branchmerge.evaluation import backends, comparison
 from branchmerge.evaluation.comparison import Comparison
 from branchmerge.evaluation.store import Score
 from branchmerge.report import figures, samples, tables
-from branchmerge.study import Study, write_text
+from branchmerge.study import Study, write_text, writing
 
 
 def write_report(config: EvaluateConfig, scores: Sequence[Score]) -> Path:
     """Write the report, print its table and where it lies; returns its folder.
 
     The folder is the study's report/, or `out=`.
+
+    Raises:
+        UserError: its disk is full or not ours
     """
+    folder = Path(config.out).expanduser() if config.out is not None else Study(config).report
+    with writing(folder):
+        _write(config, scores, folder)
+    table = tables.as_rich(tables.rows(scores), f"study {config.study.name}, accuracy ± standard error")
+    Console(width=max(100, Console().width)).print(table)
+    print(f"report: {folder / 'index.html'}", flush=True)
+    return folder
+
+
+def _write(config: EvaluateConfig, scores: Sequence[Score], folder: Path) -> None:
     study = Study(config)
-    folder = Path(config.out).expanduser() if config.out is not None else study.report
     table = tables.rows(scores)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     figures.accuracy(table, folder / "figures" / "accuracy.png")
@@ -49,11 +61,6 @@ def write_report(config: EvaluateConfig, scores: Sequence[Score]) -> Path:
             against=against,
         ),
     )
-    Console(width=max(100, Console().width)).print(
-        tables.as_rich(table, f"study {config.study.name}, accuracy ± standard error")
-    )
-    print(f"report: {folder / 'index.html'}", flush=True)
-    return folder
 
 
 def _facts(config: EvaluateConfig, scores: Sequence[Score]) -> list[tuple[str, str]]:

@@ -1,13 +1,10 @@
 """Pages to read samples on: a page a model and task, with what was asked, what was said, and how it was graded."""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment
 
-from branchmerge.evaluation.store import Score
+from branchmerge.evaluation.store import Score, samples_of
 from branchmerge.study import write_text
 
 
@@ -19,18 +16,16 @@ def write_pages(environment: Environment, scores: list[Score], root: Path, folde
         folder: the report's
 
     Returns:
-        By model and task: where the page lies, relative to the report.
+        By model and task: where the page lies, relative to the report. There is none where a score's samples are not
+        stored, as of a run that goes on.
     """
     template = environment.get_template("samples.html.j2")
     pages = {}
     for score in scores:
         place = f"samples/{score.model}/{score.task}.html"
-        rows = list(_rows(root / score.model / "samples" / f"{score.task}.jsonl"))
+        rows = samples_of(root / score.model, score)
+        if rows is None:
+            continue
         write_text(folder / place, template.render(score=score, rows=rows, up="../" * place.count("/")))
         pages[score.model, score.task] = place
     return pages
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)

@@ -1,0 +1,64 @@
+"""Where a report cannot be written, and scores neither: one line, and nothing half-written."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from branchmerge import config
+from branchmerge.config_checks import typed
+from branchmerge.errors import UserError
+from branchmerge.evaluation.store import Score, signed, write
+from branchmerge.report import write_report
+
+KEY: dict[str, Any] = {"sandbox": None, "packages": {}, "sampling": {}, "weights_sha256": "ab12"}
+SAMPLES = [{"id": "q", "messages": [], "response": "204", "accuracy": 1.0, "reason": "", "truncated": 0.0}]
+SCORE = signed(Score("merged/a", "aime24", 1.0, 0.1, 1, 0.0, 9.0, KEY, 1.0, "a CPU", "now"), SAMPLES)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty disk of 1 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a disk in memory: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def fill(path: Path, room: int) -> None:
+    """Leave so many bytes on a disk."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(b"x" * 4096):
+                pass
+        except OSError:
+            file.truncate(max(file.tell() - room, 0))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("room", [0, 8192, 32768])
+def test_a_full_disk_is_told_in_a_line_and_the_same_report_follows(tmp_path: Path, disk: Path, room: int) -> None:
+    config.register()
+    with initialize_config_dir(str(config.PROJECT / "conf"), version_base="1.3"):
+        chosen = compose("evaluate", overrides=[f"outputs={tmp_path}", f"out={disk / 'report'}"])
+        settings = typed(chosen, config.EvaluateConfig)
+    write(tmp_path / "demo" / "scores" / SCORE.model, SCORE, SAMPLES)
+    fill(disk / "hog", room)
+    with pytest.raises(UserError, match=r"cannot write report there \(No space left on device\); make room") as raised:
+        write_report(settings, [SCORE])
+    assert "\n" not in str(raised.value) and not [name for name in files(disk) if "partial" in name]
+    with pytest.raises(UserError, match=r"cannot write scores there \(No space left on device\); make room"):
+        write(disk / "scores", SCORE, [{"response": "x" * 100_000}])
+    assert not [name for name in files(disk) if "partial" in name or "scores/" in name]
+    (disk / "hog").unlink()
+    write_report(settings, [SCORE])
+    assert {"report/index.html", "report/scores.csv", "report/figures/accuracy.png"} <= set(files(disk))
