@@ -120,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise UserError(f"{path}: not a manifest of branchmerge ({error}); move it away or repair it") from error
 
 
-RECORDED_LATER = ("backbone", "tokenizer")
+RECORDED_LATER = ("backbone", "tokenizer", "leaves")
 """Keys of `work` that older results lack; they are what they are."""
 
 

@@ -168,6 +168,22 @@ def test_other_work_in_the_same_place_is_refused(
     assert weights_sha256(out) == before
 
 
+def test_names_of_leaves_are_part_of_what_is_drawn_and_of_nothing_else(
+    tiny_student: Path, experts: Folders, tmp_path: Path
+) -> None:
+    renamed = {f"other-{name}": folder for name, folder in experts.items()}
+    for operator in ("dare_ties", "ties"):
+        drawn = operator == "dare_ties"
+        out = merge(recipe(experts, tmp_path / operator, operator, FLAT, base=tiny_student))
+        other = merge(recipe(renamed, tmp_path / f"{operator}-2", operator, list(renamed), base=tiny_student))
+        assert (weights_sha256(out) != weights_sha256(other)) == drawn
+        if drawn:
+            with pytest.raises(UserError, match=r"holds a result made otherwise \(leaves: "):
+                merge(recipe(renamed, out, operator, list(renamed), base=tiny_student))
+        else:
+            merge(recipe(renamed, out, operator, list(renamed), base=tiny_student))
+
+
 def test_other_work_in_the_same_place_is_refused_before_the_parents_weights_are_read(
     experts: Folders, tmp_path: Path
 ) -> None:

@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from merging import perturbed, recipe
 
 from branchmerge.errors import UserError
-from branchmerge.merge import merge, recipe_file
+from branchmerge.merge import merge, recipe_file, stream
 
 TREE = ["math", "code"]
 Folders = dict[str, Path]
@@ -30,6 +31,25 @@ def test_a_corrected_template_of_left_is_no_finished_work(experts: Folders, tmp_
     with pytest.raises(UserError, match=r"holds a result made otherwise \(tokenizer: "):
         merge(recipe(experts, out, tree=TREE))
     merge(recipe(experts, out, tree=TREE, overwrite=True))
+    assert (out / "chat_template.jinja").read_bytes() == (experts["math"] / "chat_template.jinja").read_bytes()
+
+
+def test_a_template_that_is_corrected_meanwhile_is_told(
+    experts: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest would name the old one, and the result hold the new one."""
+    usual, out = stream._pass, tmp_path / "results" / "out"
+
+    def changing(*given: Any) -> None:
+        usual(*given)
+        change_template(experts["math"])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream, "_pass", changing)
+        with pytest.raises(UserError, match=r"math: its tokenizer, chat template or config was changed while"):
+            merge(recipe(experts, out, tree=TREE))
+    assert [path.name for path in out.parent.iterdir() if not path.name.endswith(".lock")] == []
+    merge(recipe(experts, out, tree=TREE))
     assert (out / "chat_template.jinja").read_bytes() == (experts["math"] / "chat_template.jinja").read_bytes()
 
 

@@ -332,6 +332,12 @@ def _finish(result: _Result, common: compatibility.Common, seconds: float) -> No
     write_config(first, tokenizer, common.rows, folder)
     if "tokenizer.json" not in copy_tokenizer(tokenizer, folder):
         print(f"warning: {tokenizer} has no tokenizer.json, so neither has the merged model", flush=True)
+    # These files were not opened with the weights.
+    if tokenizer_files.fingerprint_of(recipe) != planned.work["tokenizer"]:
+        raise UserError(
+            f"{tokenizer}: its tokenizer, chat template or config was changed while it was merged; run the same"
+            " command again"
+        )
     write_rows(folder / TABLE, result.table)
     told = anatomy_report.write(recipe, result.table, result.anatomy, folder)
     result.said = told.lines
@@ -363,6 +369,8 @@ def _plan_manifest(recipe: Recipe) -> Manifest:
     work = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules,
             "tree": _shape(recipe.tree.nested()), "max_shard_bytes": recipe.max_shard_bytes}  # fmt: skip
     work["tokenizer"] = tokenizer_files.fingerprint_of(recipe)
+    if "seed" in parameters:  # what is drawn depends on the leaves' names, see `fold`
+        work["leaves"] = list(recipe.tree.leaves)
     if recipe.vocab != "same":  # results from before there was a choice stay what they are
         work["vocab"] = recipe.vocab
     facts = {"operator": recipe.operator_name, "parameters": parameters, "rules": rules, "tree": recipe.tree.nested(),
