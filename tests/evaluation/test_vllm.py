@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,19 +105,25 @@ Stand = Callable[[dict[int, tuple[str | None, str | None]]], VLLM]
 
 
 @pytest.fixture
-def stand_in(thinking_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
-    """`backend=vllm` for real, with a package named vllm whose server has no model."""
+def api_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a package named vllm that is started as its server."""
     module = tmp_path / "packages" / "vllm" / "entrypoints" / "openai" / "api_server.py"
     module.parent.mkdir(parents=True)
     for folder in list(module.parents)[:3]:
         (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"), prepend=os.pathsep)
+    return module
+
+
+@pytest.fixture
+def stand_in(thinking_student: Path, api_server: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
+    """`backend=vllm` for real, with a server that has no model."""
     monkeypatch.setattr(openai, "FIRST_WAIT", 0.02)
     begun: list[VLLM] = []
 
     def start(finish: dict[int, tuple[str | None, str | None]]) -> VLLM:
-        module.write_text(f"FINISH = {finish!r}\n{STAND_IN}")
+        api_server.write_text(f"FINISH = {finish!r}\n{STAND_IN}")
         settings = BackendConfig(kind="vllm", dtype="float32", device="cpu", timeout_s=20.0, retries=1)
         begun.append(VLLM(settings, thinking_student))
         return begun[-1]
@@ -145,6 +152,41 @@ def test_a_server_of_our_own_that_died_is_not_waited_for(stand_in: Stand, thinki
     list(server.generate(requests[:1]))
     assert list(server.generate(requests)) == [] and len(server.failures) == 4
     assert time.monotonic() - began < 30
+
+
+STARTS = """
+import sys
+from pathlib import Path
+from branchmerge.config import BackendConfig
+from branchmerge.evaluation.backends.vllm import VLLM
+
+VLLM(BackendConfig(kind="vllm", dtype="float32", device="cpu"), Path(sys.argv[1]))
+"""
+
+
+def test_ctrl_c_while_a_server_starts_ends_all_that_it_started(
+    api_server: Path, tiny_student: Path, tmp_path: Path
+) -> None:
+    api_server.write_text('import subprocess, time\nsubprocess.Popen(["sleep", "300"])\ntime.sleep(300)\n')
+    parent = subprocess.Popen(
+        [sys.executable, "-c", STARTS, str(tiny_student)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert parent.stdout is not None
+    assert any(line.startswith("starting vLLM") for line in parent.stdout)
+    deadline = time.monotonic() + 60
+    while len(children := _below(parent.pid)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGINT)
+    parent.communicate()
+    try:
+        _wait_for_the_end(children, seconds=10)
+    finally:
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    assert not list(tmp_path.glob("branchmerge-vllm-*"))
 
 
 @needs_vllm
@@ -244,8 +286,8 @@ def test_a_killed_evaluation_leaves_no_server(student: Path) -> None:
     _wait_for_the_end(children)
 
 
-def _wait_for_the_end(pids: set[int]) -> None:
-    deadline = time.monotonic() + 60
+def _wait_for_the_end(pids: set[int], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while any(Path(f"/proc/{pid}").exists() and _state(pid) != "Z" for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -94,15 +94,19 @@ def _serve(backend: BackendConfig, folder: Path) -> tuple[str, Callable[[], None
     stop = _stopper(server, Path(log.name))
     print(f"starting vLLM ({' '.join(command[3:])}); its log: {log.name}", flush=True)
     deadline = time.monotonic() + STARTS_WITHIN
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            stop()
-            raise UserError(f"backend=vllm: the server does not start ({_cause(log.name)}); its log is {log.name}")
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                return f"http://127.0.0.1:{port}/v1", stop
-        except httpx.HTTPError:
-            time.sleep(0.5)
+    try:
+        while time.monotonic() < deadline:
+            if server.poll() is not None:
+                stop()
+                raise UserError(f"backend=vllm: the server does not start ({_cause(log.name)}); its log is {log.name}")
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                    return f"http://127.0.0.1:{port}/v1", stop
+            except httpx.HTTPError:
+                time.sleep(0.5)
+    except KeyboardInterrupt:  # which the server's processes, in a session of their own, do not get
+        stop()
+        raise
     server.kill()
     server.wait()
     stop()
