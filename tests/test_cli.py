@@ -67,6 +67,34 @@ def test_a_folder_of_a_later_member_that_cannot_be_made_is_one_line(
     assert not list(tmp_path.glob("m*"))
 
 
+TELLS = """
+from branchmerge import cli
+
+def main():
+    for number in range(3000):
+        print(number, flush=number % 2 == 0)
+    open(OUT, "w").write("done")
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("kind", ["a reader that has gone", "a full disk"])
+def test_output_that_gets_lost_ends_nothing(kind: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TELLS.replace("OUT", repr(str(tmp_path / "out")))]
+    if kind == "a full disk":
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert done.returncode == 0
+    else:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(timeout=60)) == ("", 0)
+        process.stderr.close()
+    assert (tmp_path / "out").read_text() == "done"
+
+
 class _Cycle:
     def __init__(self) -> None:
         self.itself = self

@@ -38,6 +38,33 @@ _BEGUN: list[bool] = []
 makes folders for its logs below outputs."""
 
 
+class _Lenient:
+    """Output that may get lost, as when its reader has gone or the disk of a log is full: hours of work go on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._tried(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def _tried(self, step: Callable[..., object], *given: str) -> None:
+        try:
+            step(*given)
+        except BrokenPipeError:  # what it still holds would be told again, and fail again, at the end
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())
+            os.close(nothing)
+        except OSError:
+            pass
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a `hydra.main` function; a user's mistake ends in one line, a bug in a traceback.
 
@@ -46,6 +73,7 @@ def run(main: Callable[[], None]) -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+    sys.stdout, sys.stderr = _Lenient(sys.stdout), _Lenient(sys.stderr)
     os.environ[SHOW] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if "OMP_WAIT_POLICY" not in os.environ:
