@@ -2,8 +2,8 @@
 
 import gc
 import os
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
