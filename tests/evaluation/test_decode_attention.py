@@ -48,6 +48,23 @@ def test_one_query_equals_sdpa(heads: int, kv_heads: int, mask: Tensor | None, s
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_values_may_have_another_size_than_keys() -> None:
+    query, key, value = drawn(4, 2)
+    mask = left_padding((T, 4, 1))
+    found, _ = decode_sdpa(Layer(2), query, key, value[..., :5], mask)
+    assert found.shape == (B, 1, 4, 5)
+    torch.testing.assert_close(found, decode_sdpa(Layer(2), query, key, value, mask)[0][..., :5])
+
+
+@pytest.mark.parametrize("of_heads", [1, 4])
+def test_a_mask_of_numbers_is_added_to_the_scores(of_heads: int) -> None:
+    layer, tensors = Layer(2), drawn(4, 2)
+    mask = torch.randn(B, of_heads, 1, T, generator=torch.Generator().manual_seed(3))
+    found, _ = decode_sdpa(layer, *tensors, mask)
+    expected, _ = sdpa_attention_forward(layer, *tensors, mask)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_what_is_masked_has_no_weight() -> None:
     query, key, value = drawn(4, 2)
     mask = left_padding((T, 4, 1))

@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import make_student
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -102,6 +106,32 @@ def test_a_response_does_not_depend_on_its_batch(tiny_student: Path, sampling: S
     alone = responses(backend(tiny_student, batch_size=1), requests)
     assert responses(backend(tiny_student, batch_size=9), requests) == alone
     assert responses(backend(tiny_student, batch_size=2), requests[::-1]) == alone
+
+
+OWN_ATTENTION: dict[str, dict[str, Any]] = {
+    "gemma2": {"attn_logit_softcapping": 0.2, "query_pre_attn_scalar": 1, "head_dim": 8},  # SDPA knows no caps
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16,
+        "num_key_value_heads": 4, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+    },
+    "bloom": {"n_layer": 2, "n_head": 4},  # transformers lets it have no SDPA
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", OWN_ATTENTION)
+def test_responses_are_those_of_the_models_own_formula(model_type: str, tmp_path: Path) -> None:
+    folder = make_student(tmp_path / model_type, model_type=model_type, **OWN_ATTENTION[model_type])
+    requests = asked(GREEDY)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = backend(folder)
+    found = responses(model, requests)
+    for request in requests:
+        ids = torch.tensor([model.encoder.ids(request.messages)])
+        settings = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=model.ends, pad_token_id=model.pad)
+        out = plain.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        expected = model.encoder.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert found[request.question, request.sample].text == expected
 
 
 def test_samples_differ_by_their_seeds(tiny_student: Path) -> None:

@@ -14,14 +14,28 @@ from branchmerge.student import attention
 from branchmerge.student.backbone import load_model
 from branchmerge.student.loss import PackedLoss, chunked_loss, summed_loss
 from branchmerge.student.training import train
-from branchmerge.student.trials import check_apart, choose_loss
+from branchmerge.student.trials import check_apart, check_masks, choose_loss
 
 PRECISIONS = pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 MATRICES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "mixtral", "gpt2")
 LEAKING: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {},
+    # Whose positions are places in the row, or count from the number after that of the padding.
+    "bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
+    "roberta": {"is_decoder": True},
 }
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "head_dim": 8},
+    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    "exaone4": {"sliding_window": 8, "num_hidden_layers": 4},
+}
+MASKED: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 1, "num_experts": 4, "moe_intermediate_size": 16},
+    "phimoe": {"num_local_experts": 4},
+}
+"""Kinds whose window is in transformers' mask only"""
 
 
 def packed(folder: Path, model_type: str, **changes: Any) -> PackedLoss:
@@ -38,6 +52,7 @@ def tried(student: PackedLoss, compute: torch.dtype) -> list[str]:
     ):
         warnings.simplefilter("always")
         check_apart(student, torch.device("cpu"), compute)
+        check_masks(student, torch.device("cpu"))
         choose_loss(student, torch.device("cpu"), compute)
     return [str(warning.message) for warning in told if "head" in str(warning.message)]
 
@@ -79,6 +94,28 @@ def test_models_in_which_documents_see_each_other_are_refused(
     student = packed(tmp_path, model_type, **LEAKING[model_type])
     with pytest.raises(UserError, match="in a packed row a document sees the one before it"):
         tried(student, compute)
+
+
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_a_window_that_attention_is_told_of_is_fine(model_type: str, tmp_path: Path) -> None:
+    student = packed(tmp_path, model_type, **WINDOWED[model_type])
+    check_masks(student, torch.device("cpu"))
+    assert attention.AttentionInterface()[attention.PACKED_SDPA] is attention.packed_sdpa
+
+
+@pytest.mark.parametrize("model_type", MASKED)
+def test_a_window_that_only_a_mask_has_is_refused(model_type: str, tmp_path: Path) -> None:
+    short = packed(tmp_path / "short", model_type, **MASKED[model_type], sliding_window=8)
+    with pytest.raises(UserError, match="looks back over a window of 8 tokens that its layers do not tell"):
+        check_masks(short, torch.device("cpu"))
+    whole = packed(tmp_path / "whole", model_type, **MASKED[model_type], sliding_window=2048)  # all that it reads
+    check_masks(whole, torch.device("cpu"))
+
+
+def test_a_model_whose_tokens_see_the_ones_after_them_is_refused(tmp_path: Path) -> None:
+    student = packed(tmp_path, "gemma3_text", head_dim=8, use_bidirectional_attention=True)
+    with pytest.raises(UserError, match="Gemma3ForCausalLM: its tokens see the ones after them"):
+        check_masks(student, torch.device("cpu"))
 
 
 def test_weights_that_are_no_numbers_are_the_first_steps_affair(tmp_path: Path) -> None:

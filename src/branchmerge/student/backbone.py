@@ -281,8 +281,12 @@ def _write_gguf(file: Path, out: Path) -> None:
     write_json(out / "config.json", {**shape, "rope_theta": shape["rope_parameters"]["rope_theta"]})
 
 
-def load_model(folder: Path, dtype: "torch.dtype", attn: str = "sdpa") -> "PreTrainedModel":
-    """Load a causal LM onto the CPU; raises UserError where the checkpoint lacks some of its weights."""
+def load_model(folder: Path, dtype: "torch.dtype", attn: str | None = "sdpa") -> "PreTrainedModel":
+    """Load a causal LM onto the CPU; raises UserError where the checkpoint lacks some of its weights.
+
+    Args:
+        attn: transformers' name of an attention; None: its choice for this kind of model
+    """
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -19,7 +19,7 @@ from branchmerge.student import ranks
 from branchmerge.student.between_steps import untouched
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.optim import make_optimizer
-from branchmerge.student.trials import check_apart, choose_loss
+from branchmerge.student.trials import check_apart, check_masks, choose_loss
 
 
 class Student(LightningModule):
@@ -78,6 +78,7 @@ class Student(LightningModule):
     def on_fit_start(self) -> None:
         with untouched(self.trainer, self):
             check_apart(self.packed, self.device, self._compute)
+            check_masks(self.packed, self.device)
             choose_loss(self.packed, self.device, self._compute, self._fused_loss)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""What is tried on a few tokens before training: that documents of a row stay apart; which attention and which way to
-the loss are right.
+"""What is tried on a few tokens before training: that documents of a row stay apart, and that attention is told what it
+may see; which attention and which way to the loss are right.
 
 There are hundreds of kinds of models. Some mix tokens elsewhere than in attention, some scale, cap or shift their
 logits; tried, none of them needs to be known here. All processes of a sharded student do this together, between two
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
@@ -33,8 +33,9 @@ LOUD = 100.0
 def check_apart(packed: PackedLoss, device: torch.device, compute: torch.dtype = torch.float32) -> None:
     """Refuse a model in which a document of a packed row depends on the one before it.
 
-    The same document comes after two different ones. Layers that mix tokens by a convolution or a state, and know no
-    `cu_seq_lens`, would train without an error, and wrongly.
+    The same document comes after two different ones, and first in a row whose tokens the model numbers itself. Layers
+    that mix tokens by a convolution or a state, and know no `cu_seq_lens`, would train without an error, and wrongly;
+    so would models that take no `position_ids` (BART), or count them from another number (RoBERTa).
 
     Args:
         device: that computes; weights may lie elsewhere
@@ -46,17 +47,42 @@ def check_apart(packed: PackedLoss, device: torch.device, compute: torch.dtype =
     try:
         rows = [_row(packed, device, first, 3) for first in (1, 2)]
         after = [packed.compute(_second_document, row, whole=False) for row in rows]
+        # Rows of one size, so that both are computed alike; whole, so that no device has a part of the first only.
+        first = packed.compute(_first_document, _row(packed, device, 3, 1))
+        second = packed.compute(_second_document, rows[0])
     except PackedRowError as error:
         raise UserError(
             f"{type(packed.model).__name__}: its layers do not hand on to their attention where documents end, so it"
             " cannot train on packed rows; take another kind of model"
         ) from error
-    off = float(((after[0] - after[1]).norm(dim=-1) / after[1].norm(dim=-1)).mean()) if after[0].numel() else 0.0
-    off = max(ranks.from_all(off))
+    off = max(ranks.from_all(max(_apart(*after), _apart(second, first))))
     if off > _tolerance(compute):
         raise UserError(
             f"{type(packed.model).__name__}: in a packed row a document sees the one before it (its hidden states"
-            f" change by {off:.2g}), as layers without attention do; take a model that mixes tokens by attention alone"
+            f" change by {off:.2g}), as layers without attention do, or is numbered otherwise than alone; take a model"
+            " that mixes tokens by attention alone, and takes position_ids that count from 0"
+        )
+
+
+def check_masks(packed: PackedLoss, device: torch.device) -> None:
+    """Refuse a model of which only transformers' mask says what a token sees, since a packed row has no mask.
+
+    That is a window that no layer tells its attention (Qwen2-MoE), or tokens that see the ones after them (a Gemma 3
+    that was made to embed). Such a model would train without an error, and as another one than it is.
+    """
+    config = packed.model.config.get_text_config()
+    with _what_attention_is_told(config._attn_implementation) as told, torch.compiler.set_stance("force_eager"):
+        packed.compute(_hidden, _row(packed, device, 1))
+    name = type(packed.model).__name__
+    if not all(is_causal for is_causal, _ in told):
+        raise UserError(f"{name}: its tokens see the ones after them, which packed rows hide; take a causal model")
+    window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    limited = window is not None and "sliding_attention" in kinds and (longest is None or window < longest)
+    if limited and all(window is None for _, window in told):
+        raise UserError(
+            f"{name}: looks back over a window of {window} tokens that its layers do not tell their attention, so it"
+            " would train on packed rows without one; take another kind of model"
         )
 
 
@@ -196,15 +222,47 @@ def _amplified(model: PreTrainedModel) -> Iterator[None]:
         hook.remove()
 
 
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """How far hidden states are from others, relative; none, as on devices that have other parts of a row, are not."""
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean()) if found.numel() else 0.0
+
+
+@contextmanager
+def _what_attention_is_told(implementation: str) -> Iterator[list[tuple[bool, int | None]]]:
+    """Inside, of each call of an attention: whether it is causal, and its window."""
+    attend = AttentionInterface()[implementation]
+    told: list[tuple[bool, int | None]] = []
+
+    def listening(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        told.append((getattr(module, "is_causal", True), kwargs.get("sliding_window")))
+        return attend(module, *args, **kwargs)
+
+    AttentionInterface.register(implementation, listening)
+    try:
+        yield told
+    finally:
+        AttentionInterface.register(implementation, attend)
+
+
+def _hidden(model: PreTrainedModel, batch: Batch, **changed: Any) -> Tensor:
+    """[T, hidden size]"""
+    hidden: Tensor = model.base_model(**{**inputs(batch), **changed}).last_hidden_state[0]
+    return hidden
+
+
+def _first_document(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Its hidden states as transformers gives them to who passes no positions: [TOKENS, hidden size]."""
+    return _hidden(model, batch, position_ids=None)[:TOKENS].float()
+
+
 def _second_document(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Hidden states of those of its tokens that are on this device: [up to TOKENS, hidden size]."""
-    hidden: Tensor = model.base_model(**inputs(batch)).last_hidden_state[0]
     begin = sum(batch.parts.tokens[: batch.parts.rank]) if batch.parts else 0
-    return hidden[max(0, TOKENS - begin) :].float()
+    return _hidden(model, batch)[max(0, TOKENS - begin) :].float()
 
 
 def _row(packed: PackedLoss, device: torch.device, *seeds: int) -> Batch:
-    """Documents of TOKENS tokens, one for each seed."""
+    """Documents of TOKENS tokens, one for each seed; none begins with 0, which as padding would have no number."""
     vocabulary = int(packed.model.config.get_text_config().vocab_size)
-    documents = [Document("trial", np.arange(TOKENS) * 31 * seed % vocabulary, 1) for seed in seeds]
+    documents = [Document("trial", np.arange(1, TOKENS + 1) * 31 * seed % vocabulary, 1) for seed in seeds]
     return make_batch(documents, len(seeds) * (TOKENS - 1)).to(device)

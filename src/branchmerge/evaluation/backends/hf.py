@@ -11,6 +11,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -59,6 +60,14 @@ class SeededSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 
+def _choose_attention(model: PreTrainedModel, device: torch.device) -> None:
+    """The fastest that computes what the model is; where that cannot take SDPA, transformers has chosen its own."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # SDPA would leave the caps out without a word
+    elif device.type == "cpu" and model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+        model.set_attn_implementation(DECODE_SDPA)
+
+
 class Transformers:
     """A checkpoint in this process."""
 
@@ -67,8 +76,8 @@ class Transformers:
         self.batch_size = backend.batch_size
         self.failures: list[str] = []  # what goes wrong here ends the run
         self.encoder = Encoder(folder)
-        attention = DECODE_SDPA if device.type == "cpu" else "sdpa"
-        self.model = cast(Any, load_model(folder, getattr(torch, dtype_of(backend)), attention))
+        self.model = cast(Any, load_model(folder, getattr(torch, dtype_of(backend)), None))
+        _choose_attention(self.model, device)
         self.model.to(device).eval()
         told = self.model.generation_config.eos_token_id
         ends = [*(told if isinstance(told, list) else [told]), self.encoder.tokenizer.eos_token_id]
