@@ -81,6 +81,16 @@ def test_a_kind_of_model_without_hidden_states_of_its_own_is_refused(tmp_path: P
         train(branch(llama4, tmp_path, "domain=math"))
 
 
+def test_a_kind_of_model_whose_activations_cannot_be_computed_again_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jetmoe = make_student(tmp_path / "jetmoe", model_type="jetmoe", num_local_experts=4, kv_channels=8)
+    with pytest.raises(UserError, match=r"JetMoeForCausalLM: .* set trainer\.activation_checkpointing=false"):
+        train(branch(jetmoe, tmp_path, "domain=math", "trainer.activation_checkpointing=true"))
+    assert "kept" not in capsys.readouterr().out
+    train(branch(jetmoe, tmp_path, "domain=math"))
+
+
 def test_debug_replaces_no_expert(tiny_student: Path, tmp_path: Path) -> None:
     out = train(branch(tiny_student, tmp_path, "domain=math", f"out={tmp_path / 'expert'}"))
     before = read_manifest(out)

@@ -68,18 +68,24 @@ def empty_model(folder: Path, attn: str) -> PreTrainedModel:
     return model
 
 
-def check_weights(folder: Path, sharded: bool) -> None:
+def check_weights(folder: Path, sharded: bool, recomputed: bool = False) -> None:
     """Refuse a checkpoint that cannot be trained as its config.json says, from the headers of its files.
 
     Raises:
-        UserError: an unknown kind of model, or one without hidden states, or one that cannot be `sharded` and shall be;
-            a weight is missing or of another shape, or stored as tied and yet another
+        UserError: an unknown kind of model, or one without hidden states, or one that shall be `sharded` or its
+            activations `recomputed` and cannot; a weight is missing or of another shape, or stored as tied and yet
+            another
     """
     with loading(folder):
         model = empty_model(folder, "sdpa")
     check_hidden_states(model)
     if sharded:
         check_shardable(model)
+    if recomputed and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(model).__name__}: transformers cannot compute the activations of this kind of model again; set"
+            " trainer.activation_checkpointing=false"
+        )
     stored = Reader(folder)
     without_copies({"backbone": stored})
     if joins_weights(model):

@@ -89,7 +89,7 @@ def train(config: TrainConfig) -> Path:
         if known:
             agreement.check_fingerprint(start, known)
         attn = _attention(config, shape, device, _compute(precision))
-        ranks.by_first(lambda: check_weights(start, config.trainer.sharded))
+        ranks.by_first(lambda: check_weights(start, config.trainer.sharded, config.trainer.recomputes))
         ranks.by_first(lambda: check_room(start, folder, getattr(torch, config.export_dtype)))
         ranks.check_shared(saved.folder)
         ranks.by_first(saved.tell_of_others)
