@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from branches import PROJECT
 from spreading import alone, assert_equal_to, wish
+from test_fsdp import LONG, is_alive, saved, wait_for
 
 SETTINGS = ("domain=math", "data.seq_len=256", "optim.epochs=2", "optim.warmup_ratio=0.0", "optim.global_batch=4")
 
@@ -44,11 +46,11 @@ def two_hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", host], capture_output=True)
 
 
-def on_both(hosts: list[str], before: str, arguments: list[str | Path]) -> list[tuple[int, str]]:
-    """Run `before` in a shell of each host, then one process by torchrun; how they ended and what they said."""
+def started_on_both(hosts: list[str], before: str, arguments: list[str | Path]) -> list["subprocess.Popen[str]"]:
+    """`before` in a shell of each host, then torchrun in its place, of one process."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
                 "--rdzv-backend=c10d", "--rdzv-endpoint=10.231.7.1:29511"]  # fmt: skip
-    running = [
+    return [
         subprocess.Popen(
             ["ip", "netns", "exec", host, "sh", "-c", f'{before} exec "$@"', "sh", *torchrun,
              f"--rdzv-conf=is_host={1 - i}", f"--local-addr=10.231.7.{i + 1}", *arguments],
@@ -57,6 +59,11 @@ def on_both(hosts: list[str], before: str, arguments: list[str | Path]) -> list[
         )
         for i, host in enumerate(hosts)
     ]  # fmt: skip
+
+
+def on_both(hosts: list[str], before: str, arguments: list[str | Path]) -> list[tuple[int, str]]:
+    """How they ended and what they said."""
+    running = started_on_both(hosts, before, arguments)
     said = [process.communicate(timeout=300)[0] for process in running]
     return [(process.returncode, told) for process, told in zip(running, said, strict=True)]
 
@@ -89,3 +96,27 @@ def test_a_backbone_that_one_host_alone_sees_is_refused(tiny_student: Path, tmp_
         ended = on_both(hosts, hide, wish(folder, {tmp_path / "outputs": (*SETTINGS, "trainer.num_nodes=2")}))
     assert all(status for status, _ in ended), ended
     assert f"{folder}: is there for the first process, but not on" in ended[0][1], ended
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(has_namespaces()), reason=f"no second host: {has_namespaces()}")
+def test_a_host_that_dies_ends_the_other_within_a_minute_and_the_next_run_goes_on(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    outputs = tmp_path / "outputs"
+    command = wish(tiny_student, {outputs: (*LONG, "trainer.num_nodes=2")})
+    with two_hosts() as hosts:
+        first, second = started_on_both(hosts, "", command)
+        wait_for(lambda: saved(outputs), second)
+        for each in [*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)]:
+            each.kill()
+        workers = psutil.Process(first.pid).children(recursive=True)
+        said = first.communicate(timeout=60)[0]
+        second.communicate()
+        assert first.returncode not in (0, None), said
+        assert workers and not [worker for worker in workers if is_alive(worker)]
+        assert not (outputs / "tiny" / "experts" / "math").exists()
+        ended = on_both(hosts, "", command)
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert "going on after step" in ended[0][1]
+    assert_equal_to(alone(tiny_student, tmp_path / "alone", *LONG), outputs)

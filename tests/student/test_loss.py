@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,9 +133,24 @@ def test_a_cache_is_refused(tiny_student: Path) -> None:
     root = PackedLoss(load_model(tiny_student, torch.float32, attention.PACKED_SDPA))
     batch = make_batch([Document("a", np.arange(8), 1)], 7)
 
-    def with_cache(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        return model(**{**inputs(batch), "use_cache": True}).logits.sum()
+    def called(model: PreTrainedModel, batch: Batch, **changed: Any) -> torch.Tensor:
+        given = {name: value for name, value in {**inputs(batch), **changed}.items() if value != "left out"}
+        return model(**given).logits.sum()
 
-    with pytest.raises(attention.PackedRowError, match="packed rows take no cache"):
-        root.compute(with_cache, batch)
+    for cache in (True, "left out"):  # which then is as the model's config says
+        with pytest.raises(attention.PackedRowError, match="packed rows take no cache"):
+            root.compute(partial(called, use_cache=cache), batch)
     assert root(batch) > 0
+
+
+@pytest.mark.parametrize("attn", [attention.PACKED_SDPA, "sdpa"])
+def test_a_row_without_its_documents_bounds_is_refused(attn: str, tiny_student: Path) -> None:
+    """By attention that is not ours too, which would not miss them."""
+    root = PackedLoss(load_model(tiny_student, torch.float32, attn))
+    batch = make_batch([Document("a", np.arange(8), 1)], 7)
+
+    def without_bounds(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        return model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits.sum()
+
+    with pytest.raises(attention.PackedRowError, match="one row with cu_seq_lens"):
+        root.compute(without_bounds, batch)

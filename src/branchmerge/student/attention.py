@@ -279,10 +279,13 @@ def _compiled_flex(compiled: bool) -> Any:
 
 
 def refuse_what_is_not_packed(model: nn.Module, _: Any, given: dict[str, Any]) -> None:
-    """A forward pre-hook: raise on a mask, which transformers would drop, and on a cache, before which nothing ends."""
-    if given.get("attention_mask") is not None:
+    """A forward pre-hook: raise on a mask, which transformers would drop, on a cache, before which nothing ends, and
+    without the documents' bounds, as transformers' own ways to flash-attn would take the row as one document."""
+    if given.get("attention_mask") is not None or given.get("cu_seq_lens_q") is None:
         raise PackedRowError
-    if given.get("use_cache"):
+    cache = given.get("use_cache")
+    config: Any = model.config
+    if getattr(config, "use_cache", False) if cache is None else cache:
         raise PackedRowError("packed rows take no cache: call the model with use_cache=False")
 
 
