@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from disks import small_disk
 from safetensors.torch import save_file
 
 from branchmerge.errors import UserError
@@ -66,14 +67,8 @@ def parents(root: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty disk of 9 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "none", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a disk in memory: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with small_disk(tmp_path / "disk", "9m") as place:
+        yield place
 
 
 def recipe(folders: dict[str, Path], out: Path, shard: int, operator: Linear | None = None) -> Recipe:

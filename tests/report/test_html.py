@@ -1,11 +1,11 @@
 """Where a report cannot be written, and scores neither: one line, and nothing half-written."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import small_disk
 from hydra import compose, initialize_config_dir
 
 from branchmerge import config
@@ -21,14 +21,8 @@ SCORE = signed(Score("merged/a", "aime24", 1.0, 0.1, 1, 0.0, 9.0, KEY, 1.0, "a C
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty disk of 1 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount a disk in memory: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with small_disk(tmp_path / "disk", "1m") as place:
+        yield place
 
 
 def fill(path: Path, room: int) -> None:

@@ -82,13 +82,15 @@ def make_plan(config: TrainConfig) -> Plan:
 
 def _tflops(card: PlanningConfig) -> float:
     """In 1e12 FLOPs a second."""
+    if card.tflops is not None:
+        return card.tflops
     peak = peak_of(card.card)
-    if card.tflops is None and peak is None:
+    if peak is None:
         raise UserError(
             f"planning.card={card.card}: how fast it is is not known here; give planning.tflops= of its dense bfloat16"
             " products (and its planning.card_gib=)"
         )
-    return card.tflops or (peak or 0) / 1e12
+    return peak / 1e12
 
 
 def _shape(config: TrainConfig, checkpoint: Path | None) -> tuple[dict[str, Any], list[str]]:
