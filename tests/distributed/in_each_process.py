@@ -158,7 +158,7 @@ def main(folder: Path, student: Path) -> None:
         "broken weights": told(lambda: check_finite(broken([1]), "here")),
         "whole weights": told(lambda: check_finite(broken([]), "here")),
         "other precision": told(lambda: train(branch(student, folder, *FSDP, "domain=math", precision))),
-        "attention": told(lambda: choose_attention(attn, None, torch.device("cpu"), torch.bfloat16)),
+        "attention": told(lambda: choose_attention(attn, {}, torch.device("cpu"), torch.bfloat16)),
     }
     print(json.dumps(done), flush=True)
     ranks.leave()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,10 +93,20 @@ def test_the_heads_gradient_is_added_up_in_float32() -> None:
     assert float((total - expected).norm() / expected.norm()) < 1e-5  # 1.7e-3 where the product is rounded before
 
 
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("limits", [{}, {"sliding_window": 4096}, {"attn_logit_softcapping": 50.0}], ids=str)
+def test_older_flash_attention_gives_result_and_gradients_of_the_formula(number: int, limits: dict[str, Any]) -> None:
+    if not getattr(attention, f"is_flash_attn_{number}_available")():
+        pytest.skip(f"FlashAttention {number} is not installed")
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, **limits}
+    assert trials._why_not_flash(f"flash_attention_{number}", shape, torch.device("cuda"), torch.bfloat16) == ""
+
+
 @FLASH4
 @pytest.mark.parametrize("size", [64, 128])
 def test_flash_attention_4_gives_result_and_gradients_of_the_formula(size: int) -> None:
-    assert trials._why_not_flash4((4, 2, size), torch.device("cuda"), torch.bfloat16) == ""
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": size}
+    assert trials._why_not_flash(attention.PACKED_FLASH4, shape, torch.device("cuda"), torch.bfloat16) == ""
 
 
 def test_a_branch_on_a_gpu_has_the_losses_of_one_on_the_cpu(tiny_student: Path, tmp_path: Path) -> None:

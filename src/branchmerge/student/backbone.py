@@ -223,6 +223,13 @@ def head_shape(shape: dict[str, Any]) -> tuple[int, int, int] | None:
     return (heads, pairs, size) if heads and pairs and size else None
 
 
+def score_limits(shape: dict[str, Any]) -> tuple[int | None, float | None]:
+    """Tokens that any layer looks back over, and the cap of scores (Gemma 2), of a model's config.json."""
+    shape = _of_text(shape)
+    window = None if shape.get("use_sliding_window") is False else shape.get("sliding_window")
+    return window, shape.get("attn_logit_softcapping")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A checkpoint's config.json; raises UserError where it is broken."""
     path = folder / "config.json"

@@ -299,7 +299,7 @@ def _precision(asked: str, device: torch.device) -> str:
 def _attention(config: TrainConfig, shape: dict[str, Any], device: torch.device, compute: torch.dtype) -> str:
     """The one that is asked for and works here; before any row is graded."""
     attn = attention.implementation(config.backbone.attn, device, compute, config.trainer.context_parallel > 1)
-    return trials.choose_attention(attn, backbone.head_shape(shape), device, compute)
+    return trials.choose_attention(attn, shape, device, compute)
 
 
 def _compute(precision: str) -> torch.dtype:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,16 @@ from transformers import AttentionInterface, PreTrainedModel
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
 from branchmerge.errors import UserError
-from branchmerge.student import flash4, liger_loss, ranks
+from branchmerge.student import backbone, flash4, liger_loss, ranks
 from branchmerge.student.attention import PACKED_FLASH4, PACKED_SDPA, PackedRowError, by_formula
 from branchmerge.student.loss import Loss, PackedLoss, fused_loss, inputs, summed_loss
 
 TOKENS = 16
 """Of a document"""
+FLASH = {
+    PACKED_FLASH4: "FlashAttention 4", "flash_attention_3": "FlashAttention 3", "flash_attention_2": "FlashAttention 2",
+}  # fmt: skip
+"""Attention by other packages' kernels"""
 LOUD = 100.0
 """A final hidden state so much larger has logits beyond any cap, and far from those that are scaled."""
 
@@ -109,23 +114,25 @@ def choose_loss(
         _warn(f"backbone.loss=liger: {why_not_fused}; the chunked loss is taken")
 
 
-def choose_attention(attn: str, heads: tuple[int, int, int] | None, device: torch.device, compute: torch.dtype) -> str:
-    """FlashAttention 4 where its kernels give what the formula gives, else torch's own attention, with a warning.
+def choose_attention(attn: str, shape: dict[str, Any], device: torch.device, compute: torch.dtype) -> str:
+    """flash-attn where its kernels give what the formula gives, else torch's own attention, with a warning.
 
-    The package has no stable release yet, and is made for few sizes of heads.
+    FlashAttention 4 has no stable release yet and is made for few sizes of heads; of the others transformers hands on
+    a window or a cap only to versions that take one, and says nothing where one does not.
 
     Args:
         attn: what `attention.implementation` found
-        heads: number of heads of queries and of keys, and their size, where the model's config tells them
+        shape: the model's config.json
     """
-    newest = attn == PACKED_FLASH4  # on this device: not all nodes need to have it
-    why = max(ranks.from_all(_why_not_flash4(heads, device, compute) if newest else ""))
+    name = FLASH.get(attn)
+    why = max(ranks.from_all(_why_not_flash(attn, shape, device, compute) if name else ""))  # not all nodes need it
     if why:
-        _warn(f"FlashAttention 4 is not taken, but torch's own attention: {why}")
-    return PACKED_SDPA if newest and why else attn
+        _warn(f"{name or 'flash-attn'} is not taken, but torch's own attention: {why}")
+    return PACKED_SDPA if name and why else attn
 
 
-def _why_not_flash4(heads: tuple[int, int, int] | None, device: torch.device, compute: torch.dtype) -> str:
+def _why_not_flash(attn: str, shape: dict[str, Any], device: torch.device, compute: torch.dtype) -> str:
+    heads = backbone.head_shape(shape)
     if heads is None:
         return "the model's config does not tell the number of its heads"
     of_queries, of_keys, size = heads
@@ -135,16 +142,21 @@ def _why_not_flash4(heads: tuple[int, int, int] | None, device: torch.device, co
         torch.randn(sum(lengths), number, size, generator=draw, device=device).to(compute)
         for number in (of_queries, of_keys, of_keys, of_queries)
     )
-    if not flash4.takes(q, v):
+    newest = attn == PACKED_FLASH4
+    if newest and not flash4.takes(q, v):
         return f"it is not made for heads of {size}"
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    window, softcap = (None, None) if newest else _limits(shape)  # with any of them FlashAttention 4 does not compute
 
     def by_kernels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return flash4.attend(query, key, value, bounds, max(lengths))
+        if newest:
+            return flash4.attend(query, key, value, bounds, max(lengths))
+        return _by_transformers(attn, (query, key, value), bounds, max(lengths), window, softcap)
 
     def by_documents(*rows: Tensor) -> Tensor:
-        parts = zip(*(row.split(lengths) for row in rows), strict=True)
-        return torch.cat([by_formula(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1) for part in parts])
+        parts = zip(*(row.transpose(0, 1)[None].split(lengths, dim=2) for row in rows), strict=True)
+        made = [by_formula(q, k, v, window=window, softcap=softcap)[0] for q, k, v in parts]
+        return torch.cat(made, dim=1).transpose(0, 1)
 
     try:
         found = _with_gradients(by_kernels, weights, q, k, v)
@@ -152,7 +164,7 @@ def _why_not_flash4(heads: tuple[int, int, int] | None, device: torch.device, co
             torch.cuda.synchronize(device)  # errors of kernels are told late
     except torch.AcceleratorError as error:  # after which this process can do nothing more there
         raise UserError(
-            f"FlashAttention 4 fails on this device for heads of {size} ({error}); run again with backbone.attn=sdpa"
+            f"{FLASH[attn]} fails on this device for heads of {size} ({error}); run again with backbone.attn=sdpa"
         ) from error
     except Exception as error:  # whatever a kernel, its compiler or another version of the package may raise
         return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -160,6 +172,31 @@ def _why_not_flash4(heads: tuple[int, int, int] | None, device: torch.device, co
     errors = torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)])
     off = float(errors.max())  # NaN if one is
     return "" if off <= _tolerance(compute) else f"for heads of {size} it is off by {off:.2g}"
+
+
+def _limits(shape: dict[str, Any]) -> tuple[int | None, float | None]:
+    """A window and a cap where the model has them, so small that a trial sees whether they are heeded."""
+    window, softcap = backbone.score_limits(shape)
+    return 50 if window else None, 1.0 if softcap else None
+
+
+def _by_transformers(
+    attn: str,
+    rows: tuple[Tensor, Tensor, Tensor],
+    bounds: Tensor,
+    longest: int,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """As a model's layer calls it; [T, H, E] and twice [T, G, E] -> [T, H, E]."""
+    layer: Any = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attn), is_causal=True)
+    heads = (row.transpose(0, 1)[None] for row in rows)
+    out, _ = AttentionInterface()[attn](
+        layer, *heads, None, sliding_window=window, softcap=softcap,
+        cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest,
+    )  # fmt: skip
+    result: Tensor = out[0]
+    return result
 
 
 def _with_gradients(attend: Callable[..., Tensor], weights: Tensor, *rows: Tensor) -> list[Tensor]:
