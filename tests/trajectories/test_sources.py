@@ -10,7 +10,7 @@ from branchmerge.config import SourceConfig
 from branchmerge.errors import UserError
 from branchmerge.evaluation.graders import grade
 from branchmerge.trajectories.schema import Reference, Trajectory
-from branchmerge.trajectories.sources import identity, is_held_out, is_local, read, unpinned
+from branchmerge.trajectories.sources import SPLIT_RULE, described, identity, is_held_out, is_local, read, unpinned
 
 GSM8K = {
     "question": "Ann packs 3 boxes of 400 pens and sells none. How many pens?",
@@ -180,6 +180,25 @@ def test_split_depends_on_the_question_alone(tmp_path: Path) -> None:
     assert {row.question for row in test} == {question for question in questions if is_held_out(question)}
 
 
+@pytest.mark.parametrize(
+    ("fmt", "row", "field", "changes"),
+    [
+        ("mmlu", MMLU, "question", {"choices": ["4", "3", "2", "1"]}),
+        ("mbpp", MBPP, "text", {"test_list": ["assert inc(2) == 3"]}),
+    ],
+)
+def test_the_same_question_with_other_choices_or_tests_stays_in_one_part(
+    fmt: str, row: dict[str, Any], field: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = [{**row, field: f"question {number}?"} for number in range(40)]
+    again = [{**one, **changes, field: f" {one[field]}\n"} for one in asked]
+    path = str(jsonl(tmp_path, *asked, *again))
+    for split in ("train", "test"):
+        rows = read(SourceConfig(path=path, format=fmt, split=split))
+        stems = [row.question.strip().splitlines()[0] for row in rows]
+        assert stems and stems[: len(stems) // 2] == stems[len(stems) // 2 :]
+
+
 def test_limit_counts_rows_of_the_split(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *(message_row(f"question {number}") for number in range(60)))
     whole = read(SourceConfig(path=str(path), split="test"))
@@ -222,6 +241,14 @@ def test_half_a_character_is_named_where_rows_are_dealt_out_by_their_question(tm
 def test_identity_of_a_file_is_its_sha256(tmp_path: Path) -> None:
     path = jsonl(tmp_path, message_row("a"))
     assert identity(SourceConfig(path=str(path))) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_parts_of_a_file_are_known_by_the_rule_that_made_them(tmp_path: Path) -> None:
+    """Else an expert of another rule, which has seen today's test questions, would count as made already."""
+    path = str(jsonl(tmp_path, message_row("one")))
+    whole, part = (described(SourceConfig(path=path, split=split)) for split in ("all", "train"))
+    assert "split_rule" not in whole and part == {**whole, "split": "train", "split_rule": SPLIT_RULE}
+    assert "split_rule" not in described(SourceConfig(path="openai/gsm8k", split="train"))
 
 
 def test_identity_of_a_hub_dataset_is_its_revision() -> None:

@@ -4,7 +4,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning import LightningDataModule
@@ -116,7 +116,7 @@ def _ignore_signals(_: int) -> None:
 def data_account(config: TrainConfig) -> dict[str, Any]:
     """What identifies the data, before any row is read."""
     named = sources.of_branch(config)
-    return {"sources": {name: {**asdict(source), "sha256": sources.identity(source)} for name, source in named.items()}}
+    return {"sources": {name: sources.described(source) for name, source in named.items()}}
 
 
 def prepare(

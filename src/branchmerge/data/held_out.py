@@ -4,7 +4,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from branchmerge.config import SourceConfig, TrainConfig
@@ -47,10 +47,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     """What holding out adds to the description of a branch's data; nothing where nothing is held out."""
     if not config.data.validation_rows:
         return {}
-    others = {
-        part: {**asdict(replace(source, path="")), "sha256": sources.identity(source)}
-        for part, source in other_sources(config).items()
-    }
+    others = {part: {**sources.described(source), "path": ""} for part, source in other_sources(config).items()}
     return {"validation_rows": config.data.validation_rows, "held_out_of_others": others}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from branchmerge.config import TrainConfig
 from branchmerge.data import held_out
+from branchmerge.evaluation.graders import GRADING
 from branchmerge.student import backbone
 from branchmerge.student.flops import Shapes
 from branchmerge.study import write_json
@@ -54,10 +55,10 @@ def workload(config: TrainConfig, checkpoint: Path | None, folder: Path) -> Work
 
 def _counted(config: TrainConfig, checkpoint: Path, folder: Path) -> Workload:
     """What training itself would do, by its own functions."""
-    rows = [(asdict(source), sources.identity(source)) for source in sources.of_branch(config).values()]
+    rows = [sources.described(source) for source in sources.of_branch(config).values()]
     facts = [
         rows, held_out.identity(config), asdict(config.data), asdict(config.optim), config.seed,
-        backbone.identity(checkpoint), package_versions(),
+        backbone.identity(checkpoint), package_versions(), GRADING,
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     place = folder / f"rows-{key}.json"

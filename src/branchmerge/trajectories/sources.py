@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from branchmerge.trajectories.schema import CHOICES, Trajectory
 LOCAL_SPLITS = ("all", "train", "test")
 HELD_OUT_SHARE = 5
 """`split=test` of a file without splits holds one question in five."""
+SPLIT_RULE = 2
+"""Raised when `split=train` and `split=test` of a file become other rows"""
 
 
 def _gsm8k(row: Any, row_id: str) -> Trajectory:
@@ -107,6 +109,9 @@ FORMATS: dict[str, Callable[[Any, str], Trajectory]] = {
     "s1": _s1,
 }
 
+STEMS = {"mbpp": "text", "mmlu": "question"}
+"""Of formats whose rows may ask the same with other tests or choices, the field that they then share"""
+
 
 def read(source: SourceConfig) -> list[Trajectory]:
     """Read and check all rows of a source; raises UserError with file and line number on a row that cannot be used."""
@@ -122,7 +127,8 @@ def read(source: SourceConfig) -> list[Trajectory]:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{where}: not a row of format {source.format}: {reason}") from error
-        if is_local(source) and source.split != "all" and is_held_out(row.question) != (source.split == "test"):
+        asked = raw[STEMS[source.format]] if source.format in STEMS else row.question
+        if is_local(source) and source.split != "all" and is_held_out(asked) != (source.split == "test"):
             continue
         rows.append(row)
         if source.limit is not None and len(rows) == source.limit:
@@ -162,8 +168,9 @@ def at_most(source: SourceConfig, limit: int | None) -> SourceConfig:
 
 
 def is_held_out(question: str) -> bool:
-    """Whether a question of a file without splits belongs to its test part; depends on the question alone."""
-    return hashlib.sha256(question.encode()).digest()[0] % HELD_OUT_SHARE == 0
+    """Whether a question of a file without splits belongs to its test part; depends on its words alone."""
+    words = " ".join(question.split())
+    return hashlib.sha256(words.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 def is_local(source: SourceConfig) -> bool:
@@ -183,6 +190,12 @@ def is_local(source: SourceConfig) -> bool:
 def identity(source: SourceConfig) -> str:
     """What changes when the rows do: the file's SHA-256, or the hub dataset's revision."""
     return file_sha256(_file(source)) if is_local(source) else f"{source.path}@{source.revision}"
+
+
+def described(source: SourceConfig) -> dict[str, Any]:
+    """What a source's rows are known by."""
+    rule = {"split_rule": SPLIT_RULE} if is_local(source) and source.split != "all" else {}
+    return {**asdict(source), "sha256": identity(source), **rule}
 
 
 def _file(source: SourceConfig) -> Path:
