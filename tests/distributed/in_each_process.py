@@ -21,7 +21,7 @@ from spreading import FSDP
 from branchmerge.data.batch import Batch
 from branchmerge.errors import UserError
 from branchmerge.student import agreement, checkpoints, ranks, resume
-from branchmerge.student.attention import PACKED_FLASH4, PACKED_SDPA
+from branchmerge.student.attention import PACKED_FLASH, PACKED_SDPA
 from branchmerge.student.checkpoints import CheckpointFolder, Position
 from branchmerge.student.export import check_finite
 from branchmerge.student.module import Student
@@ -136,7 +136,7 @@ def broken(places: list[int]) -> torch.nn.Linear:
 
 def main(folder: Path, student: Path) -> None:
     ranks.join(torch.device("cpu"))
-    attn = (PACKED_FLASH4, PACKED_SDPA)[ranks.rank()]
+    attn = (PACKED_FLASH[4], PACKED_SDPA)[ranks.rank()]
     apart = ["one", "two"]
     precision = ("trainer.precision=32-true", "trainer.precision=bf16-mixed")[ranks.rank()]
     done: dict[str, object] = {

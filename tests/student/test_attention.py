@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
 from branchmerge.errors import UserError
-from branchmerge.student import attention, flash4
+from branchmerge.student import attention, flash
 from branchmerge.student.backbone import load_model
 from branchmerge.student.loss import PackedLoss, packed_logits
 
@@ -193,11 +193,11 @@ def test_what_is_no_packed_row_is_refused() -> None:
 @pytest.mark.parametrize(
     ("capability", "installed", "expected"),
     [
-        ((9, 0), (2, 3, 4), attention.PACKED_FLASH4),
-        ((9, 0), (2, 3), "flash_attention_3"),
-        ((9, 0), (2,), "flash_attention_2"),
-        ((10, 0), (2, 3), "flash_attention_2"),
-        ((8, 0), (2, 3, 4), "flash_attention_2"),
+        ((9, 0), (2, 3, 4), attention.PACKED_FLASH[4]),
+        ((9, 0), (2, 3), attention.PACKED_FLASH[3]),
+        ((9, 0), (2,), attention.PACKED_FLASH[2]),
+        ((10, 0), (2, 3), attention.PACKED_FLASH[2]),
+        ((8, 0), (2, 3, 4), attention.PACKED_FLASH[2]),
         ((8, 0), (), attention.PACKED_SDPA),
         ((7, 5), (2,), attention.PACKED_SDPA),
     ],
@@ -207,9 +207,7 @@ def test_auto_takes_the_newest_flash_attention_made_for_the_device(
 ) -> None:
     """There is no such device here, so what torch and transformers say of it is given."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    for number in (2, 3):
-        monkeypatch.setattr(attention, f"is_flash_attn_{number}_available", lambda n=number: n in installed)
-    monkeypatch.setattr(flash4, "is_installed", lambda: 4 in installed)
+    monkeypatch.setattr(flash, "is_installed", lambda version: version in installed)
     cuda = torch.device("cuda")
     assert attention.implementation("auto", cuda, torch.bfloat16) == expected
     assert attention.implementation("auto", cuda, torch.float32) == attention.PACKED_SDPA
@@ -218,11 +216,9 @@ def test_auto_takes_the_newest_flash_attention_made_for_the_device(
 
 
 def test_flash_attention_that_is_named_needs_half_precision_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash4, "is_installed", lambda: False)
-    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(attention, "is_flash_attn_3_available", lambda: False)
+    monkeypatch.setattr(flash, "is_installed", lambda version: version == 2)
     cuda = torch.device("cuda")
-    assert attention.implementation("flash_attention_2", cuda, torch.bfloat16) == "flash_attention_2"
+    assert attention.implementation("flash_attention_2", cuda, torch.bfloat16) == attention.PACKED_FLASH[2]
     with pytest.raises(UserError, match=r"backbone\.attn=flash_attention_3: that version of flash-attn"):
         attention.implementation("flash_attention_3", cuda, torch.bfloat16)
     with pytest.raises(UserError, match=r"backbone\.attn=flash_attention_2: it has no float32"):

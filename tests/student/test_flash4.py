@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from branchmerge.student import flash4
-from branchmerge.student.attention import PACKED_FLASH4, PACKED_SDPA, by_formula
+from branchmerge.student.attention import PACKED_FLASH, PACKED_SDPA, by_formula
 from branchmerge.student.backbone import head_shape
 from branchmerge.student.trials import choose_attention
 
@@ -103,11 +103,11 @@ def test_wide_and_odd_heads_are_left_to_others() -> None:
 
 
 def chosen(shape: dict[str, Any] = SHAPE) -> str:
-    return choose_attention(PACKED_FLASH4, shape, torch.device("cpu"), torch.bfloat16)
+    return choose_attention(PACKED_FLASH[4], shape, torch.device("cpu"), torch.bfloat16)
 
 
 def test_kernels_that_give_the_formula_are_taken(package: SimpleNamespace, recwarn: pytest.WarningsRecorder) -> None:
-    assert chosen() == PACKED_FLASH4
+    assert chosen() == PACKED_FLASH[4]
     assert not recwarn
 
 
@@ -122,21 +122,23 @@ def test_kernels_that_do_not_are_left_with_a_warning(package: SimpleNamespace) -
         return of_q, of_k * 1.1, of_v
 
     package._flash_attn_bwd = skewed
-    with pytest.warns(UserWarning, match=r"for heads of 64 it is off by 0\.1"):
+    with pytest.warns(UserWarning, match=r"FlashAttention 4 is off by 0\.1\S* for heads of 64"):
         assert chosen() == PACKED_SDPA
 
     package._flash_attn_bwd = lambda *rows, **asked: (
         *backward(*rows, **asked)[:2],
         torch.full_like(rows[2], torch.nan),
     )
-    with pytest.warns(UserWarning, match="for heads of 64 it is off by nan"):
+    with pytest.warns(UserWarning, match="off by nan for heads of 64"):
         assert chosen() == PACKED_SDPA
 
     def broken(*_: Tensor, **__: Any) -> tuple[Tensor, ...]:
         raise RuntimeError("no such kernel\non this device")
 
     package._flash_attn_bwd = broken
-    with pytest.warns(UserWarning, match="torch's own attention: RuntimeError: no such kernel$"):
+    with pytest.warns(
+        UserWarning, match="torch's own attention is taken: FlashAttention 4: RuntimeError: no such kernel$"
+    ):
         assert chosen() == PACKED_SDPA
 
 

@@ -209,7 +209,7 @@ def test_compiled_layers_train_alike(tiny_student: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow  # compiles
 def test_layers_that_know_their_number_share_a_compilation(tmp_path: Path) -> None:
-    """As flash-attn's functions do by transformers; of ten layers torch would compile eight."""
+    """Of ten such layers torch would compile eight."""
 
     def counted(module: Any, *args: Any, **more: Any) -> tuple[torch.Tensor, None]:
         out, _ = attention.packed_sdpa(module, *args, **more)

@@ -16,7 +16,7 @@ from spreading import alone, assert_equal_to, wish
 from test_attention import MODELS, documents, everywhere, heads
 
 from branchmerge.data.batch import Batch, make_batch
-from branchmerge.student import attention, flash4, trials
+from branchmerge.student import attention, flash, flash4, trials
 from branchmerge.student.backbone import load_model
 from branchmerge.student.checkpoints import generators, load_state, save_state
 from branchmerge.student.chunked_loss import _add_product
@@ -35,14 +35,14 @@ FLASH4 = pytest.mark.skipif(not flash4.is_installed(), reason="flash-attn-4 is n
     ("model_type", "attn", "dtype"),
     [
         *product(["llama", "qwen2", "mistral", "gemma2"], [attention.PACKED_SDPA], [torch.bfloat16, torch.float32]),
-        pytest.param("qwen3", attention.PACKED_FLASH4, torch.bfloat16, marks=FLASH4),
+        pytest.param("qwen3", attention.PACKED_FLASH[4], torch.bfloat16, marks=FLASH4),
     ],
     ids=str,
 )
 def test_packed_attention_on_a_gpu_is_that_of_the_documents_alone(
     model_type: str, attn: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    wide = {"head_dim": 64} if attn == attention.PACKED_FLASH4 else {}  # the tiny models' heads of 8 are too small
+    wide = {"head_dim": 64} if attn == attention.PACKED_FLASH[4] else {}  # the tiny models' heads of 8 are too small
     folder = make_student(tmp_path / model_type, model_type=model_type, **MODELS.get(model_type, {}), **wide)
     model = load_model(folder, dtype, attn).eval().to("cuda")
     plain = load_model(folder, torch.float32, "eager").eval()
@@ -93,20 +93,20 @@ def test_the_heads_gradient_is_added_up_in_float32() -> None:
     assert float((total - expected).norm() / expected.norm()) < 1e-5  # 1.7e-3 where the product is rounded before
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("limits", [{}, {"sliding_window": 4096}, {"attn_logit_softcapping": 50.0}], ids=str)
-def test_older_flash_attention_gives_result_and_gradients_of_the_formula(number: int, limits: dict[str, Any]) -> None:
-    if not getattr(attention, f"is_flash_attn_{number}_available")():
-        pytest.skip(f"FlashAttention {number} is not installed")
+def test_older_flash_attention_gives_result_and_gradients_of_the_formula(version: int, limits: dict[str, Any]) -> None:
+    if not flash.is_installed(version):
+        pytest.skip(f"FlashAttention {version} is not installed")
     shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, **limits}
-    assert trials._why_not_flash(f"flash_attention_{number}", shape, torch.device("cuda"), torch.bfloat16) == ""
+    assert trials._why_not_flash(version, shape, torch.device("cuda"), torch.bfloat16) == ""
 
 
 @FLASH4
 @pytest.mark.parametrize("size", [64, 128])
 def test_flash_attention_4_gives_result_and_gradients_of_the_formula(size: int) -> None:
     shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": size}
-    assert trials._why_not_flash(attention.PACKED_FLASH4, shape, torch.device("cuda"), torch.bfloat16) == ""
+    assert trials._why_not_flash(4, shape, torch.device("cuda"), torch.bfloat16) == ""
 
 
 def test_a_branch_on_a_gpu_has_the_losses_of_one_on_the_cpu(tiny_student: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_layers_compile_whole_with_flash_attention_4(tmp_path: Path) -> None:
         train(branch(student, tmp_path / attn, "domain=math", "trainer=gpu", *more))
         losses.append([float(row["loss"]) for row in metrics(tmp_path / attn, "math")])
     manifest = read_manifest(tmp_path / "flash_attention_4" / "tiny" / "experts" / "math")
-    assert manifest is not None and manifest.training["runs"][-1]["attention"] == attention.PACKED_FLASH4
+    assert manifest is not None and manifest.training["runs"][-1]["attention"] == attention.PACKED_FLASH[4]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] > 0

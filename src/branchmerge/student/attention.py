@@ -1,10 +1,10 @@
 """Attention over a packed row that never crosses from one document to the next.
 
-The model gets `cu_seq_lens` and no mask. flash-attn reads them by itself; `packed_sdpa` below serves every device
-without a T x T mask and without work between documents: on CUDA in half precision one call of torch's own
-FlashAttention for the whole row, elsewhere one causal SDPA call a document. Neither caps scores, and SDPA knows no
-window: there FlexAttention does it on CUDA, the formula document by document on a CPU. `PACKED_FLASH4` is the same with
-FlashAttention 4 in place of torch's where there is no window.
+The model gets `cu_seq_lens` and no mask. `packed_sdpa` below serves every device without a T x T mask and without work
+between documents: on CUDA in half precision one call of FlashAttention for the whole row, elsewhere one causal SDPA
+call a document. Torch's own FlashAttention caps no scores, and SDPA knows no window either: there FlexAttention does it
+on CUDA, the formula document by document on a CPU. `PACKED_FLASH` are the same with FlashAttention 2, 3 or 4 of their
+packages in place of torch's, where those take the heads, the window and the cap.
 
 Shapes: B batch (1), H heads, G key/value heads, T tokens, E head size, D documents.
 """
@@ -21,18 +21,16 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.utils.import_utils import (
-    is_flash_attn_2_available,
-    is_flash_attn_3_available,
-)
 
 from branchmerge.errors import UserError
-from branchmerge.student import flash4
+from branchmerge.student import flash
 from branchmerge.student.autocast import compute_dtype
 from branchmerge.student.compiling import allow_many_compilations
 from branchmerge.student.context_parallel import RowParts
 
-PACKED_SDPA, PACKED_FLASH4 = "packed_sdpa", "packed_sdpa_fa4"  # transformers gives both to models that can take SDPA
+PACKED_SDPA = "packed_sdpa"
+PACKED_FLASH = {version: f"{PACKED_SDPA}_fa{version}" for version in flash.VERSIONS}
+"""By version; transformers gives what has sdpa in its name to models that can take SDPA."""
 SHORT = 512
 """Tokens of a document up to which a CPU's attention is faster in float32 than in bfloat16: by a tenth, and for very
 short ones three times (docs/log.md, 2026-11-27)."""
@@ -65,7 +63,7 @@ def packed_sdpa(
     softcap: float | None = None,
     row_parts: RowParts | None = None,
     s_aux: Tensor | None = None,
-    newest: bool = False,
+    version: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document, in the form transformers calls.
@@ -74,7 +72,7 @@ def packed_sdpa(
         query: [1, H, T, E]; key and value: [1, G, T, E].
         cu_seq_lens_q: int32 [D + 1], where the documents begin and end.
         row_parts: where the row is cut over several devices; T are then the tokens here.
-        newest: FlashAttention 4 in place of torch's own.
+        version: of FlashAttention in place of torch's own.
 
     Returns:
         [1, T, H, E]
@@ -92,7 +90,7 @@ def packed_sdpa(
     dropout = dropout if module.training else 0.0
     attend = partial(
         _attend, bounds=cu_seq_lens_q, longest=max_length_q, scale=scaling, window=sliding_window, softcap=softcap,
-        dropout=dropout, newest=newest,
+        dropout=dropout, version=version,
     )  # fmt: skip
     if row_parts is None:
         return attend(query, key, value), None
@@ -109,15 +107,15 @@ def _attend(
     window: int | None,
     softcap: float | None,
     dropout: float,
-    newest: bool,
+    version: int | None,
 ) -> Tensor:
     """By what serves this device; [1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
     heads = (query, key, value)
-    if longest is not None and softcap is None and not dropout and _takes_varlen(query, value):
-        if newest and window is None and flash4.takes(query, value):
-            return flash4.attend(*_tokens_first(*heads), bounds, longest, scale)[None]
-        span = (-1 if window is None else window - 1, 0)  # so many tokens back, none ahead
-        return _varlen(*heads, bounds, longest, scale, span)
+    if longest is not None and not dropout and _has_flash_attention(query):
+        if version is not None and flash.takes(version, query, value, window, softcap):
+            return flash.attend(version, *_tokens_first(*heads), bounds, longest, scale, window, softcap)[None]
+        if softcap is None and _takes_varlen(query, value):
+            return _varlen(*heads, bounds, longest, scale, window)
     limited = softcap is not None or (window is not None and (longest or query.shape[2]) > window)
     if limited and query.is_cuda and not dropout:
         return _flex(*heads, bounds, scale, window, softcap)
@@ -154,14 +152,17 @@ def _for_each_query(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
-def _takes_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether torch has its FlashAttention for rows of several documents, on this device and for such heads."""
-    size = query.shape[-1]
-    if size > WIDEST or size % 8 or value.shape[-1] != size:
-        return False
+def _has_flash_attention(query: Tensor) -> bool:
+    """Whether this device has any, of torch or of a package, in this precision."""
     half = compute_dtype(query) in (torch.bfloat16, torch.float16)
-    there = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    return half and there and {"scale", "window_size"} <= _varlen_parameters()
+    return half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _takes_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's own takes rows of several documents, and such heads."""
+    size = query.shape[-1]
+    fits = size <= WIDEST and size % 8 == 0 and value.shape[-1] == size
+    return fits and {"scale", "window_size"} <= _varlen_parameters()
 
 
 @cache
@@ -177,12 +178,13 @@ def _varlen(
     bounds: Tensor,
     longest: int,
     scale: float | None,
-    window: tuple[int, int],
+    window: int | None,
 ) -> Tensor:
-    """[1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
+    """By torch's own FlashAttention; [1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
+    span = (-1 if window is None else window - 1, 0)  # so many tokens back, none ahead
     q, k, v = _tokens_first(query, key, value)
     grouped: dict[str, Any] = {"enable_gqa": k.shape[1] != q.shape[1]} if "enable_gqa" in _varlen_parameters() else {}
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, **grouped)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=span, **grouped)
     assert isinstance(out, Tensor)
     return out[None]
 
@@ -280,7 +282,7 @@ def _compiled_flex(compiled: bool) -> Any:
 
 def refuse_what_is_not_packed(model: nn.Module, _: Any, given: dict[str, Any]) -> None:
     """A forward pre-hook: raise on a mask, which transformers would drop, on a cache, before which nothing ends, and
-    without the documents' bounds, as transformers' own ways to flash-attn would take the row as one document."""
+    without the documents' bounds, as transformers' own attention would take the row as one document."""
     if given.get("attention_mask") is not None or given.get("cu_seq_lens_q") is None:
         raise PackedRowError
     cache = given.get("use_cache")
@@ -291,7 +293,8 @@ def refuse_what_is_not_packed(model: nn.Module, _: Any, given: dict[str, Any]) -
 
 # Without an entry in AttentionMaskInterface: there transformers would ask the device, row by row, whether it is packed.
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)
-AttentionInterface.register(PACKED_FLASH4, partial(packed_sdpa, newest=True))
+for version, name in PACKED_FLASH.items():
+    AttentionInterface.register(name, partial(packed_sdpa, version=version))
 
 
 def implementation(attn: str, device: torch.device, compute: torch.dtype, shared: bool = False) -> str:
@@ -302,28 +305,26 @@ def implementation(attn: str, device: torch.device, compute: torch.dtype, shared
         shared: rows are on several devices
     """
     half = compute in (torch.bfloat16, torch.float16)
+    if attn == "sdpa" or (attn == "auto" and (device.type != "cuda" or not half or shared)):
+        return PACKED_SDPA
     if attn == "auto":
-        attn = _newest_flash_attention(device) if device.type == "cuda" and half and not shared else "sdpa"
-    if attn.startswith("flash_attention") and not half:
+        return _newest_flash_attention(device)
+    if not half:
         raise UserError(
             f"backbone.attn={attn}: it has no float32; set trainer.precision=bf16-mixed or backbone.attn=sdpa"
         )
-    if attn == "flash_attention_4" and not flash4.is_installed():
+    version = int(attn.removeprefix("flash_attention_"))
+    if not flash.is_installed(version):
+        package = "the package flash-attn-4" if version == 4 else "that version of flash-attn"
+        install = " pip install 'flash-attn-4[cu13]', or" if version == 4 else ""
         raise UserError(
-            f"backbone.attn={attn}: the package flash-attn-4 is not installed, not whole, or of a version not known"
-            " here; pip install 'flash-attn-4[cu13]', or leave it out"
+            f"backbone.attn={attn}: {package} is not installed here, not whole, or not known;{install} leave it out"
         )
-    packages = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-    if attn in packages and not packages[attn]():
-        raise UserError(f"backbone.attn={attn}: that version of flash-attn is not installed here; leave it out")
-    return {"sdpa": PACKED_SDPA, "flash_attention_4": PACKED_FLASH4}.get(attn, attn)
+    return PACKED_FLASH[version]
 
 
 def _newest_flash_attention(device: torch.device) -> str:
     """flash-attn as far as it is installed and made for this device, else torch's own."""
     capability = torch.cuda.get_device_capability(device)
-    if capability >= (9, 0) and flash4.is_installed():
-        return "flash_attention_4"
-    if capability == (9, 0) and is_flash_attn_3_available():
-        return "flash_attention_3"
-    return "flash_attention_2" if capability >= (8, 0) and is_flash_attn_2_available() else "sdpa"
+    fits = {4: capability >= (9, 0), 3: capability == (9, 0), 2: capability >= (8, 0)}
+    return next((PACKED_FLASH[n] for n in fits if fits[n] and flash.is_installed(n)), PACKED_SDPA)

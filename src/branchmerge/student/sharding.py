@@ -115,7 +115,7 @@ def layers(model: nn.Module) -> nn.ModuleList:
 
 def compile_layers(model: PreTrainedModel) -> None:
     """By torch.compile, one compilation for all of them."""
-    # flash-attn's functions are told the number of the layer, and each number would be a compilation of its own.
+    # Layers that look at their number (GPT-2's can) would each be a compilation of their own.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     allow_many_compilations()
     for layer in layers(model):

@@ -204,7 +204,7 @@ def _as_on_a_gpu(
 
     [1, H, T, E] and [1, G, T, E] -> [1, T, H, E].
     """
-    return attention._varlen(query, key, value, bounds, longest, scale, (-1, 0))
+    return attention._varlen(query, key, value, bounds, longest, scale, window=None)
 
 
 def _as_on_a_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None, **_: Any) -> Tensor:

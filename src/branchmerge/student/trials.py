@@ -9,8 +9,7 @@ steps (`between_steps.untouched`).
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
-from types import SimpleNamespace
+from itertools import accumulate, product
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from branchmerge.data.batch import Batch, make_batch
 from branchmerge.data.template import Document
 from branchmerge.errors import UserError
-from branchmerge.student import backbone, flash4, liger_loss, ranks
-from branchmerge.student.attention import PACKED_FLASH4, PACKED_SDPA, PackedRowError, by_formula
+from branchmerge.student import backbone, flash, liger_loss, ranks
+from branchmerge.student.attention import PACKED_FLASH, PACKED_SDPA, PackedRowError, by_formula
 from branchmerge.student.loss import Loss, PackedLoss, fused_loss, inputs, summed_loss
 
 TOKENS = 16
 """Of a document"""
-FLASH = {
-    PACKED_FLASH4: "FlashAttention 4", "flash_attention_3": "FlashAttention 3", "flash_attention_2": "FlashAttention 2",
-}  # fmt: skip
-"""Attention by other packages' kernels"""
 LOUD = 100.0
 """A final hidden state so much larger has logits beyond any cap, and far from those that are scaled."""
 
@@ -115,26 +110,26 @@ def choose_loss(
 
 
 def choose_attention(attn: str, shape: dict[str, Any], device: torch.device, compute: torch.dtype) -> str:
-    """flash-attn where its kernels give what the formula gives, else torch's own attention, with a warning.
+    """FlashAttention of a package where its kernels give what the formula gives, else torch's own, with a warning.
 
-    FlashAttention 4 has no stable release yet and is made for few sizes of heads; of the others transformers hands on
-    a window or a cap only to versions that take one, and says nothing where one does not.
+    Version 4 has no stable release yet and is made for few sizes of heads; others are compiled by their users.
 
     Args:
         attn: what `attention.implementation` found
         shape: the model's config.json
     """
-    name = FLASH.get(attn)
-    why = max(ranks.from_all(_why_not_flash(attn, shape, device, compute) if name else ""))  # not all nodes need it
+    version = next((number for number, name in PACKED_FLASH.items() if name == attn), None)  # not all nodes have it
+    why = max(ranks.from_all("" if version is None else _why_not_flash(version, shape, device, compute)))
     if why:
-        _warn(f"{name or 'flash-attn'} is not taken, but torch's own attention: {why}")
-    return PACKED_SDPA if name and why else attn
+        _warn(f"torch's own attention is taken: {why}")
+    return PACKED_SDPA if version and why else attn
 
 
-def _why_not_flash(attn: str, shape: dict[str, Any], device: torch.device, compute: torch.dtype) -> str:
+def _why_not_flash(version: int, shape: dict[str, Any], device: torch.device, compute: torch.dtype) -> str:
     heads = backbone.head_shape(shape)
+    name = f"FlashAttention {version}"
     if heads is None:
-        return "the model's config does not tell the number of its heads"
+        return f"{name} cannot be tried, as the model's config does not tell the number of its heads"
     of_queries, of_keys, size = heads
     lengths = (7, 1, 130, 700)
     draw = torch.Generator(device).manual_seed(0)
@@ -142,61 +137,47 @@ def _why_not_flash(attn: str, shape: dict[str, Any], device: torch.device, compu
         torch.randn(sum(lengths), number, size, generator=draw, device=device).to(compute)
         for number in (of_queries, of_keys, of_keys, of_queries)
     )
-    newest = attn == PACKED_FLASH4
-    if newest and not flash4.takes(q, v):
-        return f"it is not made for heads of {size}"
-    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    window, softcap = (None, None) if newest else _limits(shape)  # with any of them FlashAttention 4 does not compute
+    if not flash.takes(version, q, v, None, None):
+        return f"{name} is not made for heads of {size}"
+    window, softcap = backbone.score_limits(shape)
+    # Some layers have them and some not; so small that a trial sees whether they are heeded.
+    limits = product({None, window and 50}, {None, softcap and 1.0})
+    try:
+        tried = (limit for limit in limits if flash.takes(version, q, v, *limit))
+        off = float(torch.stack([_off(version, weights, (q, k, v), lengths, *limit) for limit in tried]).max())
+    except torch.AcceleratorError as error:  # after which this process can do nothing more there
+        raise UserError(
+            f"{name} fails on this device for heads of {size} ({error}); run again with backbone.attn=sdpa"
+        ) from error
+    except Exception as error:  # whatever a kernel, its compiler or another version of the package may raise
+        return f"{name}: {type(error).__name__}: {error}".splitlines()[0]
+    return "" if off <= _tolerance(compute) else f"{name} is off by {off:.2g} for heads of {size}"
 
-    def by_kernels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if newest:
-            return flash4.attend(query, key, value, bounds, max(lengths))
-        return _by_transformers(attn, (query, key, value), bounds, max(lengths), window, softcap)
+
+def _off(
+    version: int,
+    weights: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor],
+    lengths: tuple[int, ...],
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The largest relative error of FlashAttention's result and gradients, by the formula in float32: a scalar."""
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=weights.device)
+
+    def by_kernels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash.attend(version, q, k, v, bounds, max(lengths), window=window, softcap=softcap)
 
     def by_documents(*rows: Tensor) -> Tensor:
         parts = zip(*(row.transpose(0, 1)[None].split(lengths, dim=2) for row in rows), strict=True)
         made = [by_formula(q, k, v, window=window, softcap=softcap)[0] for q, k, v in parts]
         return torch.cat(made, dim=1).transpose(0, 1)
 
-    try:
-        found = _with_gradients(by_kernels, weights, q, k, v)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # errors of kernels are told late
-    except torch.AcceleratorError as error:  # after which this process can do nothing more there
-        raise UserError(
-            f"{FLASH[attn]} fails on this device for heads of {size} ({error}); run again with backbone.attn=sdpa"
-        ) from error
-    except Exception as error:  # whatever a kernel, its compiler or another version of the package may raise
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    expected = _with_gradients(by_documents, *(tensor.float() for tensor in (weights, q, k, v)))
-    errors = torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)])
-    off = float(errors.max())  # NaN if one is
-    return "" if off <= _tolerance(compute) else f"for heads of {size} it is off by {off:.2g}"
-
-
-def _limits(shape: dict[str, Any]) -> tuple[int | None, float | None]:
-    """A window and a cap where the model has them, so small that a trial sees whether they are heeded."""
-    window, softcap = backbone.score_limits(shape)
-    return 50 if window else None, 1.0 if softcap else None
-
-
-def _by_transformers(
-    attn: str,
-    rows: tuple[Tensor, Tensor, Tensor],
-    bounds: Tensor,
-    longest: int,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """As a model's layer calls it; [T, H, E] and twice [T, G, E] -> [T, H, E]."""
-    layer: Any = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attn), is_causal=True)
-    heads = (row.transpose(0, 1)[None] for row in rows)
-    out, _ = AttentionInterface()[attn](
-        layer, *heads, None, sliding_window=window, softcap=softcap,
-        cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest,
-    )  # fmt: skip
-    result: Tensor = out[0]
-    return result
+    found = _with_gradients(by_kernels, weights, *rows)
+    if weights.is_cuda:
+        torch.cuda.synchronize(weights.device)  # errors of kernels are told late
+    expected = _with_gradients(by_documents, *(tensor.float() for tensor in (weights, *rows)))
+    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)]).max()
 
 
 def _with_gradients(attend: Callable[..., Tensor], weights: Tensor, *rows: Tensor) -> list[Tensor]:
