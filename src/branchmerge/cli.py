@@ -168,14 +168,19 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+def is_member() -> bool:
+    """Whether this job is one of several that Hydra runs in this process, one after the other."""
+    running = HydraConfig.get()
+    return running.mode == RunMode.MULTIRUN and str(running.launcher._target_).endswith("BasicLauncher")
+
+
 def together(task: Callable[[list[Any]], object], item: Any) -> None:
     """Call `task([item])`; in a multirun of this process, once at its end with the items of all members.
 
     So a mistake in any member is found before the first one's work begins. Members that a launcher sends elsewhere
     work alone.
     """
-    running = HydraConfig.get()
-    if running.mode == RunMode.MULTIRUN and str(running.launcher._target_).endswith("BasicLauncher"):
+    if is_member():
         _TOGETHER.setdefault(task, []).append(item)
     else:
         task([item])

@@ -80,3 +80,9 @@ def describe(device: "torch.device") -> str:
     names = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.is_file() else []
     name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def signal_name(number: int) -> str:
+    """Of what ended a process, with its likely reason."""
+    name = signal.Signals(number).name
+    return f"{name} (by the system, if it ran out of memory)" if name == "SIGKILL" else name

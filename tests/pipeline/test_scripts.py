@@ -240,12 +240,18 @@ def test_full_error_shows_the_traceback(tiny_student: Path, tmp_path: Path, run_
 def test_a_failed_member_of_a_multirun_fails_the_whole_and_spares_the_others(
     tiny_student: Path, tmp_path: Path, run_warm: Run
 ) -> None:
-    outputs = tmp_path / "outputs"
-    missing = f"study.corpus.code.path={tmp_path / 'gone.jsonl'}"
-    own = (f"backbone.path={tiny_student}", "-m", "domain=code,math", missing)
+    """Where it is known before the first begins, none does."""
+    outputs, rows = tmp_path / "outputs", tmp_path / "rows.jsonl"
+    own = (f"backbone.path={tiny_student}", "-m", "domain=code,math", f"study.corpus.code.path={rows}")
     failed = run_warm("train", tiny_student, outputs, *own)
     assert failed.returncode == 1
-    assert "gone.jsonl: no such file" in failed.stderr and "Traceback" not in failed.stderr
+    assert "rows.jsonl: no such file" in failed.stderr and "Traceback" not in failed.stderr
+    assert not (outputs / "tiny" / "experts").exists()
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "\\boxed{5}"}]
+    rows.write_text(json.dumps({"messages": turns, "reference": {"grader": "math", "answer": "4"}}) + "\n")
+    failed = run_warm("train", tiny_student, outputs, *own)
+    assert failed.returncode == 1
+    assert "error: domain=code: a process of it ended with an error; it is told above" in failed.stderr
     assert read_manifest(outputs / "tiny" / "experts" / "math") is not None
     assert read_manifest(outputs / "tiny" / "experts" / "code") is None
 

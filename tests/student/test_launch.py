@@ -1,6 +1,7 @@
 """Branches side by side: which GPUs each of them sees."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -95,3 +96,57 @@ def test_more_than_there_are_is_told(tiny_student: Path, tmp_path: Path) -> None
     wanted = branch(tiny_student, tmp_path, "domain=math", *more)
     with pytest.raises(UserError, match=r"trainer\.gpus_per_job=8: torch finds 4 CUDA devices here"):
         launch([Branch(wanted, "train.py", [])])
+
+
+def test_each_member_has_a_process_of_its_own_and_one_that_is_killed_ends_no_other(
+    tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, pathlib, sys\n"
+        "pathlib.Path(sys.argv[1]).write_text(f'{os.getpid()} {\"RANK\" in os.environ}')\n"
+        "os.kill(os.getpid(), 9) if sys.argv[1].endswith('math') else None\n"
+    )
+    members = [
+        Branch(branch(tiny_student, tmp_path, f"domain={name}"), str(program), [str(tmp_path / name)])
+        for name in ("math", "code")
+    ]
+    with pytest.raises(SystemExit, match="error: domain=math: a process of it ended"):
+        launch(members)
+    assert "domain=math: was ended by SIGKILL (by the system, if it ran out of memory)" in capsys.readouterr().out
+    told = [(tmp_path / name).read_text().split() for name in ("math", "code")]
+    assert len({pid for pid, _ in told} | {str(os.getpid())}) == 3 and all(rank == "False" for _, rank in told)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ("trainer.gpus_per_job=2", r"gpus_per_job=1,2: members"),
+        ("trainer.num_nodes=2", r"num_nodes=2: start train\.py"),
+    ],
+)
+def test_members_that_cannot_share_the_machine_are_refused(
+    changes: str, says: str, tiny_student: Path, tmp_path: Path
+) -> None:
+    usual = ("trainer=fsdp", "trainer.accelerator=gpu", "optim.global_batch=4")
+    one = branch(tiny_student, tmp_path, "domain=math", *usual, "trainer.gpus_per_job=1")
+    other = branch(tiny_student, tmp_path, "domain=code", *usual, "trainer.gpus_per_job=1", changes)
+    with pytest.raises(UserError, match=says):
+        launch([Branch(one, "train.py", []), Branch(other, "train.py", [])])
+
+
+def test_members_side_by_side_share_the_cores(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    program = tmp_path / "program.py"
+    program.write_text("import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ['OMP_NUM_THREADS'])")
+    each = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.gpus_per_job=1")
+    members = [
+        Branch(branch(tiny_student, tmp_path, f"domain={name}", *each), str(program), [str(tmp_path / name)])
+        for name in ("math", "code")
+    ]
+    launch(members)
+    assert [(tmp_path / name).read_text() for name in ("math", "code")] == ["4", "4"]

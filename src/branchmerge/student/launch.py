@@ -1,4 +1,6 @@
-"""Start the processes of branches that train on several devices of this machine: torchrun, once for every branch."""
+"""Start the processes of branches: torchrun for those on several devices of this machine, for each member of a multirun
+a process of its own, so that what ends one (its memory is full, its CUDA context lost) ends no other.
+"""
 
 import argparse
 import os
@@ -17,7 +19,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 
 from branchmerge import machine
-from branchmerge.cli import SHOW
+from branchmerge.cli import SHOW, is_member
 from branchmerge.config import TrainConfig
 from branchmerge.config_checks import check_groups
 from branchmerge.errors import UserError
@@ -40,7 +42,7 @@ class Branch:
 
 def is_needed(config: TrainConfig) -> bool:
     """Whether this process should start those of the training, and is none of them."""
-    return config.trainer.sharded and not ranks.is_one_of_several()
+    return (config.trainer.sharded or is_member()) and not ranks.is_one_of_several()
 
 
 def this_branch(config: TrainConfig, program: str) -> Branch:
@@ -63,13 +65,18 @@ def launch(branches: Sequence[Branch]) -> None:
             its rows
         SystemExit: a branch failed, after the others have run; or this process was told to end
     """
-    trainer = branches[0].config.trainer
-    if trainer.num_nodes > 1:
+    trainers = [branch.config.trainer for branch in branches]
+    if (nodes := max(trainer.num_nodes for trainer in trainers)) > 1:
         raise UserError(
-            f"trainer.num_nodes={trainer.num_nodes}: start train.py on every node by torchrun or Slurm, see"
-            " docs/training.md"
+            f"trainer.num_nodes={nodes}: start train.py on every node by torchrun or Slurm, see docs/training.md"
+        )
+    if len(sizes := {str(trainer.gpus_per_job) for trainer in trainers}) > 1:
+        raise UserError(
+            f"trainer.gpus_per_job={','.join(sorted(sizes))}: members of a multirun share the GPUs of this machine in"
+            " equal parts; give all the same, or start them by calls of their own"
         )
     places = _places(branches[0].config)
+    side_by_side = min(len(places), len(branches))
     processes = [_processes(branch.config) for branch in branches]
     for branch, count in zip(branches, processes, strict=True):
         check_groups(branch.config.trainer, count)
@@ -81,14 +88,17 @@ def launch(branches: Sequence[Branch]) -> None:
         def run(branch: Branch, count: int) -> int:
             place = free.get()
             try:
-                return running.run(branch, count, place)
+                return running.run(branch, count, place, side_by_side)
             finally:
                 free.put(place)
 
         statuses = list(pool.map(run, branches, processes))
     if running.told_to_end:
         raise SystemExit(128 + running.told_to_end)
-    failed = [b.config.domain.name for b, status in zip(branches, statuses, strict=True) if status]
+    failed = {branch.config.domain.name: status for branch, status in zip(branches, statuses, strict=True) if status}
+    for name, status in failed.items():
+        if status < 0:
+            ranks.say(f"domain={name}: was ended by {machine.signal_name(-status)}")
     if failed:
         sys.exit(f"error: domain={','.join(failed)}: a process of it ended with an error; it is told above")
 
@@ -96,6 +106,8 @@ def launch(branches: Sequence[Branch]) -> None:
 def _processes(config: TrainConfig) -> int:
     """How many a branch takes on this machine."""
     trainer = config.trainer
+    if not trainer.sharded:
+        return 1
     if machine.device_of(trainer.accelerator).type == "cpu":
         return trainer.gpus_per_job or trainer.devices or 1
     here = torch.cuda.device_count()
@@ -119,7 +131,7 @@ def _places(config: TrainConfig) -> list[Sequence[int] | None]:
 
 
 class _Running:
-    """The torchruns of this process."""
+    """What this process has started."""
 
     def __init__(self) -> None:
         self.told_to_end = 0
@@ -127,15 +139,20 @@ class _Running:
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
-    def run(self, branch: Branch, processes: int, place: Sequence[int] | None) -> int:
-        """Start one and wait for its end; returns its exit status."""
-        command = [
-            sys.executable, "-m", "branchmerge.student.local_processes", "--standalone",
-            f"--nproc-per-node={processes}", branch.program, *branch.arguments,
-        ]  # fmt: skip
-        threads = max(1, machine.cores() // processes)
-        environment = {"OMP_NUM_THREADS": str(threads), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_END)}
-        environment |= os.environ
+    def run(self, branch: Branch, processes: int, place: Sequence[int] | None, side_by_side: int) -> int:
+        """Start one and wait for its end; returns its exit status.
+
+        Args:
+            side_by_side: branches that share this machine's cores
+        """
+        command = [sys.executable, branch.program, *branch.arguments]
+        environment = dict(os.environ)
+        if branch.config.trainer.sharded:
+            torchrun = ("-m", "branchmerge.student.local_processes", "--standalone", f"--nproc-per-node={processes}")
+            command[1:1] = torchrun
+            threads = max(1, machine.cores() // (processes * side_by_side))
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
+            environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_END))
         environment["HYDRA_FULL_ERROR"] = os.environ.get(SHOW, os.environ.get("HYDRA_FULL_ERROR", "0"))
         if place is not None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -12,6 +12,8 @@ from torch.distributed.elastic.multiprocessing.api import PContext, SignalExcept
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+from branchmerge.machine import signal_name
+
 SECONDS_AFTER_DEATH = 30
 """For the others when a process dies: they mostly wait for it in vain."""
 
@@ -37,9 +39,7 @@ def told(failed: ChildFailedError) -> str:
     rank, failure = failed.get_first_failure()
     if failure.exitcode >= 0:
         return f"rank {rank} ended with status {failure.exitcode}"
-    name = signal.Signals(-failure.exitcode).name
-    hint = " (by the system, if it ran out of memory)" if name == "SIGKILL" else ""
-    return f"rank {rank} was ended by {name}{hint}"
+    return f"rank {rank} was ended by {signal_name(-failure.exitcode)}"
 
 
 if __name__ == "__main__":
