@@ -20,16 +20,21 @@ from branchmerge.student.training import train
 from branchmerge.study import read_manifest
 
 
-def test_a_step_without_a_finite_gradient_is_left_out(
-    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("broken", ["gradient", "loss"])
+def test_a_step_without_a_finite_loss_or_gradient_is_left_out(
+    broken: str, tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As if that step's rows had overflowed: neither weights nor moments know of it."""
     train(branch(tiny_student, tmp_path / "whole", "domain=math"))
     usual = Student.training_step
 
     def overflowing(self: Student, batch: Batch, index: int) -> torch.Tensor:
+        loss = self.packed.loss
+        if self.trainer.global_step == 1 and broken == "loss":
+            self.packed.loss = lambda model, row: loss(model, row) + float("nan")
         share = usual(self, batch, index)
-        return share * float("inf") if self.trainer.global_step == 1 else share
+        self.packed.loss = loss
+        return share * float("inf") if self.trainer.global_step == 1 and broken == "gradient" else share
 
     monkeypatch.setattr(Student, "training_step", overflowing)
     settings = branch(tiny_student, tmp_path / "skipping", "domain=math")
@@ -44,7 +49,9 @@ def test_a_step_without_a_finite_gradient_is_left_out(
     monkeypatch.setattr(Student, "on_train_batch_end", keep)
     train(settings)
     rows = metrics(tmp_path / "skipping", "math")
-    assert [row["skipped"] for row in rows] == ["0.0", "1.0", "0.0"]
+    assert [float(row["skipped_rows"]) for row in rows] == [0, float(rows[1]["rows"]), 0]
+    assert float(rows[1]["rows"]) > 0 and (float(rows[1]["loss"]) != float(rows[1]["loss"])) == (broken == "loss")
+    assert (float(rows[1]["grad_norm"]) < 1e9) == (broken == "loss")
     manifest = read_manifest(tmp_path / "skipping" / "tiny" / "experts" / "math")
     assert manifest is not None and manifest.training["skipped_steps"] == 1
     assert rows[0]["loss"] == metrics(tmp_path / "whole", "math")[0]["loss"]
@@ -78,7 +85,7 @@ def test_steps_left_out_before_a_run_went_on_are_counted(
     assert manifest is not None and (manifest.training["steps"], manifest.training["skipped_steps"]) == (3, 2)
     assert manifest.training["last_loss"] is None and "last loss not finite" in capsys.readouterr().out
     json.loads((tmp_path / "tiny/experts/math/manifest.json").read_text(), parse_constant=pytest.fail)
-    assert len(first) == 1 and [row["skipped"] for row in metrics(tmp_path, "math")] == ["1.0", "0.0", "1.0"]
+    assert len(first) == 1 and [float(row["skipped_rows"]) for row in metrics(tmp_path, "math")] == [1, 0, 1]
     seconds = sum(float(row["tokens"]) / float(row["tokens_per_second"]) for row in metrics(tmp_path, "math"))
     assert manifest.training["seconds"] > seconds  # of both runs
 

@@ -67,5 +67,5 @@ def waits(student: Path, outputs: Path, rows: int) -> Counter[str]:
 def test_more_rows_in_a_step_wait_no_more_often(tiny_student: Path, tmp_path: Path) -> None:
     two, four = (waits(tiny_student, tmp_path / str(rows), rows) for rows in (2, 4))
     more = {name: four[name] - two[name] for name in four | two if four[name] != two[name]}
-    assert two["_losses"] == 1  # they are seen
+    assert two["configure_gradient_clipping"] >= 1  # they are seen
     assert set(more) <= ONCE_A_ROW

@@ -41,7 +41,7 @@ class Student(LightningModule):
     ) -> None:
         """
         Args:
-            max_skipped: steps in a row without a finite gradient that are left out before training stops.
+            max_skipped: steps in a row without a finite loss and gradient that are left out before training stops.
             spread: shards the model over all processes and loads its weights; None: it is on one device, loaded.
             compute: dtype of the matrix products
             fused_loss: by liger-kernel, where it gives the same
@@ -68,6 +68,11 @@ class Student(LightningModule):
     def counts_rows(self) -> bool:
         """Whether this process counts what it trains on; of those that share a row the first one does."""
         return self.packed.context is None or self.packed.context.rank == 0
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the step that ends now was left out."""
+        return self._skipped_in_a_row > 0
 
     def configure_model(self) -> None:
         """Called by the Trainer once the processes have met."""
@@ -107,11 +112,16 @@ class Student(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, and keep the norm for the log; without a finite gradient the step is left out."""
+        """Clip by the global norm; without a finite loss and gradient the step is left out.
+
+        Both are kept for the log. A GPU is waited for here and not again before the next step's end.
+        """
         limit = gradient_clip_val or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         self._grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if math.isfinite(self._grad_norm):
+        self._losses = torch.stack([share for share, _ in self._shares]).tolist()
+        self._loss, self._tokens, self._supervised = ranks.summed(sum(self._losses), self._tokens, self._supervised)
+        if math.isfinite(self._loss) and math.isfinite(self._grad_norm):
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
@@ -122,14 +132,13 @@ class Student(LightningModule):
 
     def _tell_of_skipping(self) -> None:
         """Raises UserError when there were too many in a row."""
-        losses = self._losses()
-        by_row = zip(losses, self._shares, strict=True)
+        by_row = zip(self._losses, self._shares, strict=True)
         broken_here = [row for loss, (_, ids) in by_row if not math.isfinite(loss) for row in ids]
         told = ranks.from_all((broken_here, self._rows))
         rows = [row for broken, _ in told for row in broken] or [row for _, own in told for row in own]
         rows = list(dict.fromkeys(rows))  # devices that share a row all name it
-        (loss,) = ranks.summed(sum(losses))
-        said = f"step {self.trainer.global_step}: loss {loss}, gradient {self._grad_norm} on the rows {', '.join(rows)}"
+        found = f"loss {self._loss}, gradient {self._grad_norm}"
+        said = f"step {self.trainer.global_step}: {found} on the rows {', '.join(rows)}"
         if self._skipped_in_a_row > self.max_skipped:
             raise UserError(f"{said}; lower optim.lr={self.optim.lr}, or look at these rows")
         ranks.say(f"warning: {said}; left out ({self._skipped_in_a_row} of {self.max_skipped} in a row)")
@@ -156,22 +165,17 @@ class Student(LightningModule):
         self._ended = time.perf_counter()
 
     def _log_step(self) -> None:
-        loss, tokens, supervised = ranks.summed(sum(self._losses()), self._tokens, self._supervised)
         seconds = time.perf_counter() - self._since
-        self.log("loss", loss, prog_bar=True)
-        self.log("tokens_per_second", tokens / seconds, prog_bar=True)
+        self.log("loss", self._loss, prog_bar=True)
+        self.log("tokens_per_second", self._tokens / seconds, prog_bar=True)
         self.log("lr", self._lr)
         self.log("grad_norm", self._grad_norm)
-        self.log("tokens", tokens)
-        self.log("supervised_tokens", supervised)
-        self.log("skipped", float(self._skipped_in_a_row > 0))
+        self.log("tokens", self._tokens)
+        self.log("supervised_tokens", self._supervised)
         self._begin_step()
 
     def _begin_step(self) -> None:
         self._shares: list[tuple[Tensor, list[str]]] = []  # each row's of the loss, still where it was computed
-        self._tokens, self._supervised = 0, 0
+        self._tokens: float = 0
+        self._supervised: float = 0
         self._rows: list[str] = []
-
-    def _losses(self) -> list[float]:
-        """Each row's share of the step's loss; asked once a step, as a GPU is waited for."""
-        return torch.stack([share for share, _ in self._shares]).tolist()

@@ -12,7 +12,8 @@ from branchmerge.student.module import Student
 
 
 class StepRows(Callback):
-    """Logs `rows` and `padding_share` of every step, over all processes; names the rows that an error came with."""
+    """Logs `rows`, `skipped_rows` and `padding_share` of every step, over all processes; names the rows that an error
+    came with."""
 
     def __init__(self, capacity: int) -> None:
         """`capacity`: tokens that a packed row could hold."""
@@ -38,7 +39,9 @@ class StepRows(Callback):
         if not stepped:
             return
         rows, tokens = ranks.summed(self._rows, self._tokens)
+        assert isinstance(module, Student)
         module.log("rows", rows)
+        module.log("skipped_rows", rows if module.leaves_out else 0.0)
         module.log("padding_share", 1 - tokens / (rows * self.capacity))
         self._begin_step()
 
