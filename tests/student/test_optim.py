@@ -35,6 +35,7 @@ def test_only_matrices_decay() -> None:
     optimizer, _ = make_optimizer(layer, OptimConfig(lr=0.1, schedule="constant", weight_decay=0.5), 10)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay == {id(layer.weight): 0.5, id(layer.bias): 0.0}
+    assert all(group["fused"] for group in optimizer.param_groups)
 
 
 def test_one_step_is_adamw_by_its_formula() -> None:

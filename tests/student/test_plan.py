@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -212,6 +213,9 @@ def test_a_plan_tells_steps_tokens_time_and_cost(roomy: tuple[Path, Plan]) -> No
     assert [option.setting.seq_len for option in plan.by_length] == [128, 512]
     text = told(plan)
     assert "fits." in text and "1,511 steps" in text and "half a packed row" in text
+    by_length = text.partition("By length of a row, on 1 GPU:")[2].split("Note:")[0]
+    for option in plan.by_length:
+        assert re.search(rf"\| +{option.setting.seq_len} \|.* {option.memory.total / 2**30:.1f} \| +yes \|", by_length)
 
 
 def test_work_is_what_the_study_expects_and_the_steps_allow(roomy: tuple[Path, Plan]) -> None:

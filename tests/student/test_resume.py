@@ -176,7 +176,8 @@ def test_checkpoints_come_by_the_clock(
 
 
 def test_ten_minutes_are_ten_minutes(tmp_path: Path) -> None:
-    resume = Resume(folder_with(tmp_path), CheckpointConfig(every_n_minutes=10), None, {})
+    """Also beside a number of steps."""
+    resume = Resume(folder_with(tmp_path), CheckpointConfig(every_n_minutes=10, every_n_steps=1000), None, {})
     for seconds, due in ((599, False), (601, True)):
         resume._saved_at = time.monotonic() - seconds
         assert resume._is_due(step=5, left=9) is due

@@ -110,3 +110,13 @@ def test_waiting_for_rows_takes_time_and_looking_at_the_student_none(
     rows = metrics(tmp_path, "math")[1:]  # workers are started for the first
     seconds = [float(row["tokens"]) / float(row["tokens_per_second"]) for row in rows]
     assert all(0.4 <= each < 3 for each in seconds), seconds
+
+
+@pytest.mark.parametrize(("rows", "most", "empty"), [(6, 2, 2), (1, 1, 3), (8, 2, 0)])
+def test_devices_that_will_have_no_row_are_told_beforehand(
+    rows: int, most: int, empty: int, tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = branch(tiny_student, tmp_path, "domain=math", f"optim.global_batch={rows}")
+    assert training._rows_of_each(config, 4) == most
+    said = capsys.readouterr().out
+    assert (f"so {empty} of {most * 4} places stay empty" in said) if empty else not said

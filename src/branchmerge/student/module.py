@@ -58,6 +58,8 @@ class Student(LightningModule):
         self.skipped = 0  # steps of the branch, those of earlier runs included
         self._since = self._waited = 0.0
         self._ended: float | None = None
+        self._tokens: float
+        self._supervised: float
         self._begin_step()
 
     @property
@@ -120,7 +122,8 @@ class Student(LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         self._grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         self._losses = torch.stack([share for share, _ in self._shares]).tolist()
-        self._loss, self._tokens, self._supervised = ranks.summed(sum(self._losses), self._tokens, self._supervised)
+        self._loss, *counts = ranks.summed(sum(self._losses), self._tokens, self._supervised)
+        self._tokens, self._supervised = counts
         if math.isfinite(self._loss) and math.isfinite(self._grad_norm):
             self._skipped_in_a_row = 0
             return
@@ -176,6 +179,5 @@ class Student(LightningModule):
 
     def _begin_step(self) -> None:
         self._shares: list[tuple[Tensor, list[str]]] = []  # each row's of the loss, still where it was computed
-        self._tokens: float = 0
-        self._supervised: float = 0
+        self._tokens = self._supervised = 0.0
         self._rows: list[str] = []
