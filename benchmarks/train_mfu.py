@@ -106,13 +106,16 @@ def train(options: argparse.Namespace, way: str) -> dict[str, Any]:
                 loss = root(batch)
             (loss / batch.supervised_in_step / options.rows).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        read = loss.item()  # here, with the norm, as student/module.py does
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return read
 
     losses = [step() for _ in range(3)]
+    torch.cuda.synchronize()
     began = time.perf_counter()
     losses += [step() for _ in range(options.steps)]
+    torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / options.steps
     peak = next(value for name, value in PEAK.items() if name in torch.cuda.get_device_name())
     return {
