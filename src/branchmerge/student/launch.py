@@ -95,12 +95,13 @@ def launch(branches: Sequence[Branch]) -> None:
         statuses = list(pool.map(run, branches, processes))
     if running.told_to_end:
         raise SystemExit(128 + running.told_to_end)
-    failed = {branch.config.domain.name: status for branch, status in zip(branches, statuses, strict=True) if status}
-    for name, status in failed.items():
+    failed = [(b.config.domain.name, status) for b, status in zip(branches, statuses, strict=True) if status]
+    for name, status in failed:
         if status < 0:
             ranks.say(f"domain={name}: was ended by {machine.signal_name(-status)}")
     if failed:
-        sys.exit(f"error: domain={','.join(failed)}: a process of it ended with an error; it is told above")
+        names = ",".join(name for name, _ in failed)
+        sys.exit(f"error: domain={names}: a process of it ended with an error; it is told above")
 
 
 def _processes(config: TrainConfig) -> int:
