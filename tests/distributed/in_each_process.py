@@ -81,6 +81,21 @@ def written(folder: Path, number: int) -> bool:
         checkpoints.sync = usual
 
 
+def made_room(folder: Path) -> list[str]:
+    """What is left of three checkpoints where the disk has room for two, which only the second process finds out."""
+    saved = CheckpointFolder(folder, PLANNED, 2)
+
+    def save(partial: Path) -> None:
+        if ranks.rank() == 1 and (saved.folder / "step-00000001").exists() and step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        (partial / f"part-{ranks.rank()}").write_bytes(b"weights")
+
+    for step in (1, 2, 3):
+        assert saved.write(Position(step=step, seconds=1.0), save)
+        ranks.wait()  # until the first process has removed the oldest
+    return sorted(path.name for path in saved.folder.iterdir())
+
+
 def backbone_on(hosts: list[str], folder: Path, other: bool) -> str:
     """Fingerprint of three files, as processes on such hosts find it; the second one may have another file."""
     usual = socket.gethostname
@@ -154,6 +169,7 @@ def main(folder: Path, student: Path) -> None:
         "other error": told(refuse(UnsendableError("it broke"))),
         "no room for the expert": told(lambda: published(folder)),
         "full disk": told(lambda: written(folder, errno.EDQUOT)),
+        "room for two": told(lambda: made_room(folder / "small")),
         "broken disk": told(lambda: written(folder, errno.EIO)),
         "by the clock": interrupted(
             folder / "clock",

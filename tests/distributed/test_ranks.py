@@ -53,6 +53,7 @@ def test_a_disk_that_fails_for_one_of_them_is_told_to_all(both: list[dict[str, A
     first, second = (each["no room for the expert"] for each in both)
     assert first == second and "cannot write expert there (No space left on device); make room" in first
     assert [each["full disk"] for each in both] == ["False"] * 2
+    assert [each["room for two"] for each in both] == [str(["step-00000002", "step-00000003"])] * 2
     assert ["Input/output error" in each["broken disk"] for each in both] == [True] * 2
 
 

@@ -10,6 +10,7 @@ of processes. A branch of other settings or data has another fingerprint and doe
 all of this together, and need a folder that all of them see.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -69,6 +70,15 @@ class _Record(Position):
     rows: str = ""
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """Of a part of the work, the same for all processes."""
+
+    why: str = ""
+    """Empty where it did not fail"""
+    lacks_room: bool = False
+
+
 class CheckpointFolder:
     """The checkpoints of one branch; the caller holds the lock of its result."""
 
@@ -122,25 +132,19 @@ class CheckpointFolder:
     def write(self, position: Position, save: Callable[[Path], None]) -> bool:
         """Have `save` fill a folder, and keep it as the checkpoint of that step; older ones are removed after that.
 
+        One of them before that, and `save` is called once more, where the disk has no room for as many.
+
         Returns:
             Whether it was written; where the disk is full or not ours the last one stays, and a warning is printed.
         """
         final = self.folder / STEP.format(step=position.step)
-        partial = self.folder / f".{final.name}.partial"
-        digests: dict[str, str] = {}
-        parts: list[Callable[[], Any]] = [
-            lambda: self._make(partial),
-            lambda: save(partial),
-            lambda: digests.update(_fingerprints(partial)),
-            lambda: self._finish(partial, final, _Record(**vars(position), sha256=_joined(digests), rows=self.rows)),
-        ]
-        for part in parts:
-            failed = self._try(part)
-            if failed:
-                if ranks.is_first():
-                    shutil.rmtree(partial, ignore_errors=True)
-                ranks.say(f"warning: {final}: this checkpoint cannot be written ({failed}); training goes on")
-                return False
+        failed = self._put(final, position, save)
+        if failed.lacks_room and (spare := self._spare()) is not None:
+            ranks.say(f"warning: {final}: found no room ({failed.why}); {spare.name} is removed for it")
+            failed = self._put(final, position, save, spare)
+        if failed.why:
+            ranks.say(f"warning: {final}: this checkpoint cannot be written ({failed.why}); training goes on")
+            return False
         if ranks.is_first():
             there = sorted(self.folder.glob("step-*"))
             last = there.index(final) + 1
@@ -148,28 +152,56 @@ class CheckpointFolder:
                 shutil.rmtree(folder)
         return True
 
-    def _try(self, part: Callable[[], Any]) -> str:
-        """Do it in all processes; why it failed where the disk takes it not, empty where it did; raises other errors.
+    def _put(
+        self, final: Path, position: Position, save: Callable[[Path], None], spare: Path | None = None
+    ) -> _Failure:
+        """One try; nothing of it is left where it fails. `spare` goes first."""
+        partial = self.folder / f".{final.name}.partial"
+        digests: dict[str, str] = {}
+        parts: list[Callable[[], Any]] = [
+            lambda: self._make(partial, spare),
+            lambda: save(partial),
+            lambda: digests.update(_fingerprints(partial)),
+            lambda: self._finish(partial, final, _Record(**vars(position), sha256=_joined(digests), rows=self.rows)),
+        ]
+        for part in parts:
+            failed = self._try(part)
+            if failed.why:
+                if ranks.is_first():
+                    shutil.rmtree(partial, ignore_errors=True)
+                return failed
+        return _Failure()
+
+    def _spare(self) -> Path | None:
+        """What may go to make room: one that is not whole, else the oldest while the newest is another."""
+        there = ranks.by_first(lambda: sorted(self.folder.glob("step-*")))
+        if there and _read(there[-1], self.rows)[0] is None:  # read again, as it may be all that is left in the end
+            return there[-1]
+        return there[0] if len(there) > 1 else None
+
+    def _try(self, part: Callable[[], Any]) -> _Failure:
+        """Do it in all processes; how it failed where the disk takes it not; raises other errors.
 
         What a part asks of the other processes it must ask before anything of it can fail.
         """
-        error: BaseException | None = None
+        why, full, other = "", False, None
         try:
             part()
-        except (OSError, RuntimeError, CheckpointException) as found:
-            error = found
-        full = error is None or _no_room(self.folder, error)
-        told = ranks.from_all((full, "" if error is None else str(error).strip().splitlines()[-1]))
-        if error is not None and not full:
-            raise error
-        if not all(full for full, _ in told):
-            raise RuntimeError("; ".join(why for full, why in told if not full))
-        return next((why for _, why in told if why), "")
+        except (OSError, RuntimeError, CheckpointException) as error:
+            why, full = str(error).strip().splitlines()[-1], _no_room(self.folder, error)
+            if not full and not (isinstance(error, OSError) and error.errno in UNWRITABLE):
+                other = error  # no error else is kept: its frames hold the file that torch gave up, and so its room
+        told = ranks.from_all((other is None, full, why))
+        if other is not None:
+            raise other
+        if not all(borne for borne, _, _ in told):
+            raise RuntimeError("; ".join(why for borne, _, why in told if not borne))
+        return _Failure(next((why for *_, why in told if why), ""), any(full for _, full, _ in told))
 
-    def _make(self, partial: Path) -> None:
+    def _make(self, partial: Path, spare: Path | None) -> None:
         if not ranks.is_first():
             return
-        for left in self.folder.glob(".step-*.partial"):
+        for left in (*self.folder.glob(".step-*.partial"), *((spare,) if spare else ())):
             shutil.rmtree(left)
         partial.mkdir(parents=True)
 
@@ -237,7 +269,7 @@ def _mine(names: list[str]) -> list[str]:
 def _no_room(folder: Path, error: BaseException) -> bool:
     """torch's writers tell a full disk in many words, but not in these."""
     if isinstance(error, OSError):
-        return error.errno in UNWRITABLE
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return folder.exists() and shutil.disk_usage(folder).free < FULL
 
 
