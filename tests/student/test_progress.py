@@ -38,7 +38,7 @@ from branchmerge.trajectories.sources import read_branch
 LINE = r"math: step 1/3  loss \d\.\d{4}  [\d,]+ tokens/s  ETA \d:\d\d:\d\d"
 
 
-def fitted(student: Path, corpus: Corpus, folder: Path, *callbacks: Callback) -> None:
+def fitted(student: Path, corpus: Corpus, folder: Path, *callbacks: Callback, workers: int = 0) -> None:
     """Train on a corpus with some callbacks alone, two rows a step."""
     model = load_model(student, torch.float32, attention.PACKED_SDPA)
     optim = OptimConfig(epochs=1, global_batch=2, lr=1e-3, schedule="constant")
@@ -47,7 +47,8 @@ def fitted(student: Path, corpus: Corpus, folder: Path, *callbacks: Callback) ->
         default_root_dir=folder, callbacks=list(callbacks), enable_progress_bar=False, enable_checkpointing=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Student(PackedLoss(model), optim, len(corpus.plan.steps)), datamodule=TrajectoryData(corpus))
+    data = TrajectoryData(corpus, workers=workers)
+    trainer.fit(Student(PackedLoss(model), optim, len(corpus.plan.steps)), datamodule=data)
 
 
 @pytest.fixture
@@ -228,9 +229,9 @@ def test_that_another_process_died_is_told_also_between_two_steps(capsys: pytest
     """Where no rows are in work, as while the student is validated or sampled."""
     trainer: Any = SimpleNamespace(global_step=4)
     module: Any = None
-    for error in (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), RuntimeError("a bug")):
-        StepRows(256).on_exception(trainer, module, error)
-    said = "rank 0 failed at step 4 as it could not reach another rank: [gloo/transport/tcp/pair.cc:553] Connection"
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    StepRows(256).on_exception(trainer, module, error)
+    said = "rank 0 failed after step 4 as it could not reach another rank: [gloo/transport/tcp/pair.cc:553] Connection"
     assert capsys.readouterr().err == f"{said} closed by peer\n"
 
 

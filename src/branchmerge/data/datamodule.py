@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from branchmerge.config import TrainConfig
 from branchmerge.data.batch import Batch, make_batch, make_idle_batch, supervised_tokens
 from branchmerge.data.held_out import hold_out
+from branchmerge.data.naming import naming
 from branchmerge.data.packing import Plan, Row, Step, first_documents, make_plan
 from branchmerge.data.template import Document, check_prompts, tokenise
 from branchmerge.errors import UserError
@@ -47,7 +48,9 @@ class PackedRows(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         make = make_idle_batch if self.idle[index] else make_batch
-        return make([self.documents[number] for number in self.rows[index]], self.supervised_in_step[index])
+        row = [self.documents[number] for number in self.rows[index]]
+        with naming([document.id for document in row]):
+            return make(row, self.supervised_in_step[index])
 
 
 @dataclass

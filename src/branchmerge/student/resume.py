@@ -86,7 +86,7 @@ class Resume(Callback):
 
 
 class EndWhenTold(Callback):
-    """The last of the callbacks: those before it leave off what they do, and of a step not even a row is waited for."""
+    """After the callbacks that look at the student: they leave off what they do, and not even a row is waited for."""
 
     def __init__(self, resume: Resume, ending: Ending) -> None:
         self.resume = resume

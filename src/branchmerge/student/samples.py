@@ -15,6 +15,7 @@ from lightning import LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
 
 from branchmerge.data.batch import make_batch
+from branchmerge.data.naming import naming
 from branchmerge.data.template import Document
 from branchmerge.student import ranks
 from branchmerge.student.between_steps import BetweenSteps, is_due, untouched
@@ -62,7 +63,7 @@ class Samples(BetweenSteps):
         if not is_due(step, self.every, module.total_steps):
             return
         check = partial(self.ending.check, module.total_steps - step)
-        with untouched(trainer, module):
+        with naming([self.document.id]), untouched(trainer, module):
             answer = greedy(module, self.document, self.tokens, self.tokenizer.eos_token_id, check)
         if not ranks.is_first():
             return

@@ -1,4 +1,4 @@
-"""Which rows a step has: their number and padding in the curve, their names where a step fails."""
+"""Which rows a step has: their number and padding in the curve; and what is told of an error: rank, step and rows."""
 
 import sys
 from typing import Any
@@ -7,13 +7,18 @@ import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 
 from branchmerge.data.batch import Batch
+from branchmerge.data.naming import on_rows, rows_named
+from branchmerge.errors import UserError
 from branchmerge.student import ranks
 from branchmerge.student.module import Student
 
 
 class StepRows(Callback):
-    """Logs `rows`, `skipped_rows` and `padding_share` of every step, over all processes; names the rows that an error
-    came with."""
+    """Logs `rows`, `skipped_rows` and `padding_share` of every step, over all processes; tells in a line where the
+    training failed.
+
+    The last of the callbacks: what those before it do between two steps is not done on a row of the next.
+    """
 
     def __init__(self, capacity: int) -> None:
         """`capacity`: tokens that a packed row could hold."""
@@ -46,18 +51,28 @@ class StepRows(Callback):
         self._begin_step()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, Exception) or not (self._in_work or _lost_another(exception)):
+        """A user's mistake has its own line, and whoever ends the training knows it."""
+        if isinstance(exception, UserError | SystemExit | KeyboardInterrupt):
             return
-        at = f"rank {ranks.rank()} failed at step {trainer.global_step}"
-        rows = f"on the rows {', '.join(self._in_work)} ({type(exception).__name__})"
-        first_line, _, _ = str(exception).strip().partition("\n")
-        lost = f"as it could not reach another rank: {first_line}"
-        print(f"{at} {lost if _lost_another(exception) else rows}", file=sys.stderr, flush=True)
+        where = f"{self._when(trainer.global_step)} {self._how(exception)}"
+        print(f"rank {ranks.rank()} failed {where}", file=sys.stderr, flush=True)
+
+    def _when(self, step: int) -> str:
+        if self._in_work:
+            return f"at step {step}"
+        return f"after step {step}" if step else "before the first step"
+
+    def _how(self, error: BaseException) -> str:
+        if _lost_another(error):
+            first_line, _, _ = str(error).strip().partition("\n")
+            return f"as it could not reach another rank: {first_line}"
+        rows = rows_named(error) or on_rows(self._in_work)
+        return f"{rows} ({type(error).__name__})".strip()
 
     def _begin_step(self) -> None:
         self._rows, self._tokens = 0, 0
 
 
-def _lost_another(error: Exception) -> bool:
+def _lost_another(error: BaseException) -> bool:
     """Whether it comes of another process's death; gloo tells that in a RuntimeError like any other."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -41,6 +41,7 @@ from branchmerge.student.sharding import (
     load_weights,
     shard,
 )
+from branchmerge.student.step_rows import StepRows
 from branchmerge.student.watch import watchers
 from branchmerge.study import Manifest, Parent, is_done, locked, publish, read_manifest, writing
 from branchmerge.trajectories.sources import check_files, unpinned
@@ -207,7 +208,12 @@ def _fit(
             gradient_clip_val=config.optim.grad_clip or None,
             logger=loggers,
             default_root_dir=logs,
-            callbacks=[resume, *watchers(config, corpus, start, logs, ending), EndWhenTold(resume, ending)],
+            callbacks=[
+                resume,
+                *watchers(config, corpus, start, logs, ending),
+                EndWhenTold(resume, ending),
+                StepRows(config.data.seq_len),
+            ],
             enable_progress_bar=False,
             enable_checkpointing=False,
             enable_model_summary=False,

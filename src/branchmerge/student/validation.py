@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule, Trainer
 
 from branchmerge.data.batch import Batch, make_batch, make_idle_batch, supervised_tokens
+from branchmerge.data.naming import naming
 from branchmerge.data.packing import pack
 from branchmerge.data.template import Document
 from branchmerge.student import ranks
@@ -56,14 +57,26 @@ def packed(documents: Sequence[Document], capacity: int) -> Rows:
 def mean_loss(student: Student, rows: Rows, check: Callable[[], None]) -> float:
     """Over all learned tokens of the rows, which are dealt out to all processes; `check` is called before each row."""
     total = torch.zeros((), dtype=torch.float64, device=student.device)
-    for batch in share(rows, *rows_of(student.packed.context)):
-        check()
-        total += student.packed(batch.to(student.device)).double()
-    (summed,) = ranks.summed(float(total))
+    in_work: list[str] = []
+    with naming(in_work):
+        for batch in share(rows, *rows_of(student.packed.context)):
+            check()
+            # A GPU's errors come late: of which row is not known.
+            in_work[:] = batch.ids if student.device.type == "cpu" else [*in_work, *batch.ids]
+            total += student.packed(batch.to(student.device)).double()
+        own = float(total)
+    (summed,) = ranks.summed(own)
     return summed / sum(supervised_tokens(document) for row in rows for document in row)
 
 
 def share(rows: Rows, rank: int, world: int) -> list[Batch]:
     """One process's rows; all get as many, the last ones idle rows: a sharded forward pass takes all of them."""
     places = range(rank, -(-len(rows) // world) * world, world)
-    return [make_batch(rows[place], 1) if place < len(rows) else make_idle_batch(rows[0], 1) for place in places]
+    return [
+        _made(rows[place], make_batch) if place < len(rows) else _made(rows[0], make_idle_batch) for place in places
+    ]
+
+
+def _made(row: Sequence[Document], make: Callable[[Sequence[Document], int], Batch]) -> Batch:
+    with naming([document.id for document in row]):
+        return make(row, 1)

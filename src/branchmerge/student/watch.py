@@ -12,7 +12,6 @@ from branchmerge.student.backbone import context_length, load_tokenizer
 from branchmerge.student.ending import Ending
 from branchmerge.student.progress import StepProgress
 from branchmerge.student.samples import Samples
-from branchmerge.student.step_rows import StepRows
 from branchmerge.student.validation import Validation
 
 
@@ -31,7 +30,6 @@ def watchers(config: TrainConfig, corpus: Corpus, start: Path, logs: Path, endin
         tokenizer, document = load_tokenizer(start), _sampled(corpus)
         longest = min(trainer.sample_tokens, (context_length(start) or math.inf) - document.prompt_len)
         found.append(Samples(tokenizer, document, trainer.sample_every_n_steps, int(longest), logs, ending))
-    found.append(StepRows(config.data.seq_len))  # after those that look at the student between steps, on other rows
     if trainer.progress:
         found.append(StepProgress(config.domain.name))
     return found
