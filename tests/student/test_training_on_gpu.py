@@ -1,6 +1,7 @@
 """Training on a GPU; skipped where there is none (benchmarks/cuda_checks.sh runs it)."""
 
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -164,6 +165,15 @@ def test_nodes_of_one_gpu_each_train_what_it_trains_alone(nodes: int, tiny_stude
     alone(tiny_student, tmp_path / "alone", *settings, "trainer=gpu")
     for outputs in wanted:
         assert_equal_to(tmp_path / "alone", outputs)
+
+
+def test_the_memory_that_is_told_is_not_that_of_a_branch_before(
+    tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.empty(4 << 30, dtype=torch.uint8, device="cuda")  # and gone again
+    train(branch(tiny_student, tmp_path, "domain=math", "trainer=gpu", "trainer.progress=true"))
+    peaks = re.findall(r"  (\d+\.\d) GiB  MFU", capsys.readouterr().out)
+    assert peaks and max(map(float, peaks)) < 1
 
 
 def test_members_of_a_multirun_take_turns_on_one_gpu(script: Script, tiny_student: Path, tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ class StepProgress(BetweenSteps):
         assert isinstance(module, Student)
         self._first, self._began, self._told = trainer.global_step, time.monotonic(), 0.0
         self._shapes = Shapes.of(module.model) if module.device.type == "cuda" else None
+        if module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(module.device)  # of a branch before it in this process
         if ranks.is_first() and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[said]}"),
