@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from branchmerge.student import flash4
+from branchmerge.student import attention, flash4
 from branchmerge.student.attention import PACKED_FLASH, PACKED_SDPA, by_formula
 from branchmerge.student.backbone import head_shape
 from branchmerge.student.trials import choose_attention
@@ -63,12 +63,19 @@ def package(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_kernels_are_asked_for_result_and_gradients(compiled: bool, package: SimpleNamespace) -> None:
+def test_kernels_are_asked_for_result_and_gradients(
+    compiled: bool, package: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a layer's attention, also where that is compiled in one piece."""
+    layer = torch.nn.Module()
     draw = torch.Generator().manual_seed(1)
     rows = [torch.randn(heads, sum(LENGTHS), 8, generator=draw).requires_grad_() for heads in (4, 2, 2)]
 
+    monkeypatch.setattr(attention, "_has_flash_attention", lambda _: True)
+
     def ours(*heads: Tensor) -> Tensor:
-        return flash4.attend(*(row.transpose(0, 1) for row in heads), BOUNDS, max(LENGTHS))
+        bounds = {"cu_seq_lens_q": BOUNDS, "max_length_q": max(LENGTHS)}
+        return attention.packed_sdpa(layer, *(row[None] for row in heads), None, version=4, **bounds)[0][0]
 
     attend: Callable[..., Tensor] = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
     expected = formula(*(row.transpose(0, 1) for row in rows))
