@@ -256,6 +256,19 @@ def test_a_failed_member_of_a_multirun_fails_the_whole_and_spares_the_others(
     assert read_manifest(outputs / "tiny" / "experts" / "code") is None
 
 
+def test_members_know_their_number_and_folder_whatever_made_them_several(
+    tiny_student: Path, tmp_path: Path, run_warm: Run
+) -> None:
+    """Here an override of Hydra's mode, which must not make each of them several again."""
+    own = (f"backbone.path={tiny_student}", "++hydra.mode=MULTIRUN", "seed=1,2", "optim.max_steps=1")
+    place = f"hydra.sweep.dir='{tmp_path}/a sweep'", "out=${hydra:runtime.output_dir}/x${hydra:job.num}"
+    done = run_warm("train", tiny_student, tmp_path, "domain=math", *own, *place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for number in (0, 1):
+        made = read_manifest(tmp_path / "a sweep" / str(number) / f"x{number}")
+        assert made is not None and made.seeds == {"seed": number + 1}
+
+
 def test_members_that_would_make_the_same_result_are_told_before_the_first(
     tiny_student: Path, tmp_path: Path, run_warm: Run
 ) -> None:

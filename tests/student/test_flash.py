@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_student
-from test_attention import MODELS, documents, everywhere
+from test_attention import MODELS, documents, everywhere, heads
 from torch import Tensor
 
 from branchmerge.data.batch import make_batch
@@ -55,7 +55,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     def installed(varlen: Callable[..., Any]) -> None:
         for module in flash.MODULES.values():
             monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_varlen_func=varlen))
-        flash._parameters.cache_clear()
+        flash._FOUND.clear()
 
     return installed
 
@@ -153,3 +153,46 @@ def test_a_model_computes_by_the_kernels(
     window, cap = MODELS[model_type].get("sliding_window"), MODELS[model_type].get("attn_logit_softcapping")
     assert len(asked) == model.config.num_hidden_layers
     assert (None if window is None else (window - 1, 0), cap) in asked
+
+
+@torch.library.custom_op("tests::varlen", mutates_args=())
+def _opaque(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, back: int, cap: float) -> Tensor:
+    """As the packages' kernels, which torch.compile does not look into."""
+    return newer(q, k, v, bounds, bounds, longest, longest, None, True, (back, 0), cap).contiguous()
+
+
+@_opaque.register_fake
+def _(q: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_layer_compiles_whole_with_the_kernels(
+    version: int, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, softmax_scale: float | None = None, causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    ) -> Any:  # fmt: skip
+        return torch.ops.tests.varlen(q, k, v, cu_seqlens_q, max_seqlen_q, window_size[0], softcap)
+
+    install(varlen)
+    q, _, v = heads(50)
+    assert flash.takes(version, q, v, 9, 2.0)  # as the trial asks, which comes first in training too
+    monkeypatch.setattr(attention, "_has_flash_attention", lambda _: True)
+    layer, bounds = torch.nn.Module(), torch.tensor([0, 7, 50], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": bounds, "max_length_q": 43, "sliding_window": 9, "softcap": 2.0}
+
+    def attend(*rows: Tensor, number: int | None) -> Tensor:
+        return attention.packed_sdpa(layer, *rows, None, version=number, **packed)[0]
+
+    with torch.no_grad():
+        expected = by_formula_of(heads(50))
+        found = torch.compile(attend, backend="aot_eager", fullgraph=True)(*heads(50), number=version)
+    torch.testing.assert_close(found, expected)
+
+
+def by_formula_of(rows: list[Tensor]) -> Tensor:
+    parts = zip(*(row.split((7, 43), dim=2) for row in rows), strict=True)
+    return torch.cat([by_formula(q, k, v, None, 9, 2.0) for q, k, v in parts], dim=2).transpose(1, 2)

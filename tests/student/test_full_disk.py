@@ -109,3 +109,11 @@ def test_a_quota_counts_as_a_full_disk(tmp_path: Path) -> None:
 
     assert wrote(folder, 6, fill)
     assert steps(folder) == [4, 6]
+
+
+def test_an_error_without_words_is_told_as_it_is(tmp_path: Path) -> None:
+    def failing(_: Path) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        wrote(folder_with(tmp_path), 1, failing)

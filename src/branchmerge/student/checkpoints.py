@@ -188,7 +188,7 @@ class CheckpointFolder:
         try:
             part()
         except (OSError, RuntimeError, CheckpointException) as error:
-            why, full = str(error).strip().splitlines()[-1], _no_room(self.folder, error)
+            why, full = (str(error).strip() or type(error).__name__).splitlines()[-1], _no_room(self.folder, error)
             if not full and not (isinstance(error, OSError) and error.errno in UNWRITABLE):
                 other = error  # no error else is kept: its frames hold the file that torch gave up, and so its room
         told = ranks.from_all((other is None, full, why))

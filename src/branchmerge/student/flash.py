@@ -5,7 +5,6 @@ Shapes: H heads, G key/value heads, T tokens, E head size, D documents.
 
 import importlib
 import inspect
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +16,7 @@ VERSIONS = (2, 3, 4)
 MODULES = {2: "flash_attn", 3: "flash_attn_interface"}
 WIDEST = 256
 """Head size up to which versions 2 and 3 have kernels"""
+_FOUND: dict[int, tuple[Any, frozenset[str]]] = {}
 
 
 def is_installed(version: int) -> bool:
@@ -71,11 +71,18 @@ def attend(
     return result
 
 
-@cache
 def _parameters(version: int) -> frozenset[str]:
     """What this version can be told: 2.2 knew no windows, 2.5 no caps."""
-    return frozenset(inspect.signature(_function(version)).parameters)
+    return _found(version)[1]
 
 
 def _function(version: int) -> Any:
-    return importlib.import_module(MODULES[version]).flash_attn_varlen_func
+    return _found(version)[0]
+
+
+def _found(version: int) -> tuple[Any, frozenset[str]]:
+    """The function and the names of its parameters; looked up by the trial, as what is compiled can import nothing."""
+    if version not in _FOUND:
+        function = importlib.import_module(MODULES[version]).flash_attn_varlen_func
+        _FOUND[version] = function, frozenset(inspect.signature(function).parameters)
+    return _FOUND[version]

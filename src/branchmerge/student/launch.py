@@ -46,14 +46,23 @@ def is_needed(config: TrainConfig) -> bool:
 
 
 def this_branch(config: TrainConfig, program: str) -> Branch:
-    """The one that Hydra runs now, in `program` or in a process that a launcher of Hydra's started for it."""
+    """The one that Hydra runs now, in `program` or in a process that a launcher of Hydra's started for it.
+
+    Started again it is a single run, whatever said that these are several, with this member's number and folder, which
+    its settings may name.
+    """
     said = HydraConfig.get().overrides
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for short, long in (("-cd", "--config-dir"), ("-cp", "--config-path"), ("-cn", "--config-name")):
         options.add_argument(short, long)
     given = vars(options.parse_known_args(sys.argv[1:])[0])
     flags = [word for name, value in given.items() if value for word in (f"--{name.replace('_', '-')}", value)]
-    hydra = [override for override in said.hydra if not override.startswith("hydra.mode=")]
+    hydra = [*said.hydra, "hydra.mode=RUN"]  # the last one counts
+    if is_member():
+        running = HydraConfig.get()
+        folder = running.runtime.output_dir.replace("\\", "\\\\").replace("'", "\\'")
+        hydra = [override for override in hydra if not override.lstrip("+").startswith("hydra.run.dir=")]
+        hydra += [f"hydra.job.num={running.job.num}", f"hydra.run.dir='{folder}'"]
     return Branch(config, program, [*flags, *hydra, *said.task])
 
 
