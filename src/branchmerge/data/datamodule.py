@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from branchmerge.config import TrainConfig
 from branchmerge.data.batch import Batch, make_batch, make_idle_batch, supervised_tokens
 from branchmerge.data.held_out import hold_out
-from branchmerge.data.naming import naming
 from branchmerge.data.packing import Plan, Row, Step, first_documents, make_plan
+from branchmerge.data.row_names import naming
 from branchmerge.data.template import Document, check_prompts, tokenise
 from branchmerge.errors import UserError
 from branchmerge.trajectories import sources

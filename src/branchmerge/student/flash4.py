@@ -37,8 +37,13 @@ def is_installed() -> bool:
 
 def takes(query: Tensor, value: Tensor) -> bool:
     """Whether it should have kernels for heads of this size; `trials.choose_attention` tries them."""
+    return fits(query, value, WIDEST)
+
+
+def fits(query: Tensor, value: Tensor, widest: int) -> bool:
+    """Whether heads are of a size that any FlashAttention has kernels for, up to `widest`."""
     size = query.shape[-1]
-    return size <= WIDEST and size % 8 == 0 and value.shape[-1] == size
+    return size <= widest and size % 8 == 0 and value.shape[-1] == size
 
 
 def attend(

@@ -1,7 +1,6 @@
 """Turn a GGUF file into a plain checkpoint, by transformers' own loader."""
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from branchmerge.student.backbone import read_config
 from branchmerge.study import write_json
 
 
@@ -29,7 +29,7 @@ def convert(file: Path, out: Path) -> None:
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    shape = json.loads((out / "config.json").read_text())  # with the name that transformers 4 knows it by
+    shape = read_config(out)  # with the name that transformers 4 knows it by
     write_json(out / "config.json", {**shape, "rope_theta": shape["rope_parameters"]["rope_theta"]})
 
 

@@ -15,7 +15,7 @@ from lightning import LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
 
 from branchmerge.data.batch import make_batch
-from branchmerge.data.naming import naming
+from branchmerge.data.row_names import naming
 from branchmerge.data.template import Document
 from branchmerge.student import ranks
 from branchmerge.student.between_steps import BetweenSteps, is_due, untouched

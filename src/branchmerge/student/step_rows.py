@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 
 from branchmerge.data.batch import Batch
-from branchmerge.data.naming import on_rows, rows_named
+from branchmerge.data.row_names import on_rows, rows_named
 from branchmerge.errors import UserError
 from branchmerge.student import ranks
 from branchmerge.student.module import Student

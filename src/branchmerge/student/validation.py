@@ -8,8 +8,8 @@ import torch
 from lightning import LightningModule, Trainer
 
 from branchmerge.data.batch import Batch, make_batch, make_idle_batch, supervised_tokens
-from branchmerge.data.naming import naming
 from branchmerge.data.packing import pack
+from branchmerge.data.row_names import naming
 from branchmerge.data.template import Document
 from branchmerge.student import ranks
 from branchmerge.student.between_steps import BetweenSteps, is_due, untouched
