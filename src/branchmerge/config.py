@@ -47,6 +47,8 @@ class SourceConfig:
     """Hub only: commit, tag or branch."""
     limit: int | None = field(default=None, metadata=_at_least(1))
     """Read this many rows at most; null for all."""
+    where: dict[str, list[Any]] = field(default_factory=dict)
+    """Only rows whose raw fields have one of these values: {domain: [code]}."""
 
 
 @dataclass
@@ -96,11 +98,11 @@ class StudyConfig:
     export_dtype: str = field(default="bfloat16", metadata=_choice("float32", "bfloat16"))
     """Dtype of the exported weights."""
     corpus: dict[str, SourceConfig] = MISSING
-    """Raw rows by part name."""
+    """Raw rows by part name. A part may have several sources: `science` and `science-<any name>`, read together."""
     budget: dict[str, BudgetConfig] = MISSING
     """Budget by domain name."""
     expected: dict[str, ExpectedConfig] = field(default_factory=dict)
-    """Sizes by part name, for plans of a corpus that is not on this machine."""
+    """Sizes by name in the corpus, for plans of rows that are not on this machine."""
 
 
 @dataclass
@@ -110,7 +112,7 @@ class DomainConfig:
     name: str = MISSING
     """Folder of the expert below outputs/<study>/experts/."""
     parts: list[str] = MISSING
-    """Entries of the study's corpus that are read for it."""
+    """Parts of the study's corpus that are read for it."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ from branchmerge.data.datamodule import (
     data_account,
     prepare,
 )
+from branchmerge.data.held_out import other_sources
 from branchmerge.data.packing import Plan
 from branchmerge.data.template import Document, tokenise
 from branchmerge.errors import UserError
@@ -77,6 +78,23 @@ def test_sources_are_the_parts_of_the_domain(tmp_path: Path) -> None:
     config = train_config(tmp_path, [right(1)])
     config.study.corpus["code"] = SourceConfig(path="elsewhere.jsonl")
     assert of_branch(config) == {"math": config.study.corpus["math"]}
+
+
+def test_a_part_has_all_sources_of_its_name(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What two of them have in common is trained on once."""
+    config = train_config(tmp_path, [right(1), right(2)])
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps(row) + "\n" for row in (right(2), right(3), right(3))))
+    config.study.corpus |= {
+        "math-more": SourceConfig(path=str(more)),
+        "mathematics": SourceConfig(path="elsewhere.jsonl"),
+    }
+    corpus = prepared(config, tokenizer)
+    kept = {name: (entry["kept"], entry["dropped"]) for name, entry in corpus.account["sources"].items()}
+    assert kept == {"math": (2, {}), "math-more": (1, {"duplicate": 2})}
+    config.domain.parts, config.domain.name = ["code"], "code"
+    config.study.corpus["code"] = SourceConfig(path="code.jsonl")
+    assert list(other_sources(config)) == ["math", "math-more"]
 
 
 def test_data_path_replaces_the_corpus(tmp_path: Path) -> None:

@@ -197,14 +197,14 @@ def roomy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
 def test_a_plan_tells_steps_tokens_time_and_cost(roomy: tuple[Path, Plan]) -> None:
     plan = roomy[1]
     assert plan.asked.fits and not plan.advice and plan.work is not None
-    # 58,000 trajectories of half a row each, five times; 96 rows a step
-    assert (plan.work.rows, plan.work.steps) == (145_000, math.ceil(145_000 / 96))
-    assert plan.work.tokens == 145_000 * 512
+    # 93,733 trajectories of half a row each, five times; 96 rows a step
+    assert (plan.work.rows, plan.work.steps) == (234_335, math.ceil(234_335 / 96))
+    assert plan.work.tokens == 234_335 * 512
     # A row of two documents of half its length: per token 6 FLOPs for each weight of a product (two layers' and the
     # head's), per pair of tokens that see each other 12 for each of the heads' 4 x 16 numbers of a layer.
     matrices = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128) + 512 * 64
     pairs = 2 * 256 * 257 / 2
-    flops = 145_000 * (6 * 512 * matrices + 12 * 2 * 64 * pairs)
+    flops = 234_335 * (6 * 512 * matrices + 12 * 2 * 64 * pairs)
     assert plan.work.flops(plan.asked.memory.work) == pytest.approx(flops, rel=1e-6)
     assert plan.asked.hours == pytest.approx(plan.work.flops(plan.asked.memory.work) / (0.4 * 989e12) / 3600)
     by_devices = {option.setting.world: option for option in plan.by_devices}
@@ -212,7 +212,7 @@ def test_a_plan_tells_steps_tokens_time_and_cost(roomy: tuple[Path, Plan]) -> No
     assert by_devices[2].gpu_hours == pytest.approx(plan.asked.gpu_hours)
     assert [option.setting.seq_len for option in plan.by_length] == [128, 512]
     text = told(plan)
-    assert "fits." in text and "1,511 steps" in text and "half a packed row" in text
+    assert "fits." in text and "2,441 steps" in text and "half a packed row" in text
     by_length = text.partition("By length of a row, on 1 GPU:")[2].split("Note:")[0]
     for option in plan.by_length:
         assert re.search(rf"\| +{option.setting.seq_len} \|.* {option.memory.total / 2**30:.1f} \| +yes \|", by_length)
@@ -220,8 +220,8 @@ def test_a_plan_tells_steps_tokens_time_and_cost(roomy: tuple[Path, Plan]) -> No
 
 def test_work_is_what_the_study_expects_and_the_steps_allow(roomy: tuple[Path, Plan]) -> None:
     short = planned(roomy[0], "planning.card_gib=1", "study.expected.math.tokens=128").work
-    assert short is not None and (short.rows, short.tokens) == (72_500, 72_500 * 512)
-    assert short.documents == [(128, pytest.approx(72_500 * 4))]
+    assert short is not None and (short.rows, short.tokens) == (117_170, 117_170 * 512)
+    assert short.documents == [(128, pytest.approx(117_170 * 4))]
     few = planned(roomy[0], "planning.card_gib=1", "optim.max_steps=10").work
     assert few is not None and (few.steps, few.rows, few.tokens) == (10, 960, 960 * 512)
 

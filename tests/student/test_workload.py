@@ -34,7 +34,9 @@ def counted(student: Path, folder: Path, *overrides: str) -> Workload:
 
 
 def test_no_more_is_expected_than_is_read() -> None:
-    assert expected().rows == 2 * 29_000  # 58,000 trajectories of half a row each, twice
+    assert expected().rows == 2 * 46_867  # 93,733 trajectories of half a row each, twice
+    assert expected("domain=science").rows == 2 * 2_950  # 1,000 of one source and 4,900 of the other
+    assert expected("domain=mixture").rows == 2 * 59_817
     assert expected("data.limit=100").rows == 2 * 50
     assert expected("study.corpus.math={path: some/set, limit: 60}", "data.limit=100").rows == 2 * 30
     assert "60 of math" in expected("study.corpus.math={path: some/set, limit: 60}").said

@@ -21,7 +21,7 @@ from branchmerge.data.template import Document, check_prompts, tokenise
 from branchmerge.errors import UserError
 from branchmerge.trajectories import sources
 from branchmerge.trajectories.schema import Trajectory
-from branchmerge.trajectories.selection import select
+from branchmerge.trajectories.selection import Said, select
 
 
 class PackedRows(Dataset[Batch]):
@@ -139,9 +139,10 @@ def prepare(
         check_prompts(tokenizer, part)  # before any is graded, which may take hours
     held_out = hold_out(config, rows, tokenizer, longest)
     documents: list[Document] = []
+    taken: set[Said] = set()
     for name, part in rows.items():
         trainable = held_out.removed_from(part)
-        selection = select(trainable, config.data.verify, config.trainer.progress)
+        selection = select(trainable, config.data.verify, config.trainer.progress, taken)
         if len(trainable) < len(part):
             selection.dropped["held_out"] = len(part) - len(trainable)
         entry = account["sources"][name]

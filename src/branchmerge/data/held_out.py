@@ -35,12 +35,7 @@ class HeldOut:
 
 def other_sources(config: TrainConfig) -> dict[str, SourceConfig]:
     """Sources of the study's experts that the branch itself does not train on."""
-    experts = [part for part in config.study.experts if part in config.study.corpus]
-    return {
-        part: sources.at_most(config.study.corpus[part], config.data.limit)
-        for part in experts
-        if part not in config.domain.parts
-    }
+    return sources.of_parts(config, [part for part in config.study.experts if part not in config.domain.parts])
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

@@ -83,13 +83,12 @@ def _counted(config: TrainConfig, checkpoint: Path, folder: Path) -> Workload:
 def _expected(config: TrainConfig) -> Workload | None:
     """Rows are taken as full, documents as of one length, all their tokens as learned, and limits as reached."""
     expected, capacity, optim = config.study.expected, config.data.seq_len, config.optim
-    parts = config.domain.parts if config.data.path is None else []
-    if not parts or any(part not in expected for part in parts):
+    read = sources.of_branch(config)
+    if any(name not in expected for name in read):
         return None
-    lengths = {part: min(expected[part].tokens or capacity // 2, capacity) for part in parts}
-    limits = {part: source.limit for part, source in sources.of_branch(config).items()}
-    counts = {part: min(expected[part].trajectories, limits[part] or expected[part].trajectories) for part in parts}
-    tokens = sum(counts[part] * lengths[part] for part in parts)
+    lengths = {name: min(expected[name].tokens or capacity // 2, capacity) for name in read}
+    counts = {name: min(expected[name].trajectories, read[name].limit or math.inf) for name in read}
+    tokens = sum(counts[name] * lengths[name] for name in read)
     rows = math.ceil(tokens / capacity)
     rows = min(rows, config.data.packed_rows or rows) * optim.epochs
     steps = math.ceil(rows / optim.global_batch)
@@ -97,11 +96,11 @@ def _expected(config: TrainConfig) -> Workload | None:
         steps = optim.max_steps
         rows = min(rows, steps * optim.global_batch)
     trained = rows * capacity
-    documents = [(lengths[part], counts[part] * trained / tokens) for part in parts]
+    documents = [(lengths[name], counts[name] * trained / tokens) for name in read]
     assumed = ", ".join(
-        f"{counts[part]:,} of {part} with {lengths[part]:,} tokens each"
-        + ("" if expected[part].tokens else " (half a packed row; study.expected." + part + ".tokens= says better)")
-        for part in parts
+        f"{counts[name]:,} of {name} with {lengths[name]:,} tokens each"
+        + ("" if expected[name].tokens else f" (half a packed row; study.expected.{name}.tokens= says better)")
+        for name in read
     )
-    said = f"the rows are not here; assumed are trajectories: {assumed}; data sets that nobody sifted may have more"
+    said = f"the rows are not here; assumed are trajectories: {assumed}"
     return Workload(steps, rows, trained, trained, documents, said)

@@ -19,18 +19,26 @@ class Selection:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def select(rows: Sequence[Trajectory], check: bool, progress: bool) -> Selection:
+Said = tuple[tuple[Message, ...], str]
+"""Prompt and response of a row"""
+
+
+def select(rows: Sequence[Trajectory], check: bool, progress: bool, taken: set[Said] | None = None) -> Selection:
     """Drop rows without a response, repeated ones (same prompt, same response) and, if `check`, wrong ones.
 
     Args:
         progress: a bar, in a terminal
+        taken: what was kept of other sources before, and may not be again; what is kept is added
     """
     dropped: Counter[str] = Counter()
     answered = [row for row in rows if row.response.strip()]
     dropped["empty"] = len(rows) - len(answered)
-    last: dict[tuple[tuple[Message, ...], str], Trajectory] = {}
+    taken = set() if taken is None else taken
+    last: dict[Said, Trajectory] = {}
     for row in answered:
         said = (row.prompt, row.response)
+        if said in taken:
+            continue
         if row.reference is not None or said not in last or last[said].reference is None:  # a copy hides no reference
             last[said] = row
     distinct = list(last.values())
@@ -42,6 +50,7 @@ def select(rows: Sequence[Trajectory], check: bool, progress: bool) -> Selection
     for row, verdict in bar:
         if verdict in (CORRECT, UNVERIFIED):
             kept.append(row)
+            taken.add((row.prompt, row.response))
         else:
             dropped[verdict] += 1
     return Selection(kept, len(rows), {reason: n for reason, n in sorted(dropped.items()) if n})

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from branchmerge.config import SourceConfig, TrainConfig, project_path
 from branchmerge.errors import UserError
+from branchmerge.evaluation.prompts import BOXED
 from branchmerge.study import file_sha256
 from branchmerge.trajectories.schema import CHOICES, Trajectory
 
@@ -67,7 +68,28 @@ THOUGHTS = (
 
 
 def _openthoughts(row: Any, row_id: str) -> Trajectory:
-    """OpenThoughts-114k: one turn each, reasoning and answer between marks; no reference."""
+    """OpenThoughts-114k; no reference. Its subset `metadata` tells a row's domain, as the one to train on does not."""
+    if "conversations" in row:
+        return _openthoughts_marked(row, row_id)
+    return _reasoned(_openthoughts_question(row), row["deepseek_reasoning"], row["deepseek_solution"], row_id)
+
+
+def _openthoughts_question(row: Any) -> str:
+    """The problem with what its answer keeps to; `metadata` has that apart from the text."""
+    problem = row["problem"].strip()
+    if row["domain"] == "math":
+        return f"{problem}\n{BOXED}"
+    if row["domain"] != "code":
+        return problem
+    if not json.loads(row["test_cases"] or "{}").get("fn_name"):
+        how = "Write a Python program that solves this problem: it reads from standard input and prints the answer."
+    else:
+        how = "Write a Python function that solves this problem; do not call it."
+    return "\n".join(part for part in (f"{how}\n\n{problem}", (row["starter_code"] or "").strip("\n")) if part)
+
+
+def _openthoughts_marked(row: Any, row_id: str) -> Trajectory:
+    """One turn each, reasoning and answer between marks."""
     said = {turn["from"]: turn["value"] for turn in row["conversations"]}
     if len(row["conversations"]) != 2:
         raise ValueError(f"it has {len(row['conversations'])} turns, not one of each")
@@ -77,20 +99,20 @@ def _openthoughts(row: Any, row_id: str) -> Trajectory:
     thought, marked, answer = response.partition("</think>")
     if not marked:
         raise ValueError("its answer has no <|end_of_thought|>")
-    thought = thought.replace("<think>", "").strip()
-    messages = [
-        {"role": "user", "content": said["user"]},
-        {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{answer.strip()}"},
-    ]
-    return Trajectory.parse({"messages": messages}, row_id)
+    thought = thought.replace("<think>", "")
+    return _reasoned(said["user"], thought, answer, row_id)
 
 
 def _s1(row: Any, row_id: str) -> Trajectory:
     """s1K-1.1: DeepSeek-R1's reasoning and answer; no reference, as its solutions are of many kinds."""
-    thought, answer = row["deepseek_thinking_trajectory"].strip(), row["deepseek_attempt"].strip()
+    return _reasoned(row["question"], row["deepseek_thinking_trajectory"], row["deepseek_attempt"], row_id)
+
+
+def _reasoned(question: str, thought: str, answer: str, row_id: str) -> Trajectory:
+    """A trajectory without a reference."""
     messages = [
-        {"role": "user", "content": row["question"]},
-        {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{answer}"},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": f"<think>\n{thought.strip()}\n</think>\n\n{answer.strip()}"},
     ]
     return Trajectory.parse({"messages": messages}, row_id)
 
@@ -121,8 +143,13 @@ def read(source: SourceConfig) -> list[Trajectory]:
         raise UserError(f"{source.path}: split={source.split}: of a file, choose one of {', '.join(LOCAL_SPLITS)}")
     convert = FORMATS[source.format]
     rows: list[Trajectory] = []
+    others: list[str] = []
     for where, row_id, raw in _raw_rows(source):
         try:
+            other = [f"{name}={raw[name]}" for name, values in source.where.items() if raw[name] not in values]
+            if other:
+                others += [each for each in other if each not in others][: 10 - len(others)]
+                continue
             row = convert(raw, row_id)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
@@ -134,7 +161,8 @@ def read(source: SourceConfig) -> list[Trajectory]:
         if source.limit is not None and len(rows) == source.limit:
             break
     if not rows:
-        raise UserError(f"{source.path}: no rows; a corpus needs at least one")
+        wanted = f"none is where={source.where}, but {', '.join(others)}" if others else "a corpus needs at least one"
+        raise UserError(f"{source.path}: no rows; {wanted}")
     return rows
 
 
@@ -142,7 +170,17 @@ def of_branch(config: TrainConfig) -> dict[str, SourceConfig]:
     """The sources of a branch by name: `data.path` where it is given, else the domain's parts of the study's corpus."""
     if config.data.path is not None:
         return {"data.path": SourceConfig(path=config.data.path, format=config.data.format, limit=config.data.limit)}
-    return {part: at_most(config.study.corpus[part], config.data.limit) for part in config.domain.parts}
+    return of_parts(config, config.domain.parts)
+
+
+def of_parts(config: TrainConfig, parts: Sequence[str]) -> dict[str, SourceConfig]:
+    """The sources of parts of the study's corpus by name; of `science`, `science` and `science-...`."""
+    return {
+        name: at_most(source, config.data.limit)
+        for part in parts
+        for name, source in config.study.corpus.items()
+        if name == part or name.startswith(f"{part}-")
+    }
 
 
 def read_branch(config: TrainConfig) -> dict[str, list[Trajectory]]:
@@ -194,8 +232,11 @@ def identity(source: SourceConfig) -> str:
 
 def described(source: SourceConfig) -> dict[str, Any]:
     """What a source's rows are known by."""
+    fields = asdict(source)
+    if not source.where:
+        del fields["where"]  # as in descriptions made before there was such a field
     rule = {"split_rule": SPLIT_RULE} if is_local(source) and source.split != "all" else {}
-    return {**asdict(source), "sha256": identity(source), **rule}
+    return {**fields, "sha256": identity(source), **rule}
 
 
 def _file(source: SourceConfig) -> Path:
