@@ -1,6 +1,7 @@
-"""From a composed configuration to a typed one: what types cannot say is refused here, in one line, before any work."""
+"""From a composed configuration to a typed one: what types cannot express is refused here, before any work begins."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -19,13 +20,13 @@ WRONG_PRECISIONS = {
     "16-mixed": "gradients overflow float16 without a loss scale, which no step here has",
     "transformer-engine": "its float8 weights are not tested here",
 }
-"""Precisions that Lightning knows and that train without an error, and wrongly."""
+"""Precisions that Lightning accepts and trains with, without an error but wrongly, and why."""
 PACKAGES = {
     "logger=tensorboard": ("tensorboard", "tensorboard"),
     "logger=mlflow": ("mlflow", "mlflow"),
     "optim.optimizer=adamw_8bit": ("torchao", "adamw-8bit"),
 }
-"""Setting -> package, and the extra of ours that brings it."""
+"""Setting -> the package it needs, and the extra of branchmerge that installs it."""
 
 
 def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
@@ -46,7 +47,7 @@ def typed(cfg: DictConfig, schema: type[Schema]) -> Schema:
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Refuse settings that need a package which is not here, with the extra that brings it."""
+    """Refuse settings whose package is not installed, and name the extra that installs it."""
     wanted = {f"logger={config.logger.kind}", f"optim.optimizer={config.optim.optimizer}"}
     for setting, (package, extra) in PACKAGES.items():
         if setting in wanted and find_spec(package) is None:
@@ -54,7 +55,7 @@ def check_packages(config: TrainConfig) -> None:
 
 
 def check_trainer(trainer: TrainerConfig) -> None:
-    """Refuse a machine that cannot train so."""
+    """Refuse trainer settings that contradict each other."""
     if not trainer.sharded:
         defaults = TrainerConfig()
         for name in ("devices", "num_nodes", "gpus_per_job", "replicate", "context_parallel", "cpu_offload"):
@@ -74,7 +75,7 @@ def check_trainer(trainer: TrainerConfig) -> None:
 
 
 def check_groups(trainer: TrainerConfig, devices: int) -> None:
-    """Refuse a number of devices that cannot be cut into groups that share a row, or into sets that hold a model."""
+    """Refuse a number of devices that does not divide into replicas, or into groups that share a row."""
     if devices % trainer.replicate:
         raise UserError(
             f"trainer.replicate={trainer.replicate}: {devices} devices cannot be cut into so many equal sets; use a"
@@ -88,7 +89,7 @@ def check_groups(trainer: TrainerConfig, devices: int) -> None:
 
 
 def _first_missing(node: DictConfig, prefix: str) -> str:
-    """Name the first key that has no value, interpolations aside; empty where there is none."""
+    """The first key without a value, interpolations aside; empty if all have one."""
     for key in map(str, node):
         if OmegaConf.is_interpolation(node, key):
             continue
@@ -113,26 +114,30 @@ def _check(node: Any, prefix: str) -> None:
             for key, entry in value.items():
                 if is_dataclass(entry):
                     _check(entry, f"{name}.{key}.")
-        choices, low, high = (item.metadata.get(key) for key in ("choices", "low", "high"))
-        if value is None:
-            continue
-        if value == "" and not item.metadata.get("empty", True):
-            raise UserError(f"{name}=: is empty; give a folder, or leave it out")
-        if choices is not None and value not in choices and (why := WRONG_PRECISIONS.get(str(value))):
+        if value is not None:
+            _check_value(name, value, item.metadata)
+
+
+def _check_value(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    """Refuse a value, or a list of numbers, outside the bounds of its field (config/bounds.py)."""
+    if value == "" and not bounds.get("empty", True):
+        raise UserError(f"{name}=: is empty; give a folder, or leave it out")
+    choices, low, high = (bounds.get(key) for key in ("choices", "low", "high"))
+    if choices is not None and value not in choices:
+        if why := WRONG_PRECISIONS.get(str(value)):
             raise UserError(f"{name}={value}: {why}; use bf16-mixed or 32-true")
-        if choices is not None and value not in choices:
-            raise UserError(f"{name}={value}: choose one of {', '.join(choices)}")
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if low is not None and not number >= low:
-                raise UserError(f"{name}={value}: must be at least {low}")
-            if high is not None and not number <= high:
-                raise UserError(f"{name}={value}: must be at most {high}")
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{name}={value}: must be a number that is not infinite")
+        raise UserError(f"{name}={value}: choose one of {', '.join(choices)}")
+    for number in value if isinstance(value, list | tuple) else [value]:
+        if low is not None and not number >= low:
+            raise UserError(f"{name}={value}: must be at least {low}")
+        if high is not None and not number <= high:
+            raise UserError(f"{name}={value}: must be at most {high}")
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{name}={value}: must be a number that is not infinite")
 
 
 def _check_names(node: Any, prefix: str) -> None:
-    """Refuse keys that the schema does not have: Hydra adds whatever stands behind a +."""
+    """Refuse keys that the schema does not have: Hydra itself adds any key given with a + in front."""
     known = [item.name for item in fields(node)]
     for name in vars(node):
         if name not in known:
@@ -147,7 +152,7 @@ def _check_optim(optim: OptimConfig) -> None:
 
 
 def _check_train(config: TrainConfig) -> None:
-    """What cannot be seen from one field alone."""
+    """Refuse settings of train.py that contradict each other."""
     every = config.trainer.validate_every_n_steps
     if every is not None and not config.data.validation_rows:
         raise UserError(
@@ -158,7 +163,7 @@ def _check_train(config: TrainConfig) -> None:
     shared, attn = config.trainer.context_parallel, config.backbone.attn
     if shared > 1 and attn not in ("auto", "sdpa"):
         raise UserError(f"backbone.attn={attn}: trainer.context_parallel={shared} takes torch's own; leave it out")
-    if not config.plan:  # a plan tells of it and goes on
+    if not config.plan:  # a plan reports it and continues
         check_trainer(config.trainer)
     _check_optim(config.optim)
     unknown = [part for part in config.domain.parts if part not in config.study.corpus]
