@@ -10,7 +10,8 @@ import pytest
 from branchmerge.evaluation.sandbox.isolation import NOBODY
 
 ROOT = Path(__file__).resolve().parents[2]
-ATTACKS, ALL = ("sandbox_attacks", "sandbox_files"), ("sandbox", "sandbox_attacks", "sandbox_files")
+ATTACKS = ("sandbox_attacks", "sandbox_files", "sandbox_reuse", "sandbox_deaths")
+ALL = ("sandbox", *ATTACKS)
 
 AS_NOBODY = """
 import os, sys
