@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from branchmerge.study import MANIFEST, Manifest, weights_sha256, write_json
+from branchmerge.files import write_json
+from branchmerge.study import MANIFEST, Manifest, weights_sha256
 
 CHUNK = 1 << 22
 """Elements that one thread makes at a time."""

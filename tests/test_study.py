@@ -12,18 +12,8 @@ from pathlib import Path
 import pytest
 
 from branchmerge.errors import UserError
-from branchmerge.study import (
-    MANIFEST,
-    Manifest,
-    Parent,
-    is_done,
-    locked,
-    place,
-    publish,
-    read_manifest,
-    weights_sha256,
-    write_json,
-)
+from branchmerge.files import write_json
+from branchmerge.study import MANIFEST, Manifest, Parent, is_done, locked, place, publish, read_manifest, weights_sha256
 
 
 def manifest(lr: float = 1e-5) -> Manifest:

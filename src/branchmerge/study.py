@@ -1,20 +1,18 @@
-"""The run folder contract: where results lie, what their manifest says, and what "finished" means.
+"""The run folder contract: where results lie, what their manifest records, and what "finished" means.
 
 A result is a folder that holds a manifest.json. It is built in a hidden folder beside its place, gets its manifest
 last and is moved into place by one rename, so a killed process never leaves a folder that looks finished. A lock
 per result makes a second process wait for the first and then find the work done.
 """
 
-import errno
 import glob
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,10 @@ from filelock import FileLock, Timeout
 
 from branchmerge.config import CommonConfig
 from branchmerge.errors import UserError
+from branchmerge.files import file_sha256, sync, whole_or_gone, write_json, writing
 from branchmerge.versions import git_commit, package_versions
 
 MANIFEST = "manifest.json"
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-              errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EBUSY, errno.EXDEV)  # fmt: skip
-"""Errors of a place that is full, not ours or no folder, in contrast to those of a broken disk."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Parent:
 
 @dataclass
 class Manifest:
-    """What made a result; `work` and `parents` decide whether a rerun would make the same one."""
+    """What made a result. A rerun would make the same one if `work` and `parents` are equal."""
 
     kind: str
     """pretrained, backbone, expert or merged"""
@@ -49,7 +45,7 @@ class Manifest:
     config: dict[str, Any]
     """The whole resolved configuration."""
     work: dict[str, Any]
-    """The part of it that decides the result, with the fingerprints of the data."""
+    """The part of the configuration that decides the result, and the fingerprints of the data."""
     parents: list[Parent] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +59,7 @@ class Manifest:
     """UTC, ISO 8601"""
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for a rerun to be the same work."""
+        """What must be equal for a rerun to be the same work."""
         # Through JSON, so that what was read from disk equals what was just made (tuples become lists).
         same: dict[str, Any] = json.loads(json.dumps(self.work))
         return {**same, "parents": [parent.weights_sha256 for parent in self.parents]}
@@ -97,7 +93,7 @@ class Study:
 
     @property
     def checkpoints(self) -> Path:
-        """Of branches in training."""
+        """Checkpoints of branches in training."""
         return self.root / "checkpoints"
 
     @property
@@ -106,7 +102,7 @@ class Study:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a finished result, None where there is none."""
+    """The manifest of a finished result; None if the folder has none."""
     path = folder / MANIFEST
     try:
         raw = json.loads(path.read_text())
@@ -121,14 +117,14 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 RECORDED_LATER = ("backbone", "tokenizer", "leaves")
-"""Keys of `work` that older results lack; they are what they are."""
+"""Keys of `work` that older results lack, and that are ignored for those."""
 
 
 def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
-    """Whether this very work is finished in `folder`.
+    """Whether `folder` already holds the finished result of this work.
 
     Raises UserError when the folder holds something else and may not be replaced. Only results are ever replaced:
-    `overwrite` does not reach a folder that branchmerge did not make.
+    `overwrite` does not apply to a folder that branchmerge did not make.
     """
     found = read_manifest(folder)
     if found is not None:
@@ -145,13 +141,13 @@ def is_done(folder: Path, planned: Manifest, overwrite: bool) -> bool:
         return False
     changed = _difference(found.identity(), planned.identity())
     remedy = "give another out=, delete it, or overwrite=true"
-    if planned.kind == "backbone":  # which branches ask for, and these keys are about the branch
+    if planned.kind == "backbone":  # made on behalf of a branch, to which out= and overwrite= refer
         remedy = f"backbone.path={folder} takes it as it is; domain=warmup overwrite=true makes it anew; or outputs="
     raise UserError(f"{folder} holds a result made otherwise ({changed}); {remedy}")
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuse a finished result that has lost files."""
+    """Refuse a finished result some of whose weight files are missing."""
     from branchmerge.merge.shards import weight_files
 
     try:
@@ -161,14 +157,14 @@ def _check_weights(folder: Path) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a place where something lies that branchmerge did not make, or that cannot be replaced by one rename."""
+    """Refuse a folder with content that branchmerge did not make, or that cannot be replaced by one rename."""
     around = next(filter(_is_result, folder.absolute().parents), None)
     if around is not None:
         raise UserError(f"{folder}: lies inside the result {around}, and would go with it; give another out=")
     if os.path.ismount(folder):
         raise UserError(f"{folder}: is a mount point, which no result can be moved to; give a folder inside it")
     try:
-        names = {path.name for path in folder.iterdir()}  # one look, as another process may be replacing it
+        names = {path.name for path in folder.iterdir()}  # listed once, as another process may be replacing it
     except FileNotFoundError:
         return
     except NotADirectoryError:
@@ -178,7 +174,7 @@ def check_free(folder: Path) -> None:
 
 
 def _is_result(folder: Path) -> bool:
-    """Whether branchmerge made it; others have files of that name, too."""
+    """Whether branchmerge made the folder; other programs write a manifest.json, too."""
     try:
         return read_manifest(folder) is not None
     except UserError:
@@ -187,9 +183,9 @@ def _is_result(folder: Path) -> bool:
 
 @contextmanager
 def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
-    """Yield a hidden folder to build a result in; when the block ends it gets its manifest and becomes `folder`.
+    """Yield a hidden folder to build a result in. When the block ends, it gets its manifest and becomes `folder`.
 
-    The caller holds `locked(folder)`, so hidden folders of the same name are left-overs of killed runs.
+    The caller holds `locked(folder)`, so any other hidden folder of that name was left by a killed run.
     """
     remove_left_overs(folder)
     partial = folder.parent / f".{folder.name}.partial"
@@ -212,30 +208,8 @@ def publish(folder: Path, planned: Manifest) -> Iterator[Path]:
             shutil.rmtree(retired)
 
 
-@contextmanager
-def whole_or_gone(partial: Path, folder: Path) -> Iterator[None]:
-    """Remove `partial`, on its way to `folder`, where the block fails; and tell it as `writing` does."""
-    try:
-        with writing(folder):
-            yield
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Tell in a line that `folder` cannot be written where its disk is full, not ours, or no place for it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise _unwritable(folder, error) from error
-
-
 def remove_left_overs(folder: Path) -> None:
-    """Remove what killed runs left of their way to `folder`; the caller holds `locked(folder)`."""
+    """Remove hidden folders that killed runs left beside `folder`; the caller holds `locked(folder)`."""
     for stale in folder.parent.glob(f".{glob.escape(folder.name)}.partial*"):
         if stale.is_symlink():
             stale.unlink()
@@ -244,28 +218,20 @@ def remove_left_overs(folder: Path) -> None:
 
 
 def place(out: str) -> Path:
-    """The folder that `out=` means; where it is a link, the one that it leads to."""
+    """The folder that `out=` names; the target, where it is a symbolic link."""
     folder = Path(out).expanduser()
-    with suppress(OSError):  # of names that cannot be, which are told later
+    with suppress(OSError):  # impossible names, which are refused later
         if folder.is_symlink():
             return folder.resolve()
     return folder
 
 
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "make room on that disk" if full else "change the permissions or the name"
-    return UserError(
-        f"{folder.parent}: cannot write {folder.name} there ({error.strerror}); {remedy}, or give another out= or"
-        " outputs="
-    )
-
-
 @contextmanager
 def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the right to make `folder`; wait, and say so once, while another process makes it.
+    """Hold the lock of `folder`; wait, and say so once, while another process makes it.
 
-    Without waiting it yields whether it is held.
+    Yields:
+        Whether the lock is held; False only with wait=False.
     """
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     with writing(folder):
@@ -274,7 +240,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
             lock.acquire(timeout=0)
         except Timeout:
             if wait:
-                with suppress(OSError):  # a reader that has gone
+                with suppress(OSError):  # nobody reads the output any more
                     print(f"waiting for another process that is making {folder}", flush=True)
                 lock.acquire()
     if not lock.is_locked:
@@ -287,66 +253,26 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         lock.release()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Write a JSON list, a line each, whole or not at all."""
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write_text(path, f"[\n{lines}\n]\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:  # a full disk above all, which needs the room
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in large pieces: between two of them a thread waits for the interpreter."""
-    digest = hashlib.sha256()
-    if not path.stat().st_size:
-        return digest.hexdigest()
-    piece = 1 << 24
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        for start in range(0, len(mapped), piece):
-            with memoryview(mapped)[start : start + piece] as view:
-                digest.update(view)
-            mapped.madvise(mmap.MADV_DONTNEED, start, min(piece, len(mapped) - start))
-    return digest.hexdigest()
-
-
 def weights_sha256(folder: Path) -> str:
     """Fingerprint of a checkpoint's weights: what `sha256sum *.safetensors | sha256sum` prints in its folder."""
     return fingerprint({path.name: file_sha256(path) for path in folder.glob("*.safetensors")})
 
 
 def fingerprint(files: Mapping[str, str]) -> str:
-    """The same, of files whose SHA-256 are known."""
+    """The fingerprint that `weights_sha256` gives, from file names and their SHA-256."""
     lines = [f"{sha256}  {name}\n" for name, sha256 in sorted(files.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def parent_of(folder: Path) -> Parent:
-    """Name a checkpoint as parent; reads its weights' fingerprint from its manifest where it has one."""
+    """A checkpoint as a parent; the fingerprint of its weights comes from its manifest where it has one."""
     manifest = read_manifest(folder)
     known = manifest.weights_sha256 if manifest is not None else ""
     return Parent(path=str(folder), weights_sha256=known or weights_sha256(folder))
 
 
 def _difference(found: Mapping[str, Any], planned: Mapping[str, Any], prefix: str = "") -> str:
-    """Name the first keys in which two nested dicts differ, with both values."""
+    """The first three keys in which two nested dicts differ, with both values."""
     said: list[str] = []
     for key in sorted({*found, *planned}):
         old, new = _by_number(found.get(key)), _by_number(planned.get(key))
@@ -371,18 +297,8 @@ def _short(value: Any) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Bring every file of a folder to the disk before the rename makes it visible."""
+    """Flush every file of a folder to the disk before the rename makes it visible."""
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():
             path.chmod(0o644)
         sync(path)
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder where its disk can, to the disk, to outlive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError) if path.is_dir() else nullcontext():
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

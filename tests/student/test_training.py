@@ -20,6 +20,7 @@ from branchmerge.data.batch import make_batch
 from branchmerge.data.datamodule import prepare
 from branchmerge.data.template import Document
 from branchmerge.errors import UserError
+from branchmerge.files import file_sha256
 from branchmerge.student import attention, places
 from branchmerge.student.backbone import load_model, load_tokenizer, locate
 from branchmerge.student.loss import summed_loss
@@ -27,7 +28,7 @@ from branchmerge.student.module import Student
 from branchmerge.student.optim import lr_factor
 from branchmerge.student.sharding import compile_layers
 from branchmerge.student.training import train
-from branchmerge.study import Study, file_sha256, locked, read_manifest
+from branchmerge.study import Study, locked, read_manifest
 from branchmerge.trajectories.sources import read_branch
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from branchmerge.config import PROJECT, SourceConfig
 from branchmerge.evaluation.graders import grade
-from branchmerge.study import file_sha256
+from branchmerge.files import file_sha256
 from branchmerge.trajectories import demo_teacher, sources
 from branchmerge.trajectories.demo_teacher import DOMAINS, ERROR_SHARE, Problem, problems
 from branchmerge.trajectories.schema import Message, Reference, Trajectory

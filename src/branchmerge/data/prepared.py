@@ -25,8 +25,8 @@ from branchmerge.data.template import Document
 from branchmerge.errors import UserError
 from branchmerge.evaluation.graders import GRADING
 from branchmerge.evaluation.math_worker import end_workers
+from branchmerge.files import file_sha256, whole_or_gone, write_text
 from branchmerge.student import backbone, ranks
-from branchmerge.study import file_sha256, whole_or_gone, write_text
 from branchmerge.trajectories.sources import read_branch
 from branchmerge.versions import package_versions
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from branchmerge.errors import UserError
 from branchmerge.evaluation.requests import Request, Response
-from branchmerge.study import writing
+from branchmerge.files import writing
 
 
 class SampleStore:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from branchmerge.study import write_json, write_text, writing
+from branchmerge.files import write_json, write_text, writing
 
 RECORDED_LATER = ("model_files",)
 """Keys that older scores lack; they are what they are."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchmerge.files import write_json
 from branchmerge.merge import density
 from branchmerge.merge.anatomy import Anatomy, said
 from branchmerge.merge.recipe import Recipe
-from branchmerge.study import write_json
 
 FILE = "anatomy.json"
 FIGURES = "figures"

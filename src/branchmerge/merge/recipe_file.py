@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 
 from branchmerge.errors import UserError
+from branchmerge.files import write_text
 from branchmerge.machine import device_of
 from branchmerge.merge.operators import make_operator, parameters_of
 from branchmerge.merge.recipe import Recipe
 from branchmerge.merge.rules import parse_rules
 from branchmerge.merge.tree import parse
-from branchmerge.study import Manifest, write_text
+from branchmerge.study import Manifest
 
 NAME = "recipe.yaml"
 HEAD = """# Makes this model again, {again}: python merge.py recipe={name} out=/a/new/folder

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from branchmerge import fingerprints
 from branchmerge.errors import UserError
+from branchmerge.files import write_rows
 from branchmerge.merge import anatomy, anatomy_report, card, compatibility, recipe_file, tokenizer_files
 from branchmerge.merge.anatomy import Anatomy, Counts
 from branchmerge.merge.arrays import Array, Weights, as_array, as_tensor, converted, is_floating, shares_memory
@@ -37,7 +38,7 @@ from branchmerge.merge.threads import keep_freed_memory, workers
 from branchmerge.merge.views import Source
 from branchmerge.merge.vocabulary import write_config
 from branchmerge.student.export import copy_tokenizer
-from branchmerge.study import MANIFEST, Manifest, fingerprint, is_done, locked, publish, read_manifest, write_rows
+from branchmerge.study import MANIFEST, Manifest, fingerprint, is_done, locked, publish, read_manifest
 
 TABLE = "tensors.json"
 SIDE_BY_SIDE = 1 << 25

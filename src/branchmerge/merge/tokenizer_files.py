@@ -6,10 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from branchmerge.files import file_sha256
 from branchmerge.merge.recipe import Recipe
 from branchmerge.student.backbone import read_config
 from branchmerge.student.export import TOKENIZER_FILES
-from branchmerge.study import file_sha256, fingerprint
+from branchmerge.study import fingerprint
 
 
 def fingerprint_of(recipe: Recipe) -> str:

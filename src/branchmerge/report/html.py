@@ -11,8 +11,9 @@ from branchmerge.config import EvaluateConfig
 from branchmerge.evaluation import backends, comparison
 from branchmerge.evaluation.comparison import Comparison
 from branchmerge.evaluation.store import Score
+from branchmerge.files import write_text, writing
 from branchmerge.report import figures, samples, tables
-from branchmerge.study import Study, write_text, writing
+from branchmerge.study import Study
 
 
 def write_report(config: EvaluateConfig, scores: Sequence[Score]) -> Path:

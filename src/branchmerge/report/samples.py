@@ -5,7 +5,7 @@ from pathlib import Path
 from jinja2 import Environment
 
 from branchmerge.evaluation.store import Score, samples_of
-from branchmerge.study import write_text
+from branchmerge.files import write_text
 
 
 def write_pages(environment: Environment, scores: list[Score], root: Path, folder: Path) -> dict[tuple[str, str], str]:

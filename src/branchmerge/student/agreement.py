@@ -4,8 +4,9 @@ import socket
 from pathlib import Path
 
 from branchmerge.errors import UserError
+from branchmerge.files import file_sha256
 from branchmerge.student import backbone, ranks
-from branchmerge.study import file_sha256, fingerprint
+from branchmerge.study import fingerprint
 
 
 def check_alike(start: Path, precision: str) -> None:

@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from branchmerge.config import CommonConfig
 from branchmerge.errors import UserError
+from branchmerge.files import file_sha256
 from branchmerge.student.export import TOKENIZER_FILES
-from branchmerge.study import (
-    MANIFEST,
-    Manifest,
-    Study,
-    file_sha256,
-    is_done,
-    locked,
-    publish,
-    read_manifest,
-)
+from branchmerge.study import MANIFEST, Manifest, Study, is_done, locked, publish, read_manifest
 
 if TYPE_CHECKING:  # imported where a model is loaded: merging only needs to find the folder
     import torch

@@ -31,8 +31,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
+from branchmerge.files import UNWRITABLE, file_sha256, sync, write_json
 from branchmerge.student import ranks
-from branchmerge.study import UNWRITABLE, Manifest, file_sha256, sync, write_json
+from branchmerge.study import Manifest
 
 DONE = "checkpoint.json"
 STEP = "step-{step:08d}"

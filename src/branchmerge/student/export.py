@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from branchmerge.errors import UserError
-from branchmerge.study import fingerprint, write_json
+from branchmerge.files import write_json
+from branchmerge.study import fingerprint
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from typing import Any
 
 from branchmerge.config import TrainConfig
 from branchmerge.errors import UserError
-from branchmerge.study import write_json
+from branchmerge.files import write_json
 
 KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits")
 SHARES = ("weights", "gradients", "optimizer")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from branchmerge.files import write_json
 from branchmerge.student.backbone import read_config
-from branchmerge.study import write_json
 
 
 def convert(file: Path, out: Path) -> None:

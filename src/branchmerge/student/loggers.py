@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from branchmerge.config import TrainConfig
 from branchmerge.errors import UserError
+from branchmerge.files import UNWRITABLE, write_text
 from branchmerge.student import ranks
 from branchmerge.student.samples import SAMPLES
-from branchmerge.study import UNWRITABLE, write_text
 
 METRICS = "metrics.csv"
 RUN_ID = "wandb-run.txt"

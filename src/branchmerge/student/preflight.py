@@ -5,8 +5,9 @@ from typing import Any
 from branchmerge.config import TrainConfig
 from branchmerge.config_checks import check_packages
 from branchmerge.data import held_out
+from branchmerge.files import writing
 from branchmerge.student import backbone, places
-from branchmerge.study import check_free, writing
+from branchmerge.study import check_free
 from branchmerge.trajectories.sources import read_branch
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from branchmerge import machine
 from branchmerge.errors import UserError
-from branchmerge.study import writing
+from branchmerge.files import writing
 
 if TYPE_CHECKING:  # takes ten seconds, which a process that only starts others need not wait
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -156,7 +156,7 @@ def by_first(work: Callable[[], T]) -> T:
 
 
 def _sendable(error: Exception) -> Exception:
-    """Of many kinds of errors only the words can travel; by the number all know a full disk (`study.writing`)."""
+    """Of many kinds of errors only the words can travel; by the number all know a full disk (`files.writing`)."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.errno is not None:

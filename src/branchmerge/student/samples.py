@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from branchmerge.data.batch import make_batch
 from branchmerge.data.row_names import naming
 from branchmerge.data.template import Document
+from branchmerge.files import UNWRITABLE, write_text
 from branchmerge.student import ranks
 from branchmerge.student.between_steps import BetweenSteps, is_due, untouched
 from branchmerge.student.ending import Ending
 from branchmerge.student.loss import packed_logits
 from branchmerge.student.module import Student
-from branchmerge.study import UNWRITABLE, write_text
 
 SAMPLES = "samples.jsonl"
 

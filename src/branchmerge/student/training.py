@@ -19,6 +19,7 @@ from branchmerge.data import held_out
 from branchmerge.data.datamodule import Corpus, TrajectoryData, data_account
 from branchmerge.data.prepared import prepared
 from branchmerge.errors import UserError
+from branchmerge.files import writing
 from branchmerge.student import agreement, attention, backbone, places, ranks, trials
 from branchmerge.student.bf16_products import products_in_float32
 from branchmerge.student.checkpoints import CheckpointFolder
@@ -43,7 +44,7 @@ from branchmerge.student.sharding import (
 )
 from branchmerge.student.step_rows import StepRows
 from branchmerge.student.watch import watchers
-from branchmerge.study import Manifest, Parent, is_done, locked, publish, read_manifest, writing
+from branchmerge.study import Manifest, Parent, is_done, locked, publish, read_manifest
 from branchmerge.trajectories.sources import check_files, unpinned
 
 

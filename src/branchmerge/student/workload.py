@@ -13,9 +13,9 @@ from pathlib import Path
 from branchmerge.config import TrainConfig
 from branchmerge.data import held_out
 from branchmerge.evaluation.graders import GRADING
+from branchmerge.files import write_json
 from branchmerge.student import backbone
 from branchmerge.student.flops import Shapes
-from branchmerge.study import write_json
 from branchmerge.trajectories import sources
 from branchmerge.versions import package_versions
 

@@ -12,7 +12,7 @@ from typing import Any
 from branchmerge.config import SourceConfig, TrainConfig, project_path
 from branchmerge.errors import UserError
 from branchmerge.evaluation.prompts import BOXED
-from branchmerge.study import file_sha256
+from branchmerge.files import file_sha256
 from branchmerge.trajectories.schema import CHOICES, Trajectory
 
 LOCAL_SPLITS = ("all", "train", "test")
