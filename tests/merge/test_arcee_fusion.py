@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchmerge.merge import selection_kernels as kernels
-from branchmerge.merge.operators import arcee_fusion
 from branchmerge.merge.operators.arcee_fusion import ArceeFusion
+from branchmerge.merge.operators.quartiles import sum_of_counts
 from branchmerge.merge.threads import workers
 
 
@@ -270,7 +270,7 @@ def test_more_equal_elements_than_32_bits_count(equal: int) -> None:
     for counts in parts:
         counts[kernels.ZERO] = 1 << 30
     parts[0][kernels.ZERO + 5] = 10
-    total = arcee_fusion._summed(parts)
+    total = sum_of_counts(parts)
     assert total.sum() == equal + 10
     located = kernels.locate(total, np.array([equal // 2, equal - 1, equal]))
     assert located.tolist() == [[kernels.ZERO, 0, equal], [kernels.ZERO, 0, equal], [kernels.ZERO + 5, equal, 10]]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from branchmerge.merge import merge
 from branchmerge.merge.operators import OPERATORS, Operator, make_operator
-from branchmerge.merge.operators.arcee_fusion import ArceeFusion, threshold
+from branchmerge.merge.operators.arcee_fusion import ArceeFusion
+from branchmerge.merge.operators.quartiles import threshold
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -6,7 +6,7 @@ As in the code of TinyR1-32B-Preview's authors (mergekit 0.1), but in exact arit
     T = median(S) + lam * (Q3(S) - Q1(S))       exact order statistics, no sampling
     out = Right where S >= T, else Left
 
-Where one KL covers the whole tensor (a vector, or kl=tensor) it decides nothing, and S is reckoned without it.
+Where one KL covers the whole tensor (a vector, or kl=tensor) it does not affect the mask, so S is computed without it.
 
 The KL of two fine-tunes of one backbone is about 1e-8; softmax and logarithm in float32 return mostly rounding noise
 there, so it is computed in a form without cancellation. On a CPU the loops of selection_kernels.py do the work,
@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -41,6 +40,13 @@ from branchmerge.merge.arrays import (
     row_length,
 )
 from branchmerge.merge.operators.base import Operator
+from branchmerge.merge.operators.quartiles import (
+    quartile_places,
+    quartiles,
+    quartiles_by_histogram,
+    sum_of_counts,
+    threshold,
+)
 from branchmerge.merge.scan import Change
 from branchmerge.merge.threads import workers
 
@@ -48,9 +54,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALL = 1 << 15
-"""Tensors of up to so many elements are sorted whole."""
+"""Tensors of up to this many elements are sorted whole."""
 KL_RANGE = (2.0**-150, 2.0**12)
-"""Largest KL of a tensor for which S fits into float32."""
+"""The largest KL of a tensor must lie in this range for S to fit into float32."""
 CHOICES = {
     "kl": ("row", "tensor"),
     "direction": ("right_left", "left_right"),
@@ -62,27 +68,27 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What a threshold for any lambda needs."""
+    """What the threshold needs, whatever lambda is."""
 
     kl: NDArray[np.float64]
     """[R]"""
     quartiles: tuple[float, float, float]
-    """Q1, median and Q3 of the scores: of S, or, where the KL is common, of S without it"""
+    """Q1, median and Q3 of S; where the KL is common, of S divided by it"""
     elements: int
     compiled: bool
-    """S is reckoned in float32 by selection_kernels.py, not in float64"""
+    """S is computed in float32 by selection_kernels.py, not in float64 by torch"""
     common: bool = False
     """One KL covers all elements"""
 
     @property
     def factors(self) -> NDArray[np.float64]:
-        """What the scores are reckoned with, [R]."""
+        """What |Left - Right| is multiplied by in the scores, [R]."""
         return _factors(self.kl, self.common)
 
     @property
     def quartiles_of_s(self) -> tuple[float, float, float]:
-        left_out = abs(float(self.kl[0])) if self.common else 1.0
-        q1, median, q3 = (value * left_out for value in self.quartiles)
+        divisor = abs(float(self.kl[0])) if self.common else 1.0
+        q1, median, q3 = (value * divisor for value in self.quartiles)
         return q1, median, q3
 
 
@@ -101,7 +107,7 @@ class ArceeFusion(Operator):
     gate: str = "ge"
     """ge: Right where S >= T, as in the code; gt: where S > T, as in the paper's Eq. 7."""
     precision: str = "exact"
-    """exact: 1e-5 of float64 or better; float64: the same all in float64, slow; float32, bfloat16: softmax and
+    """exact: within 1e-5 of float64 or better; float64: all arithmetic in float64, slow; float32, bfloat16: softmax and
     logarithm in that dtype with 1e-8 added, which shows what rounding does to the mask."""
 
     n_way: ClassVar[bool] = False
@@ -124,19 +130,20 @@ class ArceeFusion(Operator):
     def measure(self, models: Sequence[Weights], base: Weights | None = None) -> Measured:
         left, right = as_rows(models)
         if not len(left):
-            return Measured(np.empty(0), quartiles(np.empty(0)), 0, True)
+            return Measured(np.empty(0), quartiles(np.empty(0)), 0, compiled=True)
         found = self._measure_compiled(left, right) if self.precision == "exact" and _compiled_for(left) else None
         return self._measure_torch(as_tensor(left), as_tensor(right)) if found is None else found
 
     def _measure_compiled(self, left: Weights, right: Weights) -> Measured | None:
-        """By selection_kernels.py; None where the KL is so large or small that S could leave the range of float32."""
+        """Measure with selection_kernels.py; None if the KL is so large or small that S could leave the range of
+        float32."""
         x, y = _stored(right), _stored(left)
         kl, common = np.empty(len(x)), self._common(left)
         swapped, signed = self.direction == "left_right", self.delta == "signed"
         if common:
             kernels.measure(x.reshape(1, -1), y.reshape(1, -1), swapped, False, signed, kl[:1], np.zeros(0, np.int32))
             kl[:] = kl[:1]
-        factors = _factors(kl, common)  # without a common KL this is kl, which the rows' are written into
+        factors = _factors(kl, common)  # unless the KL is common this is kl itself, which the kernel fills
 
         def count(part: slice) -> Any:
             counts = np.zeros(kernels.KEYS if x.size > SMALL else 0, np.int32)
@@ -146,10 +153,6 @@ class ArceeFusion(Operator):
         counts = workers.share(count, *x.shape)
         if not (KL_RANGE[0] < kl.max(initial=0.0) < KL_RANGE[1] or not kl.any()):
             return None
-        if x.size <= SMALL:
-            S = np.empty(x.shape, np.float32)
-            kernels.scores(x, y, factors, signed, S)
-            return self._found(kl, quartiles(S), x.size, common)
 
         def gather(keys: Any, room: int) -> Any:
             def found(part: slice) -> Any:
@@ -158,16 +161,17 @@ class ArceeFusion(Operator):
 
             return np.concatenate(workers.share(found, *x.shape))
 
-        by_histogram = _quartiles_by_histogram(_summed(counts), x.size, gather)
-        return self._found(kl, by_histogram, x.size, common)
-
-    def _found(
-        self, kl: NDArray[np.float64], scaled: tuple[float, float, float], elements: int, common: bool
-    ) -> Measured:
+        if x.size <= SMALL:
+            S = np.empty(x.shape, np.float32)
+            kernels.scores(x, y, factors, signed, S)
+            scaled = quartiles(S)
+        else:
+            scaled = quartiles_by_histogram(sum_of_counts(counts), x.size, gather)
         q1, median, q3 = (value / kernels.SCALE for value in scaled)
-        return Measured(kl, (q1, median, q3), elements, True, common)
+        return Measured(kl, (q1, median, q3), x.size, compiled=True, common=common)
 
     def _common(self, left: Weights) -> bool:
+        """Whether one KL covers the whole tensor."""
         return self.kl == "tensor" or len(left) == 1
 
     def _measure_torch(self, left: Tensor, right: Tensor) -> Measured:
@@ -186,14 +190,14 @@ class ArceeFusion(Operator):
         def scores() -> Iterator[Tensor]:
             return (self._scores(factors[rows], left[rows], right[rows]) for rows in row_blocks(left))
 
-        places = _places(left.numel())
+        places = quartile_places(left.numel())
         if on_cpu(left):
             q1, median, q3 = quartiles(as_array(torch.cat(list(scores()))))
         elif left.numel() <= DEVICE_BLOCK:
             q1, median, q3 = torch.cat(list(scores())).flatten().sort().values[places].tolist()
         else:
             q1, median, q3 = select(scores, places)
-        return Measured(as_array(kl), (q1, median, q3), left.numel(), False, common)
+        return Measured(as_array(kl), (q1, median, q3), left.numel(), compiled=False, common=common)
 
     def _scores(self, factors: Tensor, left: Tensor, right: Tensor) -> Tensor:
         d = left.double() - right.double()
@@ -211,7 +215,7 @@ class ArceeFusion(Operator):
     def fuse(
         self, measured: Measured, models: Sequence[Weights], spare: Array | None = None
     ) -> tuple[Weights, int, Change | None]:
-        """The merged tensor, in how many coordinates Right was taken, and how far from Left that is, where known."""
+        """The merged tensor, the number of coordinates taken from Right, and the change from Left where it is known."""
         if not measured.elements:
             return models[0], 0, None
         T = threshold(measured.quartiles, self.lam)
@@ -270,17 +274,17 @@ class ArceeFusion(Operator):
 def _factors(kl: NDArray[np.float64], common: bool) -> NDArray[np.float64]:
     """What |Left - Right| is multiplied by in the scores: the KL, or its sign where it is common to all elements.
 
-    Differences of bfloat16 models take few values, thousands of elements each. Where T is one of them, rounding of the
-    common KL times it would decide over all these elements.
+    Differences of bfloat16 models take few distinct values, each shared by thousands of elements. Where T is one of
+    these values, rounding in its product with a common KL would decide about all these elements.
     """
     return np.sign(kl) if common else kl
 
 
 def _rounded(value: float, down: bool) -> np.float32:
-    """The float32 next to a value, above or below, so that float32 numbers compare with it as with the value."""
+    """The nearest float32 on one side of a value, so that float32 numbers compare with it as with the value itself."""
     with np.errstate(over="ignore"):
         nearest = np.float32(value)
-    if down and float(nearest) > value:  # numpy would round the value for the comparison
+    if down and float(nearest) > value:  # float(): numpy would round `value` to float32 for the comparison
         return np.nextafter(nearest, np.float32(-np.inf))
     if not down and float(nearest) < value:
         return np.nextafter(nearest, np.float32(np.inf))
@@ -288,7 +292,7 @@ def _rounded(value: float, down: bool) -> np.float32:
 
 
 def as_rows(models: Sequence[Any]) -> tuple[Any, Any]:
-    """Left and Right as [R, C], of the kind they are."""
+    """Left and Right as [R, C], still arrays or tensors."""
     left, right = (model.reshape(-1, row_length(model)) for model in models)
     return left, right
 
@@ -298,60 +302,14 @@ def _compiled_for(weights: Weights) -> bool:
 
 
 def _stored(weights: Weights) -> Array:
-    """What the kernels take: float16 as float32, which holds all its values, others as they are."""
+    """The array that the kernels take: float16 as float32, which represents all its values; others as stored."""
     array = np.ascontiguousarray(as_array(weights))
     return array.astype(FLOAT32) if array.dtype == FLOAT16 else bits(array)
 
 
 def _room_for(right: Array, dtype: np.dtype[Any], spare: Array | None) -> Array:
-    """What the merged values of a dtype are written to, as the kernels have them."""
+    """An array for the merged values, in the form that the kernels take."""
     if dtype == FLOAT16:
-        return right  # a copy of Right, which nothing reads later
+        return right  # `_stored` made this copy of Right, and nothing reads it later
     # numpy's large arrays are made of large pages, which cost a tenth of torch's.
     return np.empty_like(right) if spare is None else _stored(spare)
-
-
-def quartiles(S: Array) -> tuple[float, float, float]:
-    """Q1, median and Q3; the quantile q of n values is element floor(q (n - 1)) of them sorted."""
-    if not S.size:
-        return math.inf, math.inf, math.inf
-    places = _places(S.size)
-    q1, median, q3 = np.partition(S, places, axis=None)[places].tolist()
-    return q1, median, q3
-
-
-def _places(n: int) -> list[int]:
-    return [math.floor(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
-
-
-def _summed(counts: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
-    """The parts' counts together: what 32 bits hold of each may be more than they hold of all."""
-    return np.sum(counts, axis=0, dtype=np.int64)
-
-
-def _quartiles_by_histogram(counts: Any, n: int, gather: Any) -> tuple[float, float, float]:
-    """The same exactly, from counts by leading bits [KEYS]: only values with a quartile's key are looked at."""
-    places = _places(n)
-    located = kernels.locate(counts, np.array(places)).tolist()
-    # Elements that are equal in both models have S = 0; they may be most of the tensor and need no sorting.
-    size_of = {key: size for key, _, size in located if key != kernels.ZERO}
-    if not size_of:
-        return 0.0, 0.0, 0.0
-    values = gather(np.resize(list(size_of), 3).astype(np.uint32), sum(size_of.values()))
-    start_of = dict(zip(size_of, accumulate(size_of.values(), initial=0), strict=False))
-    # None for the places of zeros; the others' in the gathered values
-    among = [
-        start_of[key] + place - first if key in size_of else None
-        for place, (key, first, _) in zip(places, located, strict=True)
-    ]
-    values.partition([place for place in among if place is not None])
-    q1, median, q3 = (0.0 if place is None else float(values[place]) for place in among)
-    return q1, median, q3
-
-
-def threshold(quartiles: tuple[float, float, float], lam: float) -> float:
-    """T = median + lam * (Q3 - Q1)."""
-    if math.isinf(lam):
-        return lam
-    q1, median, q3 = quartiles
-    return median + lam * (q3 - q1)

@@ -1,8 +1,8 @@
-"""What every merge operator is: a frozen dataclass of parameters, called with the same tensor of each model.
+"""The interface of a merge operator: a frozen dataclass of parameters, called with the same tensor of each model.
 
-An operator works in two steps. `measure` looks at whole tensors once (a norm, a quantile, a divergence); `apply` makes
-the merged tensor from what was measured. An operator that needs no look at the whole leaves `measure` as it is. Models
-that are merged with several values of a parameter named in `late` are measured once for all of them.
+An operator works in two steps. `measure` reads the whole tensors once (for a norm, a quantile, a divergence); `apply`
+makes the merged tensor from these measurements. An operator that needs none keeps the default `measure`. A sweep over a
+parameter named in `late` measures once for all its values.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Operator(ABC):
     n_way: ClassVar[bool] = True
     """Takes any number of models; else exactly two, Left and Right."""
     selects: ClassVar[bool] = False
-    """Takes every value over from one of the models, so that a density says how much it took from each."""
+    """Every value of the result is that of one of the models, so the share taken from each is well defined."""
     takes_arrays: ClassVar[bool] = False
-    """Merges numpy arrays into one, too, without torch; what it is given then are the arrays of arrays.py."""
+    """Also merges numpy arrays (those of arrays.py), without importing torch."""
     proves_finite: ClassVar[bool] = False
-    """Measures models with NaN or infinity without an error, and `shows_finite` tells."""
+    """`measure` accepts NaN and infinity, and `shows_finite` tells from its result whether there were any."""
     late: ClassVar[frozenset[str]] = frozenset()
-    """Parameters that `measure` does not look at."""
+    """Parameters that `measure` does not depend on."""
 
     def needs_base(self) -> bool:
         """Whether it needs the backbone that the models were fine-tuned from; a parameter may decide that."""
@@ -43,7 +43,7 @@ class Operator(ABC):
         return True
 
     def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> Any:
-        """What `apply` must know of the whole tensors."""
+        """What `apply` needs to know about the whole tensors."""
         return None
 
     @abstractmethod
@@ -53,19 +53,19 @@ class Operator(ABC):
     def apply_and_compare(
         self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None, spare: Array | None = None
     ) -> tuple[Tensor, Change | None]:
-        """The merged tensor, and how far it is from the first model where that is known without another look.
+        """The merged tensor, and its change from the first model where that is known without reading both again.
 
         Args:
-            spare: an array like the models, perhaps one of them, that the result may be written to
+            spare: an array of the models' shape and dtype, perhaps one of them, that may be overwritten with the result
         """
         return self.apply(measured, models, base), None
 
     def shows_finite(self, measured: Any) -> bool:
-        """Whether the measured values prove that no model holds NaN or infinity; spares another look at the models."""
+        """Whether the measurements prove that no model holds NaN or infinity; saves reading the models again."""
         return False
 
     def facts(self, measured: Any) -> dict[str, float]:
-        """Of what was measured, what belongs into the table of the merged model."""
+        """Measurements that are reported in the merged model's tensors.json."""
         return {}
 
     def __call__(self, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
@@ -76,8 +76,8 @@ class Operator(ABC):
             base: the backbone's
 
         Returns:
-            The merged tensor, float64 where a model is, else float32; in the models' own dtype where every value is
-            taken over from one of them.
+            The merged tensor: float64 if a model is, else float32; in the models' own dtype where the operator
+            `selects`.
 
         Raises:
             ValueError: the parameters do not fit the number of models, or the backbone is not given
