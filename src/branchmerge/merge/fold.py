@@ -1,4 +1,4 @@
-"""One tensor of every model -> the merged tensor; what lies between the nodes of the tree stays in memory."""
+"""One tensor of every model -> the merged tensor; the results of inner nodes of the tree stay in memory."""
 
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
@@ -13,24 +13,24 @@ from branchmerge.merge.scan import Change, changes
 from branchmerge.merge.tree import Tree
 
 Facts = dict[str, dict[str, float]]
-"""By node: what was measured there."""
+"""What was measured at each node, by its name."""
 
 
 @dataclass
 class TensorFold:
-    """The models' tensors of one name, and what was measured on them so far: recipes of a sweep share it."""
+    """The models' tensors of one name, and the measurements made on them so far, which recipes of a sweep share."""
 
     name: str
     read: Callable[[str], Weights]
-    """A leaf's tensor as it is stored: of all leaves an array, or of all a tensor."""
+    """Reads a leaf's tensor as it is stored; for all leaves an array, or for all a torch tensor."""
     base: Weights | None = None
     check: Callable[[str, Weights], None] | None = None
-    """Called with every leaf's tensor whose values are not known to be finite; raises where they are not."""
+    """Called with a leaf and its tensor unless the measurement proves it finite; raises on NaN or infinity."""
     _leaves: dict[str, Weights] = field(default_factory=dict)
     _measured: dict[Hashable, Any] = field(default_factory=dict)
 
     def merge(self, tree: Tree, operator: Operator, facts: Facts | None = None) -> Weights:
-        """Fold a tree; see `Operator.__call__` for the dtype of what comes out."""
+        """Fold a tree; `Operator.__call__` describes the dtype of the result."""
         for leaf in tree.leaves:
             if leaf not in self._leaves:
                 self._leaves[leaf] = self.read(leaf)
@@ -63,7 +63,7 @@ class TensorFold:
         return measured
 
     def _spare(self, tree: Tree, models: list[Weights]) -> Array | None:
-        """An inner node's result, which nothing reads any more after this node."""
+        """The result of an inner node, which nothing reads after this node, so it may be overwritten."""
         for child, model in zip(tree.children, models, strict=True):
             if not child.leaf and isinstance(model, np.ndarray) and not shares_memory(model, self._leaves.values()):
                 return model
@@ -75,15 +75,15 @@ class TensorFold:
                 self.check(leaf, self._leaves[leaf])
 
     def _key(self, tree: Tree, operator: Operator) -> Hashable:
-        """What a node's measurement depends on: what its children are, and all parameters that `measure` looks at."""
-        looked_at = {k: v for k, v in parameters_of(operator).items() if k not in operator.late}
+        """What a node's measurement depends on: its children, and all parameters that `measure` uses."""
+        used = {k: v for k, v in parameters_of(operator).items() if k not in operator.late}
         inner = [child.name() for child in tree.children if not child.leaf]
         children = [str(tree.nested()), str(parameters_of(operator)) if inner else ""]
-        return (type(operator).__name__, str(looked_at), *children)
+        return (type(operator).__name__, str(used), *children)
 
 
 def _seen_by(operator: Operator, models: list[Weights], base: Weights | None) -> tuple[list[Any], Any]:
-    """The same as tensors, where an operator takes no arrays."""
+    """Models and base in the form that the operator takes: as torch tensors, unless it takes arrays."""
     if operator.takes_arrays:
         return models, base
     return [as_tensor(model) for model in models], None if base is None else as_tensor(base)
@@ -92,13 +92,13 @@ def _seen_by(operator: Operator, models: list[Weights], base: Weights | None) ->
 def _apply(
     operator: Operator, measured: Any, models: list[Weights], base: Weights | None, spare: Array | None
 ) -> tuple[Weights, Change | None]:
-    """The merged tensor, an array where the models are arrays; what the operator knows of its distance from Left."""
+    """The merged tensor, an array if the models are arrays; and its change from Left, where the operator knows it."""
     merged, change = operator.apply_and_compare(measured, *_seen_by(operator, models, base), spare)
     return as_array(merged) if isinstance(models[0], np.ndarray) else merged, change
 
 
 def _seeded(operator: Operator, tensor: str, node: str) -> Operator:
-    """An operator that draws gets a seed of its own for every tensor and node, whatever the order they come in."""
+    """Give an operator that draws a seed of its own for every tensor and node, independent of their order."""
     seed = parameters_of(operator).get("seed")
     if seed is None:
         return operator
