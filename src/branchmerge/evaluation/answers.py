@@ -1,4 +1,4 @@
-"""What a text gives for its answer: an integer, or the letter of a choice. None is better than a guess.
+"""Extract the answer from a text: an integer, or the letter of a choice. No answer is better than a guess.
 
 The text is what follows a model's reasoning. The last \\boxed{...} decides; where there is none, the last sentence that
 says "the answer is ..." and gives one, or else "the option is ...".
@@ -16,23 +16,23 @@ SWITCH = re.compile(
     r"\\(?:displaystyle|textstyle|rm|bf|it|sf|tt|small|normalsize|large|Large|LARGE|huge|Huge|left|right|q?quad)(?![A-Za-z])"
     r"|\\[,;:!()\[\] ]|[$~]"
 )
-"""Commands about the looks: fonts, sizes, spaces, the beginning and end of mathematics"""
+"""LaTeX commands that only affect the layout: fonts, sizes, spaces, delimiters of mathematics"""
 THOUSANDS = re.compile(r"(?<=\d)(?:,(?:\\!)?|\\,|\\!|\{,\})(?=\d{3}\b)")
 DEGREES = re.compile(r"(?:\^\s*\{?\s*(?:\\circ|\\degree|°)\s*\}?|\\degree(?:\{\})?|\\textdegree|°)$")
 UNIT = re.compile(rf"(?<=[\d)}}\s]){UPRIGHT}\{{\s*([A-Za-z][A-Za-z ./]*[A-Za-z])\s*(?:\.\s*)?\}}(?:\^\{{?[23]\}}?)?$")
-"""Upright words behind a number; a single letter may be a variable."""
+"""Upright words after a number, such as a unit; a single letter may be a variable."""
 ANOTHER = re.compile(
     r"\b(?:and|or|not|is|if|mod|modulo|base|plus|minus|times|over|percent|hal(?:f|ves)|thirds?|quarters?|factorial|"
     r"(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million)ths?|(?:dozen|hundred|thousand|million|billion)s?"
     r"|squared|cubed)\b",
     re.IGNORECASE,
 )
-"""Words behind a number that make another one of it, or leave it open"""
+"""Words after a number that change its value, or leave it open"""
 STATED = re.compile(r"\b(answer|choice|option)\b[^.\n]{0,40}?(?:\bis\b|:|=)[\s*_]*", re.IGNORECASE)
 """The beginning of a statement, up to what is stated"""
 END = re.compile(r"\n|[.!?](?:\s|$)")
 LONGEST = 300
-"""Characters of a statement that are looked at, so that many in one endless sentence take no time"""
+"""Longest statement that is read, in characters, so that an endless sentence takes no time"""
 INTEGER = re.compile(r"[+-]?\d+(?:\.0*)?")
 BRACKETS = re.compile(r"\(([^()]*)\)|\{([^{}]*)\}")
 NAMED = r"(?:(?i:option|choice|answer)\s+)?"
@@ -41,7 +41,7 @@ SEVERAL = re.compile(
     rf"{NAMED}\(?[A-J]\)?\s*(?:(?:,?\s*(?:and|or)\b|[/&])\s*{NAMED}\(?[A-J]\b"
     r"|[,;–—-]\s*\(?[A-J]\)?\s*(?:$|[,.;:/&)–—-]|and\b|or\b))"
 )
-"""More than one letter: no choice was made, which is not mended by what was said before"""
+"""More than one letter: no choice was made, and earlier statements are not searched for one"""
 
 
 def integer(text: str) -> int | None:
@@ -70,7 +70,7 @@ def last_box(text: str) -> str | None:
 
 
 def _given(text: str) -> Iterator[str]:
-    """What may be the answer, the likeliest first: what the last box states or is; without a box, what is stated."""
+    """Candidate answers, the likeliest first: from the last box or, without a box, from the statements."""
     if not BOX.search(text):
         yield from _stated(text)
         return
@@ -81,7 +81,7 @@ def _given(text: str) -> Iterator[str]:
 
 
 def _stated(text: str) -> Iterator[str]:
-    """What is stated, each to the end of its sentence: the last first, but an answer before any option.
+    """Statements, each to the end of its sentence: the last first, but an answer before any option.
 
     Explanations are full of options.
     """
@@ -105,7 +105,7 @@ def _integer(given: str) -> int | None:
 
 
 def _letter(given: str) -> str | None:
-    """The letter; none (empty) where there are several, None where there is none to be found."""
+    """The letter; empty if there are several, None if there is none."""
     text = _bare(_plain(SWITCH.sub(" ", given)))
     if SEVERAL.match(text):
         return ""
@@ -121,7 +121,7 @@ def _plain(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Without the brackets around all of it."""
+    """Without brackets that enclose all of it."""
     text = text.strip()
     while found := BRACKETS.fullmatch(text):
         text = (found[1] or found[2] or "").strip()

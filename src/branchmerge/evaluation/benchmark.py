@@ -25,15 +25,15 @@ TASKS = Path(__file__).with_name("tasks")
 OWN = sorted(path.stem for path in TASKS.glob("*.yaml"))
 """The tasks and groups that branchmerge brings"""
 FEWSHOT_SEED = 1234
-"""lm-eval's own default; without one its examples, and with them every prompt and key, are others each time"""
+"""lm-eval's default seed; without one, few-shot examples, and so prompts and keys, would differ from run to run"""
 
 
 @dataclass
 class Benchmark:
-    """A task with the number of samples and the prompts of this evaluation."""
+    """A task, with this evaluation's number of samples and prompts."""
 
     task: Any
-    """lm-eval's"""
+    """The task as lm-eval loaded it"""
     samples: int
     sampling: Sampling
     system: str | None
@@ -51,7 +51,7 @@ class Benchmark:
 
     @cached_property
     def docs(self) -> dict[str, Mapping[str, Any]]:
-        """The questions by id; raises UserError where two have one id."""
+        """The questions by id; raises UserError if two share one."""
         docs = list(self.task.eval_docs)[: self.limit]
         named = {str(doc.get("id", number)): doc for number, doc in enumerate(docs)}
         if len(named) != len(docs):
@@ -60,13 +60,13 @@ class Benchmark:
 
     @cached_property
     def grader(self) -> str:
-        """That our own tasks' questions name, all the same; empty for lm-eval's tasks."""
+        """The grader that all questions of our own tasks name; empty for lm-eval's tasks."""
         first = next(iter(self.docs.values()))
         return str(first["reference"]["grader"]) if _is_ours(first) else ""
 
     @cached_property
     def prompts(self) -> dict[str, Messages]:
-        """Of each question, by its id."""
+        """The prompt of each question, by its id."""
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         return {question: self._messages(doc) for question, doc in self.docs.items()}
 
@@ -75,7 +75,7 @@ class Benchmark:
         return requests_for(self.name, list(self.prompts.items()), self.samples, self.sampling, seed)
 
     def _messages(self, doc: Mapping[str, Any]) -> Messages:
-        """As lm-eval would hand them to a chat template, few-shot examples included."""
+        """The messages that lm-eval would pass to a chat template, including few-shot examples."""
         told = self.task.fewshot_context(
             doc, num_fewshot=self.task.config.num_fewshot or 0, system_instruction=self.system,
             apply_chat_template=True, fewshot_as_multiturn=True, chat_template=lambda turns, **_: json.dumps(turns),
@@ -87,17 +87,17 @@ class Benchmark:
         doc = self.docs[request.question]
         if _is_ours(doc):
             return Graded(request, response, grade(response.text, Reference.parse(doc["reference"])))
-        # lm-eval's own tasks do not know of reasoning: they get what follows it.
+        # lm-eval's own tasks do not expect reasoning, so they get only what follows it.
         answer = final_part(response.text)
         if answer is None:
             return Graded(request, response, Verdict(False, NO_ANSWER, truncated=True))
         return Graded(request, response, self._grade_by_lm_eval(dict(doc), answer))
 
     def _grade_by_lm_eval(self, doc: dict[str, Any], answer: str) -> Verdict:
-        """By the task's first filter and its first metric, which must be right or wrong.
+        """Grade by the task's first filter and first metric, which must be 0 or 1.
 
         Raises:
-            UserError: the metric is something between
+            UserError: the metric is another number
         """
         instance = Instance("generate_until", doc, (), 0)
         instance.resps = [answer]
@@ -113,7 +113,7 @@ class Benchmark:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What of a task decides a score."""
+        """The properties of a task that decide a score."""
         digest = hashlib.sha256()
         for question, doc in self.docs.items():  # one by one: the tests of programs are large
             prompt = [turn.as_dict() for turn in self.prompts[question]]
@@ -125,14 +125,14 @@ class Benchmark:
         }
 
     def sandbox_level(self) -> str | None:
-        """How this task's programs are confined; None where it runs none."""
+        """How this task's programs are confined; None if it runs none."""
         if self.grader not in RUNS_CODE:
             return None
         return shared().level
 
 
 _LM_EVAL = threading.Lock()
-"""Its filters and metrics were not made for threads."""
+"""lm-eval's filters and metrics are not thread-safe."""
 
 
 def _is_ours(doc: Mapping[str, Any]) -> bool:
@@ -173,7 +173,7 @@ def _load_tasks(config: EvaluateConfig) -> dict[str, Any]:
             f"benchmark.tasks: {', '.join(config.benchmark.tasks)} needs the Python package {error.name}, which is not"
             f" installed; pip install {error.name}"
         ) from error
-    except (ConnectionError, FileNotFoundError) as error:  # a data set that is nowhere is a FileNotFoundError
+    except (ConnectionError, FileNotFoundError) as error:  # an unknown data set is a FileNotFoundError
         raise UserError(
             f"benchmark.tasks: the questions of {', '.join(config.benchmark.tasks)} cannot be loaded ({error}); reach"
             " the hub, or have them in its cache"
@@ -181,7 +181,7 @@ def _load_tasks(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def task_manager(config: EvaluateConfig, include_defaults: bool) -> Any:
-    """lm-eval's catalogue of tasks; with its own ones it takes seconds to read."""
+    """lm-eval's catalogue of tasks; including its own ones takes seconds."""
     from lm_eval.tasks import TaskManager
 
     # lm-eval logs its metadata mechanism as a warning for every task that uses it.

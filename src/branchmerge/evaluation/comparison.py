@@ -8,12 +8,12 @@ from branchmerge.evaluation.paired import Difference, compare, detectable, holm,
 from branchmerge.evaluation.store import Score, samples_of
 
 SAME = ("task_version", "docs_sha256", "sampling", "seed")
-"""What two scores must have in common; docs_sha256 is of prompts, questions and references"""
+"""Keys of two scores that must be equal; docs_sha256 covers prompts, questions and references"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Model less `against`, on one task."""
+    """Model minus `against`, on one task."""
 
     model: str
     against: str
@@ -22,11 +22,11 @@ class Comparison:
     p_holm: float
     """p, adjusted for the tasks that the two models are compared on"""
     detectable: float | None
-    """Smallest true difference that is found with a power of 80% at these numbers of questions and samples; None for
-    one sample a question, which does not tell"""
+    """Smallest true difference that is detected with a power of 80% at these numbers of questions and samples; None for
+    one sample a question, which does not show it"""
     samples_needed: int | None
-    """Samples of each model on each question that make `power`'s difference detectable; None where no number does, or
-    it was not asked for"""
+    """Samples of each model per question that make the difference `power=` detectable; None if no number does, or if it
+    was not asked for"""
 
 
 def comparisons(
@@ -36,11 +36,11 @@ def comparisons(
 
     Args:
         scores: of several models, and of `against` too
-        root: the folder of the scores, a folder a model
-        power: a difference, to be told how many samples it takes
+        root: the folder of the scores, with one folder per model
+        power: a difference; reports how many samples it takes to detect it
 
     Returns:
-        The comparisons, and why others could not be made.
+        The comparisons, and the reasons why others could not be made.
     """
     known = {(score.model, score.task): score for score in scores}
     found: list[Comparison] = []
@@ -78,7 +78,7 @@ def _compare(a: Score, b: Score, root: Path, power: float | None) -> tuple[Diffe
 
 
 def samples(folder: Path, score: Score) -> dict[str, list[float]]:
-    """The accuracy of each stored sample, by question; raises ValueError where they are not there."""
+    """The accuracy of each stored sample, by question; raises ValueError if they are not stored."""
     rows = samples_of(folder, score)
     if rows is None:
         raise ValueError(f"not comparable, the samples of {score.model} are not stored")

@@ -1,4 +1,4 @@
-"""A conversation as token ids, with a checkpoint's own tokenizer and chat template: those of training."""
+"""A conversation as token ids, by a checkpoint's own tokenizer and chat template, as in training."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ class Encoder:
         check_tokenizer(self.tokenizer, folder)
 
     def ids(self, messages: Messages) -> list[int]:
-        """The prompt; nothing is put in front of what the template renders."""
+        """Token ids of the prompt, exactly as the template renders it."""
         return list(self.tokenizer(self._prompt(messages), add_special_tokens=False)["input_ids"])
 
     def opening(self, messages: Messages) -> str:
-        """What the template opened for the response: a <think>, or nothing. A response is stored with it: without it
-        one that was cut off while it still reasoned would look like one without reasoning."""
+        """What the template opened for the response: a <think>, or nothing. It is stored in front of the response, as
+        one that was cut off while it still reasoned would otherwise look like one without reasoning."""
         return opening(self._prompt(messages))
 
     def _prompt(self, messages: Messages) -> str:

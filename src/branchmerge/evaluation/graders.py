@@ -18,11 +18,11 @@ from branchmerge.evaluation.sandbox import PASSED, run_tests
 from branchmerge.trajectories.schema import CHOICES, Reference
 
 GRADING = 2
-"""Raised with each change of verdicts: stored scores are then made again, from the responses that are there."""
+"""Version of the graders, raised whenever verdicts change: stored responses are then graded again."""
 NO_ANSWER = "no_answer"
 WRONG_ANSWER = "wrong_answer"
 GRADER_TIMEOUT = "grader_timeout"
-"""math-verify found no end: counted as wrong."""
+"""math-verify did not finish in time: counted as wrong."""
 MATH_VERIFY = "math_verify"
 SECONDARY = {"integer": (MATH_VERIFY,)}
 """Second opinions that a grader reports beside its verdict."""
@@ -37,7 +37,7 @@ class Verdict:
     correct: bool
     reason: str = ""
     answer: str = ""
-    """What was taken for the answer."""
+    """The text that was graded as the answer."""
     truncated: bool = False
     """Reasoning was opened and never closed; the reason is no_answer then."""
     secondary: dict[str, float] = field(default_factory=dict)
@@ -45,14 +45,15 @@ class Verdict:
 
     @property
     def vote(self) -> str | bool | None:
-        """Its vote in maj@k: right answers are equal, wrong ones if spelt alike; None if none, see `votes`."""
+        """Its vote in maj@k: all right answers are one vote, wrong ones are told apart by spelling; None for no
+        answer."""
         if self.reason == NO_ANSWER:
             return None
         return True if self.correct else "".join(self.answer.split())
 
 
 def votes(verdicts: Sequence[Verdict], grader: str) -> list[str | bool | None]:
-    """What each sample of a question counts for in maj@k; mathematics that is equal has one vote, right or wrong."""
+    """The vote of each sample of a question in maj@k; mathematically equal answers vote alike, right or wrong."""
     found = [verdict.vote for verdict in verdicts]
     if grader != "math":
         return found
@@ -60,7 +61,7 @@ def votes(verdicts: Sequence[Verdict], grader: str) -> list[str | bool | None]:
     for verdict, vote in zip(verdicts, found, strict=True):
         if vote in spelt:
             continue
-        # What has kept math-verify busy to its deadline is not asked about again.
+        # An answer that kept math-verify busy until its deadline is not compared again.
         known = [] if verdict.reason != WRONG_ANSWER else [one for one in spelt.values() if isinstance(one, str)]
         spelt[vote] = next((one for one in dict.fromkeys(known) if math_equal(one, verdict.answer)), vote)
     return [spelt[vote] for vote in found]
@@ -135,7 +136,7 @@ def grade_code(answer: str, reference: Reference) -> Verdict:
 def grade_livecodebench(answer: str, reference: Reference) -> Verdict:
     """The last fenced program, run against all tests of its problem, public and private; see `grade_program`.
 
-    The official mode takes for the program what LiveCodeBench does.
+    The official mode extracts the program as LiveCodeBench does.
     """
     mode = OFFICIAL if reference.grader == "livecodebench_official" else STRICT
     program = official_program(answer) if mode == OFFICIAL else last_program(answer)
@@ -152,5 +153,5 @@ _UNPACKING = threading.Lock()
 
 @lru_cache(maxsize=1)
 def _unpacked(public: str, private: str) -> Sequence[Case]:
-    """Tests of the problem at hand, which all of its samples share; hundreds of megabytes at worst, so of no other."""
+    """Unpacked tests of one problem, cached for its samples; of the last problem only, as they may take 100s of MB."""
     return cases(public, private)

@@ -16,13 +16,13 @@ class Model:
 
     name: str
     folder: Path | None
-    """None for a model that is only known to its servers"""
+    """None for a model that only its servers have"""
     weights: Parent
 
     @cached_property
     def files(self) -> str:
-        """Fingerprint of what else decides its responses: config, tokenizer, chat template, end tokens; empty where
-        only the servers have them."""
+        """Fingerprint of the other files that decide its responses: config, tokenizer, chat template, end tokens; empty
+        if only the servers have them."""
         return "" if self.folder is None else fingerprint(backbone.identity(self.folder))
 
 
@@ -40,11 +40,11 @@ def find(config: EvaluateConfig) -> list[Model]:
                     flush=True,
                 )
     found = {model.name: model for model in (_find(config, study, name) for name in asked)}
-    return list(found.values())  # one that was named twice is one
+    return list(found.values())  # a model that was named twice is scored once
 
 
 def _served(config: EvaluateConfig, study: Study) -> Model:
-    """What the servers have; where `models=` names the checkpoint that they serve, it is that one."""
+    """The model on the servers; the checkpoint that `models=` names, where it says which one they serve."""
     backend = config.backend
     if not backend.base_urls or not backend.model:
         raise UserError("backend=openai: give backend.base_urls=[http://host:port/v1] and backend.model=its-name-there")

@@ -1,7 +1,7 @@
 """Two models on the same questions: is one better, by how much, and how large a difference could have been seen.
 
-With d_q the difference of the two models' means on question q, everything is about the Q numbers d_q: what makes a
-question hard for both drops out. A difference's variance is
+All statistics are of the Q numbers d_q, the differences of the two models' means on question q: what makes a question
+hard for both cancels. The variance of their mean is
 
     Var = (omega^2 + sigma_a^2 / k + sigma_b^2 / k) / Q
 
@@ -22,21 +22,21 @@ from branchmerge.evaluation.stats import Samples, question_means
 
 RESAMPLES = 20_000
 EXACT = 16
-"""Up to so many questions that differ, all flips of signs are counted."""
+"""Up to this many questions that differ, the sign-flip test enumerates all flips."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Model a less model b."""
+    """Model a minus model b."""
 
     mean: float
     stderr: float
-    """Over the questions, paired"""
+    """Standard error over the questions, paired"""
     low: float
     high: float
     """Interval by the bootstrap over questions"""
     p: float
-    """Of the sign-flip test, two-sided"""
+    """p-value of the two-sided sign-flip test"""
     questions: int
 
 
@@ -45,7 +45,7 @@ def compare(a: Samples, b: Samples, confidence: float = 0.95, seed: int = 42) ->
 
     The interval is the percentile bootstrap of whole questions. The p-value is the share of all ways to swap the two
     models' names question by question that give a difference at least as large: exact for few questions, else from
-    random swaps, itself counted among them.
+    random swaps, among which the observed one is counted.
 
     Raises:
         ValueError: other numbers of questions, or fewer than two
@@ -66,7 +66,8 @@ def _differences(a: Samples, b: Samples) -> NDArray[np.float64]:
 
 
 def _sign_flip_p(d: NDArray[np.float64], draw: np.random.Generator) -> float:
-    """Share of the 2^Q sums of +d_q or -d_q that are as far from zero as that of d; equal questions change none."""
+    """Share of the 2^Q sums of +d_q or -d_q that are at least as far from zero as the sum of d; zeros change
+    nothing."""
     d = d[d != 0]
     n, reached = len(d), abs(d.sum()) * (1 - 1e-12)  # equal sums may differ in rounding
     if n <= EXACT:
@@ -80,7 +81,7 @@ def _sign_flip_p(d: NDArray[np.float64], draw: np.random.Generator) -> float:
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:
-    """p-values adjusted for there being several tests, by Holm's step-down rule; the order stays."""
+    """p-values adjusted for multiple tests by Holm's step-down rule, in the given order."""
     adjusted: dict[str, float] = {}
     largest = 0.0
     for rank, name in enumerate(sorted(ps, key=lambda name: ps[name])):
@@ -91,7 +92,7 @@ def holm(ps: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Spread:
-    """What a comparison's precision depends on, apart from how much is asked."""
+    """What the precision of a comparison depends on, besides the numbers of questions and samples."""
 
     omega: float
     """Standard deviation of the true differences between questions"""
@@ -100,12 +101,13 @@ class Spread:
     """Standard deviation of a question's samples (root mean square over questions)"""
 
     def stderr(self, questions: int, samples: int) -> float:
-        """Of the difference, with so many samples of each model on each question."""
+        """Standard error of the difference, for these numbers of questions, and of samples of each model per
+        question."""
         return math.sqrt((self.omega**2 + (self.sigma_a**2 + self.sigma_b**2) / samples) / questions)
 
 
 def spread(a: Samples, b: Samples) -> Spread:
-    """Estimate it from two or more samples of each model on each question.
+    """Estimate the spread from two or more samples of each model on each question.
 
     Raises:
         ValueError: a question with one sample, other numbers of questions, or fewer than two
@@ -121,14 +123,14 @@ def spread(a: Samples, b: Samples) -> Spread:
 
 
 def detectable(known: Spread, questions: int, samples: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """Smallest true difference that a two-sided test finds with the given power (normal approximation)."""
+    """Smallest true difference that a two-sided test detects with the given power (normal approximation)."""
     return _reach(power, alpha) * known.stderr(questions, samples)
 
 
 def samples_needed(
     known: Spread, questions: int, difference: float, power: float = 0.8, alpha: float = 0.05
 ) -> int | None:
-    """Samples of each model on each question that make a difference detectable; None where no number does."""
+    """Samples of each model per question that make a difference detectable; None if no number does."""
     left = questions * (difference / _reach(power, alpha)) ** 2 - known.omega**2
     if left <= 0:
         return None
@@ -136,7 +138,7 @@ def samples_needed(
 
 
 def questions_needed(known: Spread, samples: int, difference: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Questions of this kind, with so many samples each, that make a difference detectable."""
+    """Number of questions of this kind that makes a difference detectable, with this many samples each."""
     return math.ceil((_reach(power, alpha) * known.stderr(1, samples) / difference) ** 2 - 1e-9)
 
 

@@ -1,4 +1,4 @@
-"""What can be known before a model loads: does every prompt fit with its response, and is there room on the disk."""
+"""Checks before a model loads: every prompt fits the context with its response, and the disk has room."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.requests import Request
 
 BYTES_A_TOKEN = 16
-"""Room on the disk for a token of a stored response: its text twice, in the store and with its verdict"""
+"""Bytes on the disk per token of a response, whose text is stored twice: as generated, and with its verdict"""
 
 
 def check_context(requests: Sequence[Request], context: int | None, encoder: Encoder | None) -> None:
@@ -39,7 +39,7 @@ def check_room(requests: Sequence[Request], there: int, folder: Path) -> None:
     """Refuse more responses than the disk of a folder has room for; raises UserError.
 
     Args:
-        there: bytes that responses to some of the requests take already
+        there: bytes of responses to these requests that are stored already
     """
     folder.mkdir(parents=True, exist_ok=True)
     needed = BYTES_A_TOKEN * sum(request.sampling.max_new_tokens for request in requests) - there

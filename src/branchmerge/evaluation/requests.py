@@ -1,4 +1,4 @@
-"""What a model is asked, and what it said: the types that cross from tasks to backends to the sample store."""
+"""What a model is asked and what it answered: the types passed between tasks, backends and the sample store."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ KNOWN = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks", 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a response is drawn. Nothing is taken from a model's own generation config but where it stops."""
+    """How a response is drawn. Of a model's own generation config only the end tokens are used."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -26,7 +26,7 @@ class Sampling:
     top_k: int = 0
     """0: all tokens"""
     until: tuple[str, ...] = ()
-    """Texts before which a response ends, besides the model's own end"""
+    """Stop strings, besides the model's own end tokens; the response ends before them"""
 
     @staticmethod
     def parse(task: str, given: Mapping[str, Any]) -> "Sampling":
@@ -61,24 +61,24 @@ class Request:
     seed: int
 
     def key(self, facts: Mapping[str, Any]) -> str:
-        """Fingerprint of all that the response depends on; `facts` says which model, backend and task version."""
+        """Fingerprint of everything that the response depends on; `facts` has the model, backend and task version."""
         said = {"facts": facts, **asdict(self)}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Response:
-    """What the model said. Where the template opened the reasoning, the text begins with that <think>."""
+    """What the model answered. Where the template opened the reasoning, the text begins with that <think>."""
 
     text: str
     tokens: int
-    """Generated tokens, the one that ended it included"""
+    """Generated tokens, including the one that ended it"""
     finish: str
     """stop; or length, where it was cut off"""
 
 
 def seed_of(base: int, task: str, question: str, sample: int) -> int:
-    """A seed for each sample, the same in whatever order and company it is drawn; 31 bits, which every server takes."""
+    """A seed for each sample, independent of order and batch; 31 bits, which every server accepts."""
     digest = hashlib.sha256(f"{base}/{task}/{question}/{sample}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 

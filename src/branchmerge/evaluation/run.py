@@ -1,15 +1,16 @@
 """Score models on a benchmark: what evaluate.py calls. A finished (model, task) is not scored again.
 
     tasks -> questions -> requests -> backend -> responses on disk -> graders -> score
-                                       (those that are not there yet)
+                                       (only missing ones are generated)
 
-Grading goes on beside generation. What was generated is kept, so a killed run goes on where it was.
+Samples are graded while others are generated. Responses are kept, so a killed run resumes where it was.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ from branchmerge.study import Study, locked
 from branchmerge.versions import package_versions
 
 PACKAGES = ("lm-eval", "transformers", "torch", "math-verify")
-"""Whose versions decide a score"""
+"""Packages whose versions can change a score"""
 
 
 def evaluate(config: EvaluateConfig) -> list[Score]:
     """Score every model on every task of the benchmark; returns the scores in that order.
 
     Raises:
-        UserError: something does not fit together, or responses are missing and may not be (`allow_missing`)
+        UserError: models, tasks and settings do not fit together; or responses are missing, without `allow_missing`
     """
     found = models.find(config)
     if config.against is not None and config.against not in [model.name for model in found]:
@@ -71,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> list[Score]:
 
 
 def _preflight(config: EvaluateConfig, found: Sequence[Model], tasks: Sequence[Benchmark]) -> None:
-    """Find what would go wrong hours later, before the first model loads; says how programs are confined."""
+    """Find what would fail hours later, before the first model loads; print how programs are confined."""
     levels = {task.sandbox_level() for task in tasks} - {None}
     if levels:
         print(f"programs of the models run at the sandbox level {levels.pop()}", flush=True)
@@ -101,13 +102,13 @@ def _responses(config: EvaluateConfig, model: Model, task: Benchmark) -> Path:
 
 
 def _finished(config: EvaluateConfig, model: Model, task: Benchmark) -> Score | None:
-    """The score that is there already, if it is whole and not to be made again."""
+    """The stored score, if it is complete and not to be replaced."""
     score = store.read(_folder(config, model), task.name, _key(config, model, task))
     return None if score is None or score.missing or config.overwrite else score
 
 
 def _facts(config: EvaluateConfig, model: Model, task: Benchmark) -> dict[str, Any]:
-    """What a response depends on besides its request."""
+    """What a response depends on, besides its request."""
     return {
         "weights_sha256": model.weights.weights_sha256,
         "task_version": task.version,
@@ -131,46 +132,32 @@ def _key(config: EvaluateConfig, model: Model, task: Benchmark) -> dict[str, Any
 def _score_model(
     config: EvaluateConfig, model: Model, tasks: Sequence[Benchmark], place: str, alone: bool
 ) -> tuple[list[Score], list[str]]:
-    """The scores of one model, and why samples are missing that should have been generated.
+    """The scores of one model, and an error for each sample that could not be generated.
 
     Args:
-        alone: no other run generates for this model; else the scores are told, and not kept
+        alone: no other run generates for this model; otherwise the scores are returned but not stored
     """
     scores: list[Score] = []
     failures: list[str] = []
-    backend: backends.Backend | None = None
     reused = False
     with ExitStack() as stack:
+
+        @cache
+        def backend() -> backends.Backend:
+            """Loaded when the first task needs it."""
+            loaded = backends.load(config.backend, model.folder)
+            stack.callback(loaded.close)
+            return loaded
+
         for task in tasks:
             score = _finished(config, model, task)
             if score is not None:
-                scores.append(score)
                 reused = True
-                continue
-            began = time.perf_counter()
-            path = _responses(config, model, task)
-            if config.overwrite and not config.score_only:
-                path.unlink(missing_ok=True)
-            facts = _facts(config, model, task)
-            with SampleStore(path, facts, model.files, read_only=config.score_only) as responses:
-                requests = task.requests(config.seed)
-                missing = [request for request in requests if responses.get(request) is None]
-                reused = reused or len(missing) < len(requests)
-                generating = bool(missing) and not config.score_only
-                if generating:
-                    print(f"{place} scoring on {task.name}: {len(missing)} of {len(requests)} responses", flush=True)
-                    if backend is None:
-                        backend = backends.load(config.backend, model.folder)
-                        stack.callback(backend.close)
-                graded = _graded(config, task, requests, responses, backend if generating else None)
-            if backend is not None and generating:
-                failures += backend.failures
-            if graded:
-                seconds = time.perf_counter() - began
-                rows = [one.row() for one in graded]
-                score = store.signed(_score(config, model, task, graded, len(requests) - len(graded), seconds), rows)
-                if alone:
-                    store.write(_folder(config, model), score, rows)
+            else:
+                score, failed, had_responses = _score_task(config, model, task, place, alone, backend)
+                failures += failed
+                reused = reused or had_responses
+            if score is not None:
                 scores.append(score)
     if reused and model.folder is None and not config.backend.revision:
         print(
@@ -181,6 +168,43 @@ def _score_model(
     return scores, failures
 
 
+def _score_task(
+    config: EvaluateConfig,
+    model: Model,
+    task: Benchmark,
+    place: str,
+    alone: bool,
+    backend: Callable[[], backends.Backend],
+) -> tuple[Score | None, list[str], bool]:
+    """Generate the responses that are missing and grade all.
+
+    Returns:
+        The score, None if there is no response; an error for each sample that could not be generated; and whether
+        stored responses were used.
+    """
+    began = time.perf_counter()
+    path = _responses(config, model, task)
+    if config.overwrite and not config.score_only:
+        path.unlink(missing_ok=True)
+    with SampleStore(path, _facts(config, model, task), model.files, read_only=config.score_only) as responses:
+        requests = task.requests(config.seed)
+        missing = [request for request in requests if responses.get(request) is None]
+        generating = bool(missing) and not config.score_only
+        if generating:
+            print(f"{place} scoring on {task.name}: {len(missing)} of {len(requests)} responses", flush=True)
+        graded = _graded(config, task, requests, responses, backend() if generating else None)
+    failures = backend().failures if generating else []
+    reused = len(missing) < len(requests)
+    if not graded:
+        return None, failures, reused
+    seconds = time.perf_counter() - began
+    rows = [one.row() for one in graded]
+    score = store.signed(_score(config, model, task, graded, len(requests) - len(graded), seconds), rows)
+    if alone:
+        store.write(_folder(config, model), score, rows)
+    return score, failures, reused
+
+
 def _graded(
     config: EvaluateConfig,
     task: Benchmark,
@@ -188,9 +212,9 @@ def _graded(
     responses: SampleStore,
     backend: backends.Backend | None,
 ) -> list[Graded]:
-    """All samples that there are, in the order of the requests; graded by threads while others are generated.
+    """All graded samples, in the order of the requests; threads grade some while others are generated.
 
-    The graders run programs and math-verify in processes of their own, so threads wait for them, no more.
+    The graders run programs and math-verify in processes of their own, so the threads only wait for these.
     """
     with _threads() as pool:
         grading: dict[Request, Future[Graded]] = {}
@@ -217,7 +241,7 @@ def _graded(
 
 @contextmanager
 def _threads() -> Iterator[ThreadPoolExecutor]:
-    """As many as there are cores; where something is wrong, what they have not begun is left."""
+    """One thread per core; after an error, work that has not begun is dropped."""
     pool = ThreadPoolExecutor(machine.cores(), "grade")
     try:
         yield pool

@@ -1,7 +1,7 @@
 """Responses on disk as they come: JSON lines that are only ever appended to, so that a killed run loses none.
 
-A line counts for a request if its key does (see `Request.key`), and the model's files beside the weights are those
-that it tells: what was drawn with other parameters, another model or another task stays in the file and is not used.
+A line answers a request if it has the request's key (see `Request.key`) and the same files beside the weights.
+Responses drawn with other parameters, from another model or for another task stay in the file and are not used.
 A last line that was cut off, by a kill or a full disk, is removed.
 """
 
@@ -24,8 +24,8 @@ class SampleStore:
         """
         Args:
             facts: what decides a response besides the request: model, backend, task version
-            model_files: see `Model.files`; not in the key, as lines from before they were told are what they are
-            read_only: another process may be adding to it
+            model_files: see `Model.files`; not part of the key, so that lines older than this field stay valid
+            read_only: do not repair the file, as another process may be appending to it
 
         Raises:
             UserError: it cannot be opened or read
@@ -48,7 +48,7 @@ class SampleStore:
         os.close(self._descriptor)
 
     def get(self, request: Request) -> Response | None:
-        """The stored response to this very request."""
+        """The stored response to this request; None if there is none."""
         return self._responses.get(request.key(self.facts))
 
     def add(self, pairs: Sequence[tuple[Request, Response]]) -> None:

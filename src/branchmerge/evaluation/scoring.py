@@ -1,4 +1,4 @@
-"""From graded samples to a score: means over questions, clustered errors, and what else a referee asks for."""
+"""From graded samples to a score: means over questions, clustered standard errors, and further metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Graded:
 
     @property
     def truncated(self) -> bool:
-        """It was cut off, or its reasoning never ended."""
+        """Whether it was cut off, or its reasoning never ended."""
         return self.response.finish == "length" or self.verdict.truncated
 
     def row(self) -> dict[str, Any]:
-        """As it is stored for a reader."""
+        """The sample as a row of samples/<task>.jsonl."""
         return {
             "id": self.request.question,
             "sample": self.request.sample,
@@ -45,13 +45,13 @@ class Graded:
 
 def summarise(graded: Sequence[Graded], grader: str) -> tuple[Estimate, dict[str, float]]:
     """Average over the samples of a question, then over questions. Where samples are missing, metrics of k samples are
-    told for the k that every question has.
+    computed for the k that every question has.
 
     Args:
         grader: of the task's questions, which decides what else is reported; empty for lm-eval's own
 
     Returns:
-        Accuracy, and by name the other metrics: means of the questions' means.
+        Accuracy, and the other metrics by name: means of the questions' means.
 
     Raises:
         ValueError: there is no sample

@@ -1,13 +1,13 @@
-"""Statistics of one model's scores. The question is the cluster: its samples tell of it, not of other questions.
+"""Statistics of one model's scores, clustered by question: more samples of one say nothing about other questions.
 
-Scores are shares of [0, 1], Q questions with k samples each; k may differ. With the mean m_q of a question's samples:
+Scores lie in [0, 1]: Q questions with k samples each; k may differ. With the mean m_q of a question's samples:
 
     mean = sum m_q / Q,    stderr^2 = sum (m_q - mean)^2 / (Q (Q - 1))
 
-which is the standard error clustered by question, however many samples there are, and splits into
+This standard error is clustered by question, whatever the number of samples. It splits into
 
     sampling^2 = sum_q s_q^2 / k_q / Q^2     s_q^2: unbiased variance of a question's samples; shrinks with k
-    question^2 = stderr^2 - sampling^2       what other questions would change; no number of samples reduces it
+    question^2 = stderr^2 - sampling^2       due to the choice of questions; more samples do not reduce it
 
 Source: Miller, Adding Error Bars to Evals (arXiv 2411.00640).
 """
@@ -26,7 +26,7 @@ Samples = Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with what is not known of it."""
+    """A mean and its uncertainty."""
 
     mean: float
     stderr: float
@@ -35,19 +35,19 @@ class Estimate:
     high: float
     """95% interval (or another), within [0, 1]"""
     stderr_question: float
-    """Its part that comes from the choice of questions"""
+    """Part of `stderr` that comes from the choice of questions"""
     stderr_sampling: float
-    """Its part that comes from the samples; NaN where a question has one only"""
+    """Part of `stderr` that comes from sampling; NaN if a question has one sample only"""
     questions: int
     samples: int
-    """Of all questions"""
+    """Number of samples of all questions together"""
 
 
 def estimate(scores: Samples, confidence: float = 0.95) -> Estimate:
     """Mean score and its clustered standard error, with Student's t for the interval.
 
-    Where all questions have the mean 0, or all have 1, that formula knows no error; the interval is then the exact one
-    of Clopper and Pearson for Q questions that all failed, or passed.
+    Where all questions have the mean 0, or all have 1, this formula gives no error; the interval is then the exact one
+    of Clopper and Pearson for Q questions that all failed, or all passed.
 
     Raises:
         ValueError: no question, or one without samples
@@ -67,7 +67,7 @@ def estimate(scores: Samples, confidence: float = 0.95) -> Estimate:
 
 
 def question_means(scores: Samples) -> NDArray[np.float64]:
-    """[Q]; raises ValueError without questions, or for one without samples."""
+    """Mean of each question, [Q]; raises ValueError without questions, or for a question without samples."""
     if not scores or not all(len(samples) for samples in scores):
         raise ValueError("there is no question, or one without samples, so there is no mean")
     return np.array([math.fsum(samples) / len(samples) for samples in scores])

@@ -1,8 +1,8 @@
 """Scores on disk: scores/<model>/<task>.json with the graded samples beside it in samples/<task>.jsonl.
 
-A score is valid for a model and settings if its `key` says so, and if its own samples are there: they are written
-first, and it has their fingerprint, as a run that was killed between the two leaves another's. Responses as they were
-generated are in responses/<task>.jsonl (see sample_store.py).
+A score is valid for a model and settings if its `key` equals theirs and its own samples are stored. Samples are written
+first and the score has their fingerprint, since a run killed in between leaves an older score beside new samples.
+Responses as they were generated are in responses/<task>.jsonl (see sample_store.py).
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 from branchmerge.files import write_json, write_text, writing
 
 RECORDED_LATER = ("model_files",)
-"""Keys that older scores lack; they are what they are."""
+"""Keys that older scores lack, and that are ignored for those."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +37,30 @@ class Score:
     key: dict[str, Any]
     """Everything that decides the value: weights, task version, questions, sampling, settings, package versions."""
     seconds: float
-    """Generation, where there was any, and grading."""
+    """Time of generation, if there was any, and of grading."""
     machine: str
     created: str
     samples: int = 1
-    """Of each question, as asked for."""
+    """Samples of each question that were asked for."""
     missing: int = 0
-    """Samples that there is no response for; the score is of the others."""
+    """Samples without a response; the score is that of the others."""
     low: float = math.nan
     high: float = math.nan
     """95% interval of `value`"""
     stderr_question: float = math.nan
     """Part of `stderr` that comes from the choice of questions"""
     stderr_sampling: float = math.nan
-    """Part of it that comes from drawing the samples; NaN for one sample a question"""
+    """Part of `stderr` that comes from sampling; NaN for one sample a question"""
     metrics: dict[str, float] = field(default_factory=dict)
     """truncated (a share), pass@k, maj@k, and what single graders add"""
     token_source: str = ""
     """How `output_tokens` were counted"""
     samples_sha256: str = ""
-    """Of the file with its samples; empty in older scores"""
+    """SHA-256 of the file with its samples; empty in older scores"""
 
 
 def read(folder: Path, task: str, key: Mapping[str, Any]) -> Score | None:
-    """The finished score for this key, None where there is none that this version can read, or not its samples."""
+    """The finished score for this key; None if there is none that this version can read, or its samples are missing."""
     try:
         score = Score(**json.loads((folder / f"{task}.json").read_text()))
     except (FileNotFoundError, ValueError, TypeError):  # a new score takes its place
@@ -72,7 +72,7 @@ def read(folder: Path, task: str, key: Mapping[str, Any]) -> Score | None:
 
 
 def samples_of(folder: Path, score: Score) -> list[dict[str, Any]] | None:
-    """The stored samples of a score; None where they are not there, damaged, or another score's."""
+    """The stored samples of a score; None if they are missing, damaged, or belong to another score."""
     try:
         raw = (folder / "samples" / f"{score.task}.jsonl").read_bytes()
         if score.samples_sha256 not in ("", hashlib.sha256(raw).hexdigest()):
@@ -88,7 +88,7 @@ def signed(score: Score, samples: Iterable[Mapping[str, Any]]) -> Score:
 
 
 def write(folder: Path, score: Score, samples: Iterable[Mapping[str, Any]]) -> None:
-    """Store samples and score, each whole or not at all; raises UserError where the disk is full or not ours."""
+    """Store samples and score, each whole or not at all; raises UserError if the disk is full or not writable."""
     with writing(folder):
         write_text(folder / "samples" / f"{score.task}.jsonl", _lines(samples))
         write_json(folder / f"{score.task}.json", asdict(score))
