@@ -22,24 +22,24 @@ from branchmerge.errors import UserError
 from branchmerge.machine import end_with_parent
 
 SHOW = "BRANCHMERGE_FULL_ERROR"
-"""Where `run` keeps what the user said of tracebacks."""
+"""Environment variable in which `run` keeps the user's HYDRA_FULL_ERROR."""
 SPINS = "1000"
-"""Rounds in which a thread of OpenMP waits for others before it lets go of its core (GNU's; 300,000 where nothing says
-otherwise). Where another program runs, such waiting keeps the core from the very thread that is waited for: a training
-took from 1.6 to fourteen times as long (docs/log.md, 2026-11-27; benchmarks/busy_core.py)."""
+"""Rounds that a thread of GNU's OpenMP spins before it yields its core (300,000 by default). On a machine that runs
+other programs, a spinning thread occupies the core that the thread it waits for needs: a training took from 1.6 to
+fourteen times as long (docs/log.md, 2026-11-27; benchmarks/busy_core.py)."""
 
 
 _TOGETHER: dict[Callable[[list[Any]], object], list[Any]] = {}
-"""What the members of a multirun left to be done at its end."""
+"""Tasks that members of a multirun left for its end, each with the members' items."""
 
 
 _BEGUN: list[bool] = []
-"""Not empty while a job is under way; what fails before it, or between the members of a multirun, is Hydra's, which
-makes folders for its logs below outputs."""
+"""Not empty while a job runs. An OSError outside of a job, or between the members of a multirun, comes from Hydra,
+which makes folders for its logs below outputs."""
 
 
 class _Lenient:
-    """Output that may get lost, as when its reader has gone or the disk of a log is full: hours of work go on."""
+    """An output stream whose errors are ignored: a closed pipe or a full disk of a log must not end hours of work."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -57,7 +57,7 @@ class _Lenient:
     def _tried(self, step: Callable[..., object], *given: str) -> None:
         try:
             step(*given)
-        except BrokenPipeError:  # what it still holds would be told again, and fail again, at the end
+        except BrokenPipeError:  # else the buffered text would be flushed again, and fail again, at the exit
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, self._stream.fileno())
             os.close(nothing)
@@ -93,21 +93,21 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if _BEGUN or os.environ[SHOW] not in ("", "0"):
             raise
-        place = error.filename or "the log of this call"  # one that finds no room when it is written says no name
+        place = error.filename or "the log of this call"  # a failed write, as on a full disk, has no file name
         _end(UserError(f"{place}: cannot be made or read ({error.strerror}); give an outputs= of your own"))
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more, and Python's own end is cut short without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C during Python's exit ends it without a traceback
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     finally:
-        gc.freeze()  # as in `importing`: the last collection of all takes a second
+        gc.freeze()  # as in `importing`: the garbage collection at the exit would take a second
 
 
 def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Wrap what `hydra.main` calls: end a single run at a user's mistake before Hydra adds a line of its own.
+    """Wrap what `hydra.main` calls: end a single run at a user's mistake, before Hydra adds a line of its own.
 
-    In a multirun the mistake goes through Hydra, which runs the other members first and then names the failed one; but
-    one of several processes ends, as the others may still wait for it in the member that failed.
+    In a multirun the error is raised through Hydra, which runs the other members first and then names the failed one.
+    One of several processes of a training ends at once, as the others may be waiting for it in the failed member.
     """
 
     @functools.wraps(task)
@@ -131,13 +131,13 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
 
 
 def _is_one_of_several() -> bool:
-    """Whether this process trains with others."""
+    """Whether this process is one of several that train together."""
     ranks: Any = sys.modules.get("branchmerge.student.ranks")
     return ranks is not None and ranks.world() > 1
 
 
 def _end(mistake: BaseException) -> NoReturn:
-    """Tell it and end with 1; the processes of one training tell it once."""
+    """Print the mistake and exit with 1; of several processes that train together only one prints it."""
     said = one_line(mistake)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         from branchmerge.student import ranks
@@ -148,7 +148,7 @@ def _end(mistake: BaseException) -> NoReturn:
 
 
 def only(*keys: str) -> None:
-    """Refuse other overrides than of these keys, as the first of them says all that they would say."""
+    """Refuse overrides of any other keys, because the first of `keys` replaces them."""
     for override in HydraConfig.get().overrides.task:
         key = override.lstrip("+~").split("=")[0].split(".")[0]
         if key not in keys:
@@ -157,13 +157,13 @@ def only(*keys: str) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import large libraries without collecting garbage meanwhile, and leave what they made alone from then on."""
+    """Import large libraries without garbage collection, and exempt their objects from later collections."""
     gc.disable()
     known = len(sys.modules)
     try:
         yield
     finally:
-        if len(sys.modules) > known:  # not for a multirun's next member, which would keep what the last one left
+        if len(sys.modules) > known:  # not for a multirun's next member: it would keep the last one's garbage for ever
             gc.freeze()
         gc.enable()
 
@@ -177,8 +177,8 @@ def is_member() -> bool:
 def together(task: Callable[[list[Any]], object], item: Any) -> None:
     """Call `task([item])`; in a multirun of this process, once at its end with the items of all members.
 
-    So a mistake in any member is found before the first one's work begins. Members that a launcher sends elsewhere
-    work alone.
+    So a mistake in any member is found before the work of the first one begins. Members that a launcher runs in other
+    processes call `task` on their own.
     """
     if is_member():
         _TOGETHER.setdefault(task, []).append(item)
@@ -187,7 +187,7 @@ def together(task: Callable[[list[Any]], object], item: Any) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Say an exception in one line, with the choices where a config file was not found."""
+    """An exception in one line; with the choices, if a config file was not found."""
     root: BaseException = error
     while isinstance(root, HydraException) and root.__cause__ is not None:
         root = root.__cause__
@@ -203,10 +203,10 @@ def one_line(error: BaseException) -> str:
 def compose_domain(domain: str) -> DictConfig:
     """Compose train.yaml for another domain of the running job's study.
 
-    Takes over what was said about study, backbone, machine and seed; not what was said about the branch itself.
+    Keeps the overrides of study, backbone, machine and seed; drops those of the branch itself.
     """
     about = ("study", "backbone", "trainer", "logger", "seed", "outputs")
-    of_branch = "trainer.validate_every_n_steps"  # what it validates on is said with the branch's data
+    of_branch = "trainer.validate_every_n_steps"  # refers to the branch's own data.validation_rows
     keys = {o: o.lstrip("+~").split("=")[0] for o in HydraConfig.get().overrides.task}
     kept = [o for o, key in keys.items() if key.split(".")[0] in about and key != of_branch]
     return compose(config_name="train", overrides=[*kept, f"domain={domain}"])

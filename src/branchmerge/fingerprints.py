@@ -1,6 +1,7 @@
-"""SHA-256 of checkpoints' weights, taken by threads while other work goes on.
+"""SHA-256 of checkpoints' weights, computed by background threads.
 
-A process that imports torch or merges needs them at its end only; started early they cost no time of their own.
+They are needed only at the end of a merge; started early, while torch is imported and tensors are merged, they cost no
+time of their own.
 """
 
 import threading
@@ -14,12 +15,12 @@ _taken: dict[Any, Future[Parent]] = {}
 
 
 def begin(folder: Path) -> None:
-    """Start to take a checkpoint's fingerprint; a folder whose files are as they were is not read again."""
+    """Start to compute a checkpoint's fingerprint, unless it is known and the files have not changed since."""
     _future(folder)
 
 
 def begin_leaves(tree: Any) -> None:
-    """The same for all leaves of a merge tree, as it stands in the configuration, that are folders."""
+    """`begin` for all leaves of a merge tree, in the form of the configuration, that are folders."""
     if isinstance(tree, list):
         for child in tree:
             begin_leaves(child)
@@ -28,12 +29,12 @@ def begin_leaves(tree: Any) -> None:
 
 
 def of(folder: Path) -> Parent:
-    """The checkpoint as a parent; waits for its fingerprint. Raises UserError where its manifest is none."""
+    """The checkpoint as a parent; waits for its fingerprint. Raises UserError if its manifest is not valid."""
     return _future(folder).result()
 
 
 def state(folder: Path) -> tuple[Any, ...]:
-    """Of a checkpoint's files; another one once they were replaced or written to."""
+    """Sizes, times and inodes of a checkpoint's files, which differ once any is replaced or written to."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("manifest.json")])
     return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino) for path in files)
 
@@ -42,7 +43,7 @@ def _future(folder: Path) -> Future[Parent]:
     key = (folder, state(folder))
     if key not in _taken:
         _taken[key] = Future()
-        # A daemon: a process that ends with an error does not wait for it.
+        # A daemon thread, so that a process that ends with an error does not wait for it.
         threading.Thread(target=_take, args=(folder, _taken[key]), daemon=True, name="fingerprint").start()
     return _taken[key]
 
@@ -50,5 +51,5 @@ def _future(folder: Path) -> Future[Parent]:
 def _take(folder: Path, future: Future[Parent]) -> None:
     try:
         future.set_result(parent_of(folder))
-    except BaseException as error:  # is raised where the result is asked for
+    except BaseException as error:  # raised again by `of`
         future.set_exception(error)

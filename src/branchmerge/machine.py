@@ -1,4 +1,4 @@
-"""What this machine is and what it does fast."""
+"""Properties of this machine: devices, CPU features, cores."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from branchmerge.errors import UserError
 
-if TYPE_CHECKING:  # imported where a device is asked for: a merge on a CPU does without
+if TYPE_CHECKING:  # imported only where a device is needed: a merge on a CPU does not need torch
     import torch
 
 
@@ -44,7 +44,7 @@ def computes_bf16(device: "torch.device") -> bool:
 
 
 def cpu_computes_bf16() -> bool:
-    """The same of this CPU; a plan asks without torch."""
+    """Whether this CPU has bfloat16 instructions; needs no torch, for plans."""
     flags = cpu_flags()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
@@ -55,14 +55,14 @@ def cores() -> int:
 
 
 def end_with_parent() -> None:
-    """Get SIGTERM when the process that started this one dies, however it does (Linux): no training goes on unseen."""
+    """Ask for SIGTERM when the parent process dies, however it does (Linux), so that no training is orphaned."""
     set_death_signal = 1  # PR_SET_PDEATHSIG
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
 
 
 def cpu_flags() -> set[str]:
-    """Instruction set extensions of the CPU; empty where the system does not tell."""
+    """Instruction set extensions of the CPU; empty if the system does not list them."""
     path = Path("/proc/cpuinfo")
     if not path.is_file():
         return set()
@@ -83,6 +83,6 @@ def describe(device: "torch.device") -> str:
 
 
 def signal_name(number: int) -> str:
-    """Of what ended a process, with its likely reason."""
+    """Name of the signal that ended a process, with its likely reason."""
     name = signal.Signals(number).name
     return f"{name} (by the system, if it ran out of memory)" if name == "SIGKILL" else name

@@ -1,8 +1,8 @@
-"""Hydra's own sweeper, but what the members of a sweep have in common is composed once.
+"""Hydra's own sweeper, except that members of a sweep with the same config groups share one composition.
 
 Composing takes a tenth of a second and Hydra does it twice a member, to check it and to launch it. Here each choice of
 config groups is composed once, a member's values are set in a copy, and that copy is checked and launched. Hydra finds
-its plugins in packages of this name only.
+plugins only in packages of this name.
 """
 
 import copy

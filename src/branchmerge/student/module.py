@@ -26,7 +26,7 @@ class Student(LightningModule):
     """A causal LM in training.
 
     The loss of an optimizer step is the sum over its learned tokens divided by their number, over all micro-batches
-    and ranks; so how a step is cut into micro-batches does not change the update.
+    and ranks, so splitting a step into other micro-batches does not change the update.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Student(LightningModule):
     ) -> None:
         """
         Args:
-            max_skipped: steps in a row without a finite loss and gradient that are left out before training stops.
-            spread: shards the model over all processes and loads its weights; None: it is on one device, loaded.
+            max_skipped: consecutive steps without a finite loss and gradient that are skipped before training stops
+            spread: shards the model over all processes and loads its weights; None if it is loaded on one device
             compute: dtype of the matrix products
-            fused_loss: by liger-kernel, where it gives the same
+            fused_loss: use liger-kernel's loss where a trial finds its results equal
         """
         super().__init__()
         self.packed = packed
@@ -68,12 +68,12 @@ class Student(LightningModule):
 
     @property
     def counts_rows(self) -> bool:
-        """Whether this process counts what it trains on; of those that share a row the first one does."""
+        """Whether this process counts rows and tokens; of processes that share a row only the first does."""
         return self.packed.context is None or self.packed.context.rank == 0
 
     @property
     def leaves_out(self) -> bool:
-        """Whether the step that ends now was left out."""
+        """Whether the step that ends now was skipped."""
         return self._skipped_in_a_row > 0
 
     def configure_model(self) -> None:
@@ -91,8 +91,8 @@ class Student(LightningModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """This row's summed loss over the learned tokens of the whole step.
 
-        Lightning divides by the number of micro-batches and, with several ranks, gradients are averaged over them;
-        both are multiplied back, since the division by `supervised_in_step` is the only one meant.
+        Lightning divides by the number of micro-batches, and gradients are averaged over ranks. Both factors are
+        multiplied back, so that the division by `supervised_in_step` is the only one.
         """
         if not self._shares:
             self._since = time.perf_counter() - self._waited
@@ -114,9 +114,9 @@ class Student(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm; without a finite loss and gradient the step is left out.
+        """Clip by the global norm; skip the step unless loss and gradient are finite.
 
-        Both are kept for the log. A GPU is waited for here and not again before the next step's end.
+        Both are kept for the log. The host waits for the GPU here, and not again before the end of the next step.
         """
         limit = gradient_clip_val or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
@@ -130,11 +130,11 @@ class Student(LightningModule):
         self._skipped_in_a_row += 1
         self.skipped += 1
         for parameter in self.parameters():
-            parameter.grad = None  # the optimizer passes over it: neither weight nor moments change
+            parameter.grad = None  # so the optimizer changes neither weight nor moments
         self._tell_of_skipping()
 
     def _tell_of_skipping(self) -> None:
-        """Raises UserError when there were too many in a row."""
+        """Warn that the step is skipped, and name its rows; raises UserError after too many in a row."""
         by_row = zip(self._losses, self._shares, strict=True)
         broken_here = [row for loss, (_, ids) in by_row if not math.isfinite(loss) for row in ids]
         told = ranks.from_all((broken_here, self._rows))
@@ -147,7 +147,7 @@ class Student(LightningModule):
         ranks.say(f"warning: {said}; left out ({self._skipped_in_a_row} of {self.max_skipped} in a row)")
 
     def tell_if_broken_at_the_end(self) -> None:
-        """Warn where the last steps were left out."""
+        """Warn if the last steps were skipped."""
         if self._skipped_in_a_row:
             ranks.say(
                 f"warning: the last {self._skipped_in_a_row} of {self.total_steps} steps had no finite loss or"
@@ -155,11 +155,11 @@ class Student(LightningModule):
             )
 
     def on_train_batch_start(self, batch: Batch, _: int) -> None:
-        """Waiting for the row counts to its step's time, what callbacks do between two steps does not."""
+        """Start the clock: a step's time includes waiting for its row, but not the callbacks between two steps."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self._waited = 0.0 if self._ended is None else data.came_at - self._ended
         self._step_before = self.trainer.global_step
-        self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])  # torchao's is a tensor that changes
+        self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])  # float(): torchao has a tensor that changes
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, _: int) -> None:
         """Log once per optimizer step."""
@@ -178,6 +178,7 @@ class Student(LightningModule):
         self._begin_step()
 
     def _begin_step(self) -> None:
-        self._shares: list[tuple[Tensor, list[str]]] = []  # each row's of the loss, still where it was computed
+        # Each row's share of the loss, still on its device, and the ids of the row's documents.
+        self._shares: list[tuple[Tensor, list[str]]] = []
         self._tokens = self._supervised = 0.0
         self._rows: list[str] = []
