@@ -1,4 +1,4 @@
-"""The anatomy of a merge: how the experts' task vectors lie to each other, and what each contributes to the result.
+"""The anatomy of a merge: how the experts' task vectors relate to each other, and what each contributes to the result.
 
 For every tensor, with the task vectors d_i = W_i - W_0 of the leaves and d = W - W_0 of the merged model:
 
@@ -7,8 +7,8 @@ For every tensor, with the task vectors d_i = W_i - W_0 of the leaves and d = W 
     overlap       of two leaves' taken coordinates, |A and B| / |A or B| (Jaccard)
     same sign     where d is not zero: share of the coordinates where d_i has its sign
 
-`taken` means something for operators that select; averaged values are seldom one of the leaves'. `same sign` always
-does. The whole model's numbers are those of all its tensors laid end to end. Shapes: K leaves, M = K + 1.
+`taken` is meaningful for operators that select, as averaged values are seldom equal to a leaf's; `same sign` always is.
+The whole model's numbers are those of the concatenation of its tensors. Shapes: K leaves, M = K + 1.
 """
 
 import math
@@ -30,15 +30,15 @@ from branchmerge.merge.threads import workers
 from branchmerge.merge.views import Source
 
 NEAR_ORTHOGONAL = 0.1
-"""|cosine| below which two task vectors count as near-orthogonal; the paper gives no number, this one is ours."""
+"""Task vectors with a smaller |cosine| count as near-orthogonal. The paper gives no number; this one is ours."""
 PART = 1 << 20
-"""Elements a thread compares at a time; fixed, so that no sum depends on how many threads there are."""
+"""Elements that a thread compares at a time; fixed, so that sums do not depend on the number of threads."""
 MERGED = "merged"
 
 
 @dataclass
 class Counts:
-    """What is summed up over coordinates; see `anatomy_kernels.compare`."""
+    """Sums over coordinates; see `anatomy_kernels.compare`."""
 
     taken: NDArray[np.int64]
     """[M, M]"""
@@ -88,7 +88,7 @@ def compare(merged: Array, leaves: Sequence[Array], base: Array | None) -> Count
     arrays = [np.ascontiguousarray(tensor).reshape(-1) for tensor in tensors]
 
     def compared(part: slice) -> Counts:
-        # Where dtypes differ, only a part at a time is converted.
+        # Where dtypes differ, each part is converted on its own, to save memory.
         stored = [flat(converted(array[part], dtype)) for array in arrays]
         models = tuple(stored[: len(leaves) + 1])
         counts = Counts.zero(len(leaves))
@@ -102,7 +102,7 @@ def compare(merged: Array, leaves: Sequence[Array], base: Array | None) -> Count
 
 @dataclass
 class Anatomy:
-    """Given every tensor of a merge, it knows the whole model's numbers at the end."""
+    """Collects the numbers of every tensor of a merge, and sums them up for the whole model."""
 
     leaves: Sequence[str]
     """From left to right, as in the tree."""
@@ -115,15 +115,15 @@ class Anatomy:
         self.names = short_names(self.leaves)
 
     def compare(self, name: str, merged: Array, leaves: Sequence[Array]) -> Counts:
-        """Look at one tensor; threads may do so side by side."""
+        """Compare one tensor with the leaves; thread-safe."""
         base = self.base
         return compare(merged, leaves, base.read(name) if base is not None else None)
 
     def add(self, name: str, counts: Counts) -> dict[str, Any]:
-        """Add what was counted to the whole, tensor by tensor in one order, so that no sum depends on threads.
+        """Add a tensor's counts to the whole; called in a fixed order, so that sums do not depend on threads.
 
         Returns:
-            The tensor's numbers, for the table of tensors.
+            The tensor's numbers, for tensors.json.
         """
         if self.base is not None and not np.isfinite(counts.gram).all():
             print(f"anatomy: {self.base.folder}: {name} holds NaN or infinity, so there are no cosines", flush=True)
@@ -157,7 +157,7 @@ class Anatomy:
 
 @contextmanager
 def opened(folder: Path | None, model: Source) -> Iterator[Source | None]:
-    """The backbone, where it is known and has the tensors of the models; else None, and a line that says why."""
+    """The backbone, if it is known and has the tensors of the models; else None, and a printed line that says why."""
     with ExitStack() as stack:
         base = None
         if folder is None:
@@ -174,7 +174,7 @@ def opened(folder: Path | None, model: Source) -> Iterator[Source | None]:
 
 
 def _misfit(base: Source, model: Source) -> str:
-    """Why a checkpoint cannot be the backbone of a model; empty where it can."""
+    """Why a checkpoint cannot be the backbone of a model; empty if it can."""
     for name, info in model.tensors.items():
         found = base.tensors.get(name)
         if found is None or found.shape != info.shape:
@@ -213,7 +213,7 @@ def _listed(shares: Mapping[str, float | None]) -> str:
 
 
 def short_names(leaves: Sequence[str]) -> list[str]:
-    """Leaves that are folders by the last part of their path, where that tells them apart."""
+    """Names of the leaves; folders by the last part of their path, if that is unique."""
     short = [Path(leaf).name for leaf in leaves]
     good = len({*short, MERGED}) == len(short) + 1 and all(name and " " not in name for name in short)
     return short if good else [f"model{number}" for number in range(1, len(leaves) + 1)]

@@ -1,4 +1,4 @@
-"""The figures of a merge's anatomy, drawn from what stands in anatomy.json."""
+"""The figures of a merge's anatomy, drawn from the content of anatomy.json."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ NAN = float("nan")
 
 
 def draw(summary: Mapping[str, Any], folder: Path) -> None:
-    """Draw what the summary has numbers for."""
+    """Draw the figures for which the summary has numbers."""
     if summary["selects"]:
         _heat_maps(summary, "density", "share of values not Left's", folder / "density_by_layer.png")
     else:
@@ -30,13 +30,13 @@ def draw(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def _heat_maps(summary: Mapping[str, Any], key: str, label: str, path: Path) -> None:
-    """A panel a node of the tree: layers downwards, types of modules to the right."""
+    """One panel per node of the tree: layers downwards, types of modules to the right."""
     nodes = summary["nodes"]
     places = next(iter(nodes.values()))["places"]
     modules = modules_in_order(place["module"] for place in places)
     layers: list[int | None] = sorted({place["layer"] for place in places if place["layer"] is not None})
     if any(place["layer"] is None for place in places):
-        layers.append(None)  # what lies outside of the layers stands below them
+        layers.append(None)  # tensors outside of the layers, in the last row
     size = (0.42 * len(modules) + 1.6) * len(nodes) + 1.0, min(1.9 + 0.17 * len(layers), 14.0)
     figure, panels = plt.subplots(1, len(nodes), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axes, (name, node) in zip(panels[0], nodes.items(), strict=True):
@@ -131,5 +131,5 @@ def _or_nan(value: float | None) -> float:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150, metadata={"Software": None})  # no version of matplotlib: the same bytes everywhere
+    figure.savefig(path, dpi=150, metadata={"Software": None})  # no version of matplotlib: the same bytes
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""What is told of a merge's anatomy: lines for the terminal, a table for the model card, anatomy.json, figures."""
+"""Output of a merge's anatomy: lines for the terminal, a table for the model card, anatomy.json, figures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ class Told:
 
 
 def write(recipe: Recipe, table: Sequence[Mapping[str, Any]], anatomy: Anatomy | None, out: Path) -> Told:
-    """Write what the recipe asks for into a checkpoint folder."""
+    """Write the anatomy into a checkpoint folder, as far as the recipe asks for it."""
     nodes = density.by_node(table)
     if anatomy is None:
         return Told([], nodes)
-    # Imported here, because a merge without an anatomy has no use for it.
+    # Imported here, because a merge without an anatomy does not need it.
     from branchmerge.merge import anatomy_figures
 
     summary = anatomy.summary() | {"selects": recipe.operator.selects, "nodes": _nodes(table, nodes)}

@@ -1,4 +1,4 @@
-"""Do two config.json files describe one architecture? All keys are compared but those that change no computation.
+"""Do two config.json files describe one architecture? All keys are compared, except those that change no computation.
 
 Versions of transformers write different keys for the same model, so where two files differ they are compared again
 with the defaults filled in and old names replaced, as transformers does when it loads them.
@@ -20,7 +20,7 @@ LOADING = (
     "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict", "torchscript",
     "gradient_checkpointing", "pretraining_tp", "chunk_size_feed_forward", "tokenizer_class",
 )  # fmt: skip
-"""Where it came from, and how it is loaded and run."""
+"""Keys about the origin of a model, and how it is loaded and run."""
 TRAINING = (
     "initializer_range", "initializer_factor", "problem_type", "id2label", "label2id", "num_labels", "finetuning_task",
     "task_specific_params", "router_aux_loss_coef", "output_router_logits",
@@ -35,7 +35,7 @@ DROPOUT = ("dropout", "_pdrop", "layerdrop", "dropout_prob")
 
 
 def check_usable(name: str, folder: Path) -> None:
-    """Refuse a model that no other could be merged with."""
+    """Refuse a model that cannot be merged with any other."""
     quantised = read_config(folder).get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
@@ -61,7 +61,7 @@ def check_same(first: str, a_folder: Path, name: str, b_folder: Path) -> None:
 
 
 def is_tied(folders: Sequence[Path], all_store_heads: bool) -> bool:
-    """Whether models of one architecture use their embedding as output matrix too."""
+    """Whether models of one architecture use their embedding also as output matrix."""
     flags = [_tie_flag(read_config(folder)) for folder in folders]
     said = [flag for flag in flags if flag is not None]
     if said or all_store_heads:
@@ -76,22 +76,22 @@ def _tie_flag(config: Config) -> bool | None:
 
 
 _LACKING = object()
-"""A key that is not there stands for its default, which need not be null."""
+"""Stands for a missing key, which means its default; that need not be null."""
 
 
 def _differing(a: Config, b: Config, lacking: object) -> list[tuple[str, Any, Any]]:
-    """Keys with both values; `lacking`: what is compared where one has no such key."""
+    """Keys that differ, with both values; `lacking` is the value of a missing key."""
     one, other = _compared(a), _compared(b)
     keys = sorted(one.keys() | other.keys(), key=lambda key: (key != "model_type", key))
     return [(k, one.get(k), other.get(k)) for k in keys if one.get(k, lacking) != other.get(k, lacking)]
 
 
 def _compared(config: Config) -> Config:
-    """What must agree, as one flat table."""
+    """The keys that must be equal, as one flat table."""
     flat = _flat(config, "")
     if not any(key.split(".")[-1] in ("rope_type", "type") and value not in ("default", None)
                for key, value in flat.items()):  # fmt: skip
-        flat.pop("max_position_embeddings", None)  # a limit only; scaled positions are computed with it
+        flat.pop("max_position_embeddings", None)  # only a limit, unless positions are scaled by it
     if flat.get("use_sliding_window") is False:
         flat.pop("sliding_window", None)
         flat.pop("max_window_layers", None)
@@ -113,14 +113,14 @@ def _flat(config: Config, prefix: str) -> Config:
 
 
 def _complete(config: Config) -> Config:
-    """A config as transformers understands it, without keys that it ignores; as it is where it knows no such model."""
-    from transformers import CONFIG_MAPPING  # late: most merges never need it
+    """A config as transformers loads it, without ignored keys; unchanged if transformers does not know the model."""
+    from transformers import CONFIG_MAPPING  # imported here, as most merges do not need it
 
     try:
         kind = CONFIG_MAPPING[config["model_type"]]
         known = kind().to_dict()
         return {key: value for key, value in kind.from_dict(dict(config)).to_dict().items() if key in known}
-    except Exception:  # whatever a config class thinks of values that it was not made for: then the files decide
+    except Exception:  # a config class may raise anything on unexpected values; then the files are compared
         return config
 
 

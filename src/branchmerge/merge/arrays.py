@@ -1,7 +1,7 @@
-"""Weights as the merge holds them: numpy arrays of what is stored, which torch can look at as tensors.
+"""Weights as the merge holds them: numpy arrays of the stored values, which torch can view as tensors.
 
-numpy has no bfloat16 of its own, ml_dtypes gives it one. An array and its tensor share their memory. torch takes a
-second to import, so that is left to the moment something needs it: Arcee Fusion on a CPU does not.
+bfloat16 in numpy comes from ml_dtypes. An array and its tensor share their memory. Importing torch takes a second, so
+it is imported only where it is needed; Arcee Fusion on a CPU does not need it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = {
     "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool),
 }  # fmt: skip
-"""By their names in safetensors' headers"""
+"""numpy dtypes by their names in safetensors headers"""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -39,7 +39,7 @@ def is_floating(dtype: np.dtype[Any]) -> bool:
 
 
 def as_tensor(weights: Weights) -> Tensor:
-    """The same memory as a tensor; tensors as they are."""
+    """A tensor over the same memory; tensors are returned as they are."""
     import torch
 
     if not isinstance(weights, np.ndarray):
@@ -50,7 +50,7 @@ def as_tensor(weights: Weights) -> Tensor:
 
 
 def as_array(weights: Weights) -> Array:
-    """The same memory as an array, that of a tensor on another device copied; arrays as they are."""
+    """An array over the same memory, copied from another device if need be; arrays are returned as they are."""
     if isinstance(weights, np.ndarray):
         return weights
     import torch
@@ -66,7 +66,7 @@ def on_cpu(weights: Weights) -> bool:
 
 
 def shares_memory(array: Array, others: Iterable[Weights]) -> bool:
-    """Whether an array may lie where one of the others does."""
+    """Whether an array may share memory with one of the others."""
     return any(isinstance(other, np.ndarray) and np.may_share_memory(array, other) for other in others)
 
 
@@ -90,22 +90,23 @@ def in_one_dtype(weights: list[Any]) -> list[Any]:
 
 
 def converted(weights: W, dtype: Any) -> W:
-    """Weights in another dtype of their kind, rounded to the nearest; as they are where they have it."""
+    """Weights in another dtype (numpy's or torch's, as theirs), rounded to nearest; unchanged if they have it
+    already."""
     old: Any = weights
     if old.dtype == dtype:
         return weights
-    if isinstance(old, np.ndarray):  # torch rounds them with all threads
+    if isinstance(old, np.ndarray):  # by torch, which uses all threads
         return as_array(as_tensor(old).to(torch_dtype(dtype)))  # type: ignore[return-value]
     return old.to(dtype)
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    """torch's name of a numpy dtype."""
+    """The torch dtype of a numpy dtype."""
     return as_tensor(np.empty(0, dtype)).dtype
 
 
 def bits(array: Array) -> Array:
-    """What the compiled loops take: bfloat16 as its bits, others as they are."""
+    """The array in the form that the compiled loops take: bfloat16 as its bits, others unchanged."""
     return array.view(np.uint16) if array.dtype == BFLOAT16 else array
 
 

@@ -27,7 +27,8 @@ from branchmerge.merge.direct_file import DirectFile
 from branchmerge.merge.shards import AGAIN, INDEX, weight_files
 
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().machine in ("x86_64", "aarch64") else 0)
-"""Linux: memory that is never written to is not asked for; a file may be larger than there is. Python 3.13 names it."""
+"""Linux: reserve no memory for private pages that are never written, so a file may be larger than the memory. Python
+3.13 has the name."""
 LACKING = {
     errno.ENOMEM: "the system has no address space for it: free memory, or allow overcommitting it",
     errno.EMFILE: "raise the limit of open files (ulimit -n), of which each shard is one",
@@ -36,7 +37,7 @@ LACKING = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor."""
+    """Dtype and shape of a tensor, from a header."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -68,7 +69,7 @@ class Reader:
         with safe_open(path, framework="np"):  # the library checks the header against the file's length
             pass
         with path.open("rb") as file:
-            # Copy on write: torch wants memory that could be written to, the file stays as it is.
+            # Copy on write: torch requires writable memory, and the file must not change.
             flags, prot = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
             mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=prot)
         (length,) = struct.unpack("<Q", mapped[:8])
@@ -93,25 +94,25 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._places.clear()  # a map closes with the last tensor that lies in it
+        self._places.clear()  # a map closes with the last tensor that uses it
 
     def read(self, name: str) -> Array:
-        """One tensor as it is stored; not to be written to."""
+        """One tensor as it is stored; must not be written to."""
         info = self.tensors[name]
         mapped, start = self._places[name]
         if not info.nbytes:
             return np.empty(info.shape, info.dtype)
         raw = np.frombuffer(mapped, np.uint8, info.nbytes, start)
-        if start % info.dtype.itemsize:  # files of old writers need not be aligned
+        if start % info.dtype.itemsize:  # files of old writers may be unaligned
             raw = raw.copy()
         return raw.view(info.dtype).reshape(info.shape)
 
     def prefetch(self, name: str) -> None:
-        """Let the system read a tensor from the disk while others are worked on."""
+        """Let the system read a tensor from the disk in the background."""
         self._advise(name, mmap.MADV_WILLNEED)
 
     def release(self, name: str) -> None:
-        """Give a tensor's memory back; what was read stays in the system's cache as long as it has room."""
+        """Give a tensor's memory back; its pages stay in the system's cache while there is room."""
         self._advise(name, mmap.MADV_DONTNEED)
 
     def _advise(self, name: str, advice: int) -> None:
@@ -125,7 +126,7 @@ class Reader:
 class Writer:
     """Writes tensors of known dtypes and shapes, in the order announced, into shards of a limited size.
 
-    A thread writes and fingerprints them, so that the next tensor is made meanwhile; two wait at most.
+    A thread writes and hashes them while the next tensor is merged; at most two tensors wait.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> None:
@@ -162,10 +163,10 @@ class Writer:
                 self._file.close()
 
     def write(self, name: str, tensor: Array) -> None:
-        """Append the next tensor, which must not change any more.
+        """Append the next tensor, which must not change afterwards.
 
         Raises:
-            UserError: the disk is full; said at this call or at one of the next.
+            UserError: the disk is full; raised by this call or by a later one.
         """
         info = self.tensors[name]
         if name != self._names[self._next] or tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
@@ -175,7 +176,7 @@ class Writer:
         self._wait(2)
 
     def _wait(self, left: int) -> None:
-        """Wait until so many tensors at most are not written; raises what went wrong with them."""
+        """Wait until at most so many tensors are left to write; raises the errors of the others."""
         while len(self._waiting) > left:
             try:
                 self._waiting.popleft().result()
@@ -192,7 +193,7 @@ class Writer:
         self._file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
 
     def _start(self, number: int) -> None:
-        """Open a shard, claim its place on the disk, and write its header."""
+        """Open a shard, reserve its room on the disk, and write its header."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in self.shards[number]:
@@ -215,7 +216,7 @@ class Writer:
         return f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
     def _write_index(self) -> None:
-        """Say which shard holds which tensor, where there is more than one."""
+        """Write the index of tensors and shards, if there are several shards."""
         if len(self.shards) == 1:
             return
         places = {name: self._file_name(number) for number, shard in enumerate(self.shards) for name in shard}

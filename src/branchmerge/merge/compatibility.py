@@ -1,6 +1,6 @@
 """Refuse models that cannot be merged, from their configs and headers alone, before any weight is read.
 
-Only a matrix that a model stores twice is looked at here, see tied.py.
+The one exception is a matrix that a model stores twice, which is read, see tied.py.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from branchmerge.merge.views import Source
 
 @dataclass(frozen=True)
 class Common:
-    """The models as they are merged: the same tensors in the same shapes in all."""
+    """The models as they are merged, all with the same tensors of the same shapes."""
 
     models: dict[str, Source]
     tokenizer: Path | None = None
     """Folder of the model whose tokenizer the merged one gets; None for Left's."""
     rows: int | None = None
-    """Entries of the vocabulary; None for as many as Left's config says."""
+    """Size of the vocabulary; None for that in Left's config."""
 
 
 def check(models: Mapping[str, Source], vocab: str = "same") -> Common:

@@ -11,7 +11,7 @@ ORDER = (
     "embeddings", "norms", "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj",
     "down_proj",
 )  # fmt: skip
-"""Types of modules that stand first, in this order."""
+"""Types of modules that are listed first, in this order."""
 
 Entry = Mapping[str, Any]
 """A row of tensors.json."""
@@ -19,7 +19,7 @@ Entry = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Change:
-    """Of all tensors of one place."""
+    """The change of all tensors of one layer and type of module, or of the whole model."""
 
     density: float
     """Share of the values that are not Left's"""
@@ -52,7 +52,7 @@ def by_place(table: Sequence[Entry], node: str) -> dict[tuple[int | None, str], 
 
 
 def modules_in_order(modules: Iterable[str]) -> list[str]:
-    """The well-known types first, then the others by name."""
+    """Types of modules: those of ORDER first, then the others by name."""
     return sorted(set(modules), key=lambda module: (ORDER.index(module) if module in ORDER else len(ORDER), module))
 
 

@@ -1,7 +1,7 @@
-"""A file that is written once, from its start to its end, past the system's cache.
+"""A file that is written once, from start to end, bypassing the system's page cache (O_DIRECT).
 
-A merged model is written faster than it is read again: through the cache it would push the parents out, and finding
-pages for it cost more here than merging them. Where the file system cannot do without its cache, it is used.
+A merged model is not read again soon: through the cache it would evict the parents, and allocating its pages cost more
+than the merge. The cache is used where the file system cannot bypass it.
 """
 
 import errno
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 PIECE = 1 << 22
-"""Bytes that are gathered, fingerprinted and written at a time."""
+"""Bytes that are collected, hashed and written at a time."""
 SECTOR = 4096
-"""What addresses and lengths must be multiples of past the cache."""
+"""Addresses and lengths must be multiples of this to bypass the cache."""
 
 
 class DirectFile:
-    """Write `size` bytes in all; raises OSError, at once where the disk has no room for them."""
+    """A file of `size` bytes; raises OSError at once if the disk has no room for them."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
@@ -47,7 +47,7 @@ class DirectFile:
                 self._flush()
 
     def finish(self) -> str:
-        """Write what is left and close; returns the SHA-256."""
+        """Write the rest and close; returns the SHA-256."""
         self._flush()
         os.ftruncate(self._descriptor, self.size)  # the last piece was rounded up
         self.close()
@@ -62,7 +62,7 @@ class DirectFile:
     def _flush(self) -> None:
         self._digest.update(self._buffer[: self._filled].data)
         rest = self._buffer[: -(-self._filled // SECTOR) * SECTOR]
-        while rest.size:  # a disk that is nearly full takes a part of it
+        while rest.size:  # a nearly full disk takes only a part
             n = os.pwrite(self._descriptor, rest.data, self._written)
             self._written += n
             rest = rest[n:]

@@ -1,6 +1,6 @@
 """The recipes of a sweep: checked together before the first is made, and grouped by what one pass can make.
 
-A group is over the same parents, so that each tensor is read once for all of its recipes.
+The recipes of a group have the same parents, so that each tensor is read once for all of them.
 """
 
 import re
@@ -25,16 +25,17 @@ BACKBONE = "the backbone"
 
 @dataclass
 class Group:
-    """Recipes over the same parents."""
+    """Recipes with the same parents."""
 
     recipes: Sequence[Recipe]
     folders: dict[str, Path]
     common: compatibility.Common
     seen: dict[Path, tuple[Any, ...]]
-    """The parents' files as they were when they were opened"""
+    """State of the parents' files when they were opened"""
 
     def check_unchanged(self) -> None:
-        """Refuse parents that were replaced: what was opened is read on, whatever has its name now."""
+        """Refuse parents that were replaced meanwhile: the files that were opened are read, whatever has their names
+        now."""
         for folder, state in self.seen.items():
             if fingerprints.state(folder) != state:
                 raise UserError(f"{folder}: was changed while it was merged; run the same command again")
@@ -75,7 +76,7 @@ def _grouped(recipes: Sequence[Recipe]) -> list[list[Recipe]]:
 
 
 def check_apart(outs: Sequence[Path]) -> None:
-    """Refuse two results in one folder, however it is spelled: the second would wait for the first for ever."""
+    """Refuse two results in one folder, however its path is spelled: the second would wait for the first for ever."""
     places = [out.resolve() for out in outs]
     for out, place in zip(outs, places, strict=True):
         if places.count(place) > 1:
@@ -83,7 +84,7 @@ def check_apart(outs: Sequence[Path]) -> None:
 
 
 def tell_lost(lost: dict[Path, UserError], members: int) -> NoReturn:
-    """Raise one mistake that names every member that was not made, and why."""
+    """Raise one error that names every member that was not made, and why."""
     if members == 1:
         raise next(iter(lost.values()))
     names: dict[str, list[str]] = {}
@@ -94,7 +95,7 @@ def tell_lost(lost: dict[Path, UserError], members: int) -> NoReturn:
 
 
 def infos_of(reader: Source) -> dict[str, TensorInfo]:
-    """All tensors in the order of their names, numbers by value, however the parents' files order them."""
+    """All tensors sorted by name, numbers in names by value, independent of their order in the files."""
 
     def natural(name: str) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

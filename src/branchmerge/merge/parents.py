@@ -7,13 +7,13 @@ from branchmerge.study import Parent
 
 
 def parents_of(recipe: Recipe) -> list[Parent]:
-    """Those of a recipe's leaves from left to right, then the backbone's; waits for their fingerprints."""
+    """The recipe's leaves from left to right, then the backbone if it is used; waits for their fingerprints."""
     folders = [recipe.folders[leaf] for leaf in recipe.tree.leaves]
     return [fingerprints.of(folder) for folder in [*folders, *([recipe.base] if recipe.base else [])]]
 
 
 def check_expected(recipe: Recipe) -> None:
-    """Refuse parents that are not those which the recipe was written for."""
+    """Refuse parents whose weights are not those that the recipe names."""
     for folder, expected in recipe.expected.items():
         found = fingerprints.of(folder).weights_sha256
         if found != expected:

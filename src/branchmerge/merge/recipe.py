@@ -1,4 +1,4 @@
-"""A recipe says everything about a merge: operator, parameters, tree, the folders of the leaves, where it goes."""
+"""A recipe: everything about a merge, that is operator, parameters, tree, folders of the leaves, output folder."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ from branchmerge.student import backbone
 from branchmerge.study import Study, place, read_manifest
 
 FOLLOWS = {"arcee_fusion_null": "arcee_fusion"}
-"""Controls have the study's parameters of the operator that they are controls of."""
+"""Controls take the study's parameters of the operator that they are controls of."""
 NOTHING = np.empty(0)
-"""What a dry run merges."""
+"""The tensor that a dry run merges."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class Recipe:
     device: str = "cpu"
     """Where the arithmetic is done: cpu, cuda, cuda:1, ..."""
     expected: dict[Path, str] = field(default_factory=dict)
-    """SHA-256 that the weights of the models must have; empty for any."""
+    """SHA-256 that the weights of folders must have; those not listed may have any."""
     anatomy: bool = False
-    """Compare the result with what it was made of, and draw that."""
+    """Compare the result with its parents, and draw figures."""
     origin: Path | None = None
-    """Checkpoint of the backbone for the anatomy, where the operator does not need it; no parent of the result."""
+    """Checkpoint of the backbone for the anatomy alone, if the operator does not need it; not a parent of the
+    result."""
     vocab: str = "same"
     """What happens to vocabularies that differ, see vocabulary.py."""
 
@@ -68,7 +69,7 @@ class Recipe:
             self._dry_run(operator)
 
     def _check_folders(self) -> None:
-        """Refuse a model that has two names in the tree, and a place where the result would replace its own models."""
+        """Refuse a model with two names in the tree, and an output folder that would replace a parent."""
         leaves: dict[Path, str] = {}
         for leaf in self.tree.leaves:
             first = leaves.setdefault(self.folders[leaf].resolve(), leaf)
@@ -82,7 +83,7 @@ class Recipe:
                 raise UserError(f"{self.out}: would replace {folder}, which it is made from; give another out=")
 
     def check_rules(self, tensors: Sequence[str]) -> None:
-        """Refuse rules that hold for none of the tensors to be merged, and those that one cannot have together."""
+        """Refuse rules that hold for no tensor, and rules that cannot hold together for some tensor."""
         for rule in self.rules:
             if not any(rule.holds_for(tensor) for tensor in tensors):
                 raise UserError(
@@ -99,7 +100,7 @@ class Recipe:
                     raise UserError(f"rules: those for {tensor} cannot hold together: {error}") from error
 
     def _dry_run(self, operator: Operator) -> None:
-        """Merge empty tensors: finds parameters that do not fit the tree, such as two weights for three models."""
+        """Merge empty tensors, to find parameters that do not fit the tree, such as two weights for three models."""
         base = None if self.base is None else NOTHING
         try:
             TensorFold("dry run", lambda _: NOTHING, base).merge(self.tree, operator)
@@ -115,7 +116,7 @@ class Recipe:
 
     @property
     def again(self) -> str:
-        """How exactly recipe.yaml makes the model again."""
+        """How exactly recipe.yaml reproduces the model."""
         if self.device != "cpu":
             return "on a GPU of the same kind"
         portable = all(one.is_portable() for one in _operators(self.operator_name, self.operator, self.rules))
@@ -127,13 +128,13 @@ class Recipe:
 
 
 def _ruled(operator_name: str, operator: Operator, rules: Sequence[Rule]) -> Operator:
-    """An operator with the parameters of some rules, the last of which counts."""
+    """An operator with the parameters of some rules; of several values the last one counts."""
     changed = {key: value for rule in rules for key, value in rule.parameters.items()}
     return make_operator(operator_name, {**parameters_of(operator), **changed}) if changed else operator
 
 
 def _operators(operator_name: str, operator: Operator, rules: Sequence[Rule]) -> list[Operator]:
-    """An operator as it is, and as each rule alone makes it."""
+    """An operator as it is, and as each rule alone changes it."""
     return [operator, *(_ruled(operator_name, operator, [rule]) for rule in rules)]
 
 
@@ -159,7 +160,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
     ours = all(folder.parent == study.expert("*").parent for folder in folders.values())
     origin = backbone.find(config) if config.anatomy and base is None and (ours or config.backbone.path) else None
     shard = int(config.max_shard_gb * 1e9)
-    device = "cpu" if config.device == "cpu" else str(device_of(config.device))  # which asks torch
+    device = "cpu" if config.device == "cpu" else str(device_of(config.device))  # device_of imports torch
     return Recipe(
         operator_name,
         operator,
@@ -180,7 +181,7 @@ def from_config(config: MergeConfig, resolved: dict[str, Any]) -> Recipe:
 
 
 def _usual(operator_name: str, of_study: Mapping[str, Mapping[str, Any]]) -> Operator:
-    """The operator as the study uses it, which conf/operator lays below the command line; results are named by it."""
+    """The operator with the study's parameters, which are the defaults of the command line and of the result's name."""
     for name in of_study:
         if name not in OPERATORS:
             raise UserError(f"study.operators.{name}: there is no such operator; choose one of {', '.join(OPERATORS)}")

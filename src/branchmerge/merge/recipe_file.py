@@ -1,4 +1,4 @@
-"""recipe.yaml: all that is needed to make a merged model again, as exactly as its operator can.
+"""recipe.yaml: everything needed to make a merged model again, as exactly as its operator allows.
 
 python merge.py recipe=outputs/demo/merged/ties/recipe.yaml out=/again
 """
@@ -46,7 +46,7 @@ def write(recipe: Recipe, manifest: Manifest, folder: Path) -> None:
 
 
 def load(path: Path, out: Path, *, overwrite: bool = False, progress: bool = True) -> Recipe:
-    """Read a recipe; raises UserError on what is none."""
+    """Read a recipe; raises UserError if the file is not one."""
     if not path.is_file():
         raise UserError(f"recipe={path}: no such file; a merged model has one, {NAME}")
     try:
@@ -68,7 +68,7 @@ def load(path: Path, out: Path, *, overwrite: bool = False, progress: bool = Tru
 
 
 def _device(content: dict[str, Any]) -> str:
-    """Where the model was merged: other devices need not give the same bytes."""
+    """The device on which the model was merged; others need not give the same bytes."""
     named = content.get("device", "cpu")
     return named if named == "cpu" else str(device_of(named))  # which asks torch
 

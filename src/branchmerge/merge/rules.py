@@ -2,9 +2,8 @@
 
     rules: [{tensors: mlp, lam: 1.0}, {tensors: "*embed*", layers: [0, 11], weights: [1, 0.5, 0.5]}]
 
-A rule says which tensors (patterns as in file names, or one of GROUPS; all, where it does not say), which layers (first
-and last, both included), and the operator's parameters that differ there. Where several rules speak of a parameter, the
-last one counts.
+A rule selects tensors (file-name patterns, or a name of GROUPS; default: all) and layers (first and last, both
+included), and sets parameters of the operator for them. Where several rules set a parameter, the last one counts.
 """
 
 import re
@@ -17,7 +16,7 @@ from branchmerge.errors import UserError
 
 GROUPS = {
     "embeddings": ("*embed*", "*lm_head*", "*wte*"),
-    "attention": ("*attn.*", "*attention.*"),  # what lies in such a module, not a norm named after it
+    "attention": ("*attn.*", "*attention.*"),  # tensors in such a module, not a norm named after it
     "mlp": ("*mlp.*", "*feed_forward.*", "*block_sparse_moe.*"),
     "norms": ("*norm*", "*ln_*"),
 }
@@ -26,7 +25,7 @@ LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Rule:
-    """Where it holds, and what it changes."""
+    """Tensors and layers, and the parameters that differ there."""
 
     patterns: tuple[str, ...]
     layers: tuple[int, int] | None
@@ -53,7 +52,7 @@ def layer_of(tensor: str) -> int | None:
 
 
 def parse_rules(raw: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
-    """The configuration's rules; raises UserError on what is none."""
+    """The configuration's rules; raises UserError on an entry that is not one."""
     return tuple(_parse(dict(entry)) if isinstance(entry, Mapping) else _refuse(entry) for entry in raw)
 
 

@@ -1,4 +1,4 @@
-"""One look over a tensor as it is stored: does it hold NaN, and how far is it from another."""
+"""One pass over a tensor as it is stored: does it hold NaN or infinity, and how much does it differ from another."""
 
 import math
 from dataclasses import dataclass
@@ -33,19 +33,19 @@ def has_special(array: Array) -> bool:
 
 @dataclass(frozen=True)
 class Change:
-    """From one tensor to another of its shape."""
+    """The change from one tensor to another of the same shape."""
 
     changed: int
     """Elements that differ"""
     norm: float
     """2-norm of the difference"""
     norm_before: float
-    """2-norm of what was there"""
+    """2-norm of the tensor before the change"""
     elements: int
 
     @property
     def facts(self) -> dict[str, float]:
-        """For the table of tensors."""
+        """As in tensors.json."""
         share = self.changed / max(self.elements, 1)
         return {"changed": share, "update_norm": self.norm, "left_norm": self.norm_before}
 
@@ -61,7 +61,7 @@ def changes(after: Weights, before: Weights) -> Change:
     if not on_cpu(after):
         return _changes_torch(as_tensor(after).reshape(-1), as_tensor(before).reshape(-1))
     a, b = (flat(as_array(weights)) for weights in (after, before))
-    # Parts of a fixed size: the sum must not depend on how many threads there are.
+    # Parts of a fixed size, so that the sum does not depend on the number of threads.
     parts = [slice(start, start + (1 << 22)) for start in range(0, a.size, 1 << 22)]
     found = workers.each(lambda part: difference(a[part], b[part]), parts)
     changed, squares, squares_before = (sum(column) for column in zip((0, 0.0, 0.0), *found, strict=True))

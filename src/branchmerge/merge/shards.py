@@ -1,4 +1,4 @@
-"""Which files of a folder hold a checkpoint's weights, and what its index says is in them."""
+"""Which files of a folder hold a checkpoint's weights, and which tensors its index places in them."""
 
 import json
 import re
@@ -15,11 +15,12 @@ Shards = dict[Path, set[str] | None]
 
 
 def weight_files(folder: Path) -> Shards:
-    """The files of a checkpoint, by its index where it has one; raises UserError if one is lost or it is not clear."""
+    """The files of a checkpoint, by its index where it has one; raises UserError if one is missing or it is not
+    clear."""
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
         shards = _read_index(index)
-        if single.is_file() and single not in shards:  # transformers loads the one, vLLM the other
+        if single.is_file() and single not in shards:  # transformers would load one of the two, vLLM the other
             raise UserError(f"{folder}: holds {SINGLE} and an index of other files; remove those that are not meant")
         return shards
     paths = [single] if single.is_file() else sorted(path for path in folder.glob("*.safetensors") if path.is_file())

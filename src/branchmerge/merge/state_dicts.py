@@ -1,4 +1,4 @@
-"""Merging what is in memory already: the same operators and trees, without files."""
+"""Merge state dicts that are in memory: the same operators and trees, without files."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ def merge_state_dicts(
     base: StateDict | None = None,
     **parameters: Any,
 ) -> "dict[str, Tensor]":
-    """Merge state dicts of one architecture, on whatever device they are.
+    """Merge state dicts of one architecture, on any device.
 
     Args:
         models: state dict by name; the names are the leaves of the tree

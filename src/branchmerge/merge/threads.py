@@ -1,7 +1,7 @@
 """Threads for the compiled loops, which release the interpreter's lock, and the memory that they share.
 
-A large tensor is cut into blocks of rows that are worked on side by side. Of smaller ones several are worked on side by
-side, each by one thread, so that what Python does between the loops is done side by side, too.
+A large tensor is cut into blocks of rows that threads process in parallel. Several smaller tensors are processed in
+parallel, each by one thread, so that the Python code between the loops overlaps, too.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ from branchmerge.machine import cores
 T = TypeVar("T")
 
 BLOCK = 1 << 18
-"""Elements that are worth a thread of their own."""
+"""Smallest number of elements that is worth a thread of its own."""
 LARGEST = 1 << 30
-"""Elements that a part has at most, but for a row: the loops count them in 32 bits."""
+"""Largest number of elements of a part, unless it is a single row: the loops count in 32 bits."""
 
 
 class Workers:
@@ -31,14 +31,14 @@ class Workers:
         self._inside = threading.local()
 
     def use(self, count: int) -> None:
-        """Use so many threads from now on."""
+        """Use this many threads from now on."""
         if count != self.count and self._pool is not None:
             self._pool.shutdown()
             self._pool = None
         self.count = count
 
     def share(self, work: Callable[[slice], T], rows: int, columns: int) -> list[T]:
-        """Cut the rows into one part a thread and call `work` on each; small tensors are one part, huge ones many."""
+        """Cut the rows into one part per thread and call `work` on each; small tensors are one part, huge ones many."""
         parts = min(self.count, max(1, rows * columns // BLOCK))
         parts = min(max(parts, math.ceil(rows * columns / LARGEST)), max(rows, 1))
         cuts = [rows * i // parts for i in range(parts + 1)]
@@ -52,7 +52,7 @@ class Workers:
         return list(self.pool.map(work, slices))
 
     def begin(self, work: Callable[[], T]) -> Future[T]:
-        """Call `work` in a thread of its own; what it shares it does alone."""
+        """Call `work` in a thread of the pool; within it, `share` and `each` use that thread alone."""
 
         def alone() -> T:
             self._inside.yes = True
@@ -74,15 +74,15 @@ workers = Workers()
 
 
 def keep_freed_memory(limit: int = 1 << 25) -> None:
-    """Let the C library hand out freed blocks of up to `limit` bytes again.
+    """Let the C library reuse freed blocks of up to `limit` bytes.
 
-    It would give them back to the system and ask for new pages, which costs more than a merge of them.
+    By default it returns them to the system and asks for new pages, which costs more than merging them.
     """
     mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # names and numbers of glibc's malloc.h
     try:
         library = ctypes.CDLL(None)
         library.mallopt(mmap_threshold, limit)
         library.mallopt(trim_threshold, 8 * limit)
-        library.mallopt(arena_max, 1)  # a thread's own blocks would be given back whatever the limit
-    except (OSError, AttributeError):  # another C library: slower, nothing else
+        library.mallopt(arena_max, 1)  # arenas of threads would return their blocks whatever the limit
+    except (OSError, AttributeError):  # another C library: the merge is slower, nothing else
         return

@@ -1,4 +1,4 @@
-"""Tied embeddings: the output matrix is the input embedding, so a checkpoint that stores it twice stores a copy."""
+"""Tied embeddings: the output matrix is the input embedding, so a checkpoint with both stores a copy."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|wte|word_embeddings|to
 
 
 def without_copies(models: Mapping[str, Source]) -> dict[str, Source]:
-    """The models without the copies that some store, where their configs say that the two are one."""
+    """The models without the copies that some store, if their configs say that embeddings are tied."""
     heads = {name: [t for t in model.tensors if HEAD.search(t)] for name, model in models.items()}
     if not any(heads.values()) or not is_tied([model.folder for model in models.values()], all(heads.values())):
         return dict(models)
@@ -24,12 +24,12 @@ def without_copies(models: Mapping[str, Source]) -> dict[str, Source]:
 
 def _without(name: str, model: Source, heads: list[str]) -> Source:
     embeddings = [tensor for tensor in model.tensors if EMBEDDING.search(tensor)]
-    if len(heads) != 1 or len(embeddings) != 1:  # nothing stored twice, or not clear what is whose copy
+    if len(heads) != 1 or len(embeddings) != 1:  # nothing is stored twice, or it is not clear what is a copy
         return model
     head, embedding = heads[0], embeddings[0]
     shapes = [list(model.tensors[tensor].shape) for tensor in (embedding, head)]
     wrong = f" ({shapes[0]} and {shapes[1]})" if shapes[0] != shapes[1] else ""
-    # Those few models that store it twice are read here: dropping a matrix that is no copy would lose it silently.
+    # The few models that store both are read here: dropping a matrix that is not a copy would silently lose it.
     if wrong or not np.array_equal(bits(model.read(embedding)), bits(model.read(head))):
         raise UserError(
             f"{name} ({model.folder}): tie_word_embeddings is true, but {head} differs from {embedding}{wrong};"

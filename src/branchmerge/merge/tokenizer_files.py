@@ -1,4 +1,4 @@
-"""What a merged model takes over from a parent, unmerged: tokenizer, chat template, end tokens."""
+"""The files that a merged model copies from one parent: tokenizer, chat template, end tokens."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from branchmerge.study import fingerprint
 
 
 def fingerprint_of(recipe: Recipe) -> str:
-    """Of the files that may be taken over: Left's; where vocabularies differ, those of all leaves."""
+    """Fingerprint of the files that may be copied: Left's; those of all leaves where vocabularies may differ."""
     folders = [recipe.folders[leaf] for leaf in recipe.tree.leaves]
     taken = folders if recipe.vocab != "same" else folders[:1]
     return fingerprint({
@@ -27,12 +27,12 @@ def fingerprint_of(recipe: Recipe) -> str:
 
 @cache
 def _sha256(path: Path, _: int) -> str:
-    """Once for all members of a sweep."""
+    """Cached for all members of a sweep."""
     return file_sha256(path)
 
 
 def differences(taken: Path, leaves: Mapping[str, Path]) -> list[str]:
-    """What of some leaves is not as in the folder that the merged model takes it from, each as a line."""
+    """One line for each difference between the leaves' files and those that the merged model copies."""
     name = next((leaf for leaf, folder in leaves.items() if folder == taken), taken.name)
     lines = []
     for what, of in (("chat template", _template), ("end-of-sequence tokens", _end_tokens)):
@@ -56,7 +56,7 @@ def _end_tokens(folder: Path) -> set[Any]:
 
 
 def _entry(file: Path, key: str) -> Any:
-    """Of a JSON file; None where there is none. What is broken in it is told by who loads the model."""
+    """An entry of a JSON file; None if there is no such file or entry. A broken file is reported when it is loaded."""
     try:
         return json.loads(file.read_text()).get(key)
     except (OSError, ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""What the merge reads from: a checkpoint's reader, or a view of one that shows its tensors otherwise."""
+"""What the merge reads from: a checkpoint's reader, or a view of one with fewer or resized tensors."""
 
 from pathlib import Path
 from typing import Protocol
@@ -8,7 +8,7 @@ from branchmerge.merge.checkpoint import TensorInfo
 
 
 class Source(Protocol):
-    """A `Reader`, or what looks like one."""
+    """The interface of `checkpoint.Reader`."""
 
     folder: Path
     tensors: dict[str, TensorInfo]

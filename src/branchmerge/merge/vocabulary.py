@@ -1,11 +1,11 @@
-"""One vocabulary for all models: refused unless it is the same (vocab=same), padded or cut otherwise.
+"""One vocabulary for all models: refuse others (vocab=same), pad (vocab=pad) or cut (vocab=intersect).
 
     rows of the embedding          vocab=pad                          vocab=intersect
     A  a0 a1 a2                    a0 a1 a2 b3                        a0 a1 a2
     B  b0 b1 b2 b3                 b0 b1 b2 b3                        b0 b1 b2
 
-Both need ids that two models know to be the same token in both. A row beyond a tokenizer's last token is padding: where
-another model has a token there, its row is taken.
+Padding and cutting require that an id known to two models is the same token in both. A row beyond a tokenizer's last
+token is padding: where another model has a token there, that model's row is taken.
 """
 
 import json
@@ -29,25 +29,25 @@ WAYS = ("same", "pad", "intersect")
 OF_TOKENS = re.compile(
     r"(?:^|\.)(?:embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|lm_head|embed_out|output)\.(?:weight|bias)$"
 )
-"""Tensors with a row for each token."""
+"""Tensors with one row per token."""
 KEYS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-"""What config.json says of the vocabulary."""
+"""Keys of config.json about the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a checkpoint knows of its tokens."""
+    """The tokens of a checkpoint."""
 
     name: str
     folder: Path
     rows: int | None
-    """As its config says."""
+    """Rows of the embedding, by its config."""
     tokens: Mapping[int, str] | None
-    """By id; None where no tokenizer can be read."""
+    """Tokens by id; None if no tokenizer can be read."""
 
     @property
     def known(self) -> int:
-        """Ids from here on are padding."""
+        """Number of known ids; later rows are padding."""
         return max(self.tokens or {}, default=-1) + 1
 
 
@@ -59,14 +59,14 @@ def check_same(first: str, a: Path, name: str, b: Path) -> None:
     """Refuse two models whose vocabularies differ; says how, and which `vocab` would merge them."""
     rows = [_part(read_config(folder)).get("vocab_size") for folder in (a, b)]
     if rows[0] == rows[1] and _same_file(a / "tokenizer.json", b / "tokenizer.json"):
-        return  # tables of a hundred thousand tokens need not be read
+        return  # equal files, so the large tables need not be read
     one, other = vocabulary_of(first, a), vocabulary_of(name, b)
     if one.rows != other.rows or (one.tokens is not None and other.tokens is not None and one.tokens != other.tokens):
         raise UserError(f"{first} and {name} cannot be merged: {_how_they_differ(one, other)}")
 
 
 def unify(models: Mapping[str, Source], how: str) -> tuple[dict[str, Source], Path, int]:
-    """Show all models with one vocabulary, by `pad` or `intersect`; also the folder whose tokenizer it is, its size."""
+    """Views of all models with one vocabulary, by `pad` or `intersect`; the folder of its tokenizer; and its size."""
     known = [_usable(vocabulary_of(name, model.folder), how) for name, model in models.items()]
     for one, other in combinations(known, 2):
         if _conflict(one, other):
@@ -75,7 +75,7 @@ def unify(models: Mapping[str, Source], how: str) -> tuple[dict[str, Source], Pa
     if how == "pad":
         rows, chosen = max(_rows(v) for v in known), known[sizes.index(max(sizes))]
     else:
-        # With one tokenizer its padding stays; of two, tokens that only one knows must not be generated.
+        # One tokenizer keeps its padding; with two, tokens that only one knows must not be generated.
         rows = min(sizes) if len(set(sizes)) > 1 else min(_rows(v) for v in known)
         chosen = known[sizes.index(min(sizes))]
     views: dict[str, Source] = {}
@@ -87,7 +87,7 @@ def unify(models: Mapping[str, Source], how: str) -> tuple[dict[str, Source], Pa
 
 
 def write_config(first: Path, tokenizer: Path, rows: int | None, out: Path) -> None:
-    """Copy a model's config.json; what it says of tokens is that of `tokenizer`, with so many rows."""
+    """Copy a model's config.json, with the keys about tokens from the folder `tokenizer` and the number of rows."""
     text = (first / "config.json").read_bytes()
     config, source = read_config(first), _part(read_config(tokenizer))
     told = {**{key: source[key] for key in KEYS if key in source}, **({"vocab_size": rows} if rows else {})}
@@ -100,7 +100,7 @@ def write_config(first: Path, tokenizer: Path, rows: int | None, out: Path) -> N
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows that a model takes from an owner, itself or another."""
+    """Rows that a model takes from an owner: itself or another model."""
 
     start: int
     stop: int
@@ -108,7 +108,7 @@ class _Piece:
 
 
 class _Resized(View):
-    """A model whose matrices of tokens have other rows."""
+    """A model with other rows in the tensors that have one row per token."""
 
     def __init__(self, vocabulary: Vocabulary, models: Mapping[str, Source], pieces: Sequence[_Piece]) -> None:
         source = models[vocabulary.name]
@@ -149,7 +149,7 @@ class _Resized(View):
 
 
 def _pieces(model: Vocabulary, models: Sequence[Vocabulary], rows: int) -> list[_Piece]:
-    """Whose rows a model shows: its own tokens, then those of the first model that knows them, then padding."""
+    """Where a model's rows come from: its own tokens, then the first model that knows the token, then padding."""
     cuts = sorted({0, rows, *(end for v in models for end in (v.known, _rows(v)) if end < rows)})
     pieces: list[_Piece] = []
     for start, stop in pairwise(cuts):
@@ -164,7 +164,7 @@ def _pieces(model: Vocabulary, models: Sequence[Vocabulary], rows: int) -> list[
 
 
 def _usable(vocabulary: Vocabulary, how: str) -> Vocabulary:
-    """Refuse what rows cannot be matched with."""
+    """Refuse a vocabulary whose rows cannot be matched with others."""
     if vocabulary.tokens is None:
         raise UserError(
             f"vocab={how}: {vocabulary.folder} has no tokenizer.json, so nothing says which token a row belongs to;"
@@ -217,7 +217,7 @@ def _how_they_differ(a: Vocabulary, b: Vocabulary) -> str:
 
 
 def _conflict(a: Vocabulary, b: Vocabulary) -> str:
-    """Say where two models mean different tokens by one id, or know a token by different ids; empty if nowhere."""
+    """Where an id is another token in the two models, or a token has two ids; empty if nowhere."""
     assert a.tokens is not None and b.tokens is not None
     for number in sorted(a.tokens.keys() & b.tokens.keys()):
         if a.tokens[number] != b.tokens[number]:
@@ -247,7 +247,7 @@ def _tokens(folder: Path) -> dict[int, str] | None:
 
 
 def _part(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that speaks of tokens: models that also see have one of their own for it."""
+    """The part of a config about the language model; multimodal models have a section for it."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) and "vocab_size" in inner else config
 

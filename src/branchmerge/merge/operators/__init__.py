@@ -36,7 +36,7 @@ CLASSES = {
 
 
 class _Operators(Mapping[str, type[Operator]]):
-    """By name; a file is imported when its operator is asked for, since most of them need torch."""
+    """Operator classes by name; each file is imported when its operator is first used, since most need torch."""
 
     def __getitem__(self, name: str) -> type[Operator]:
         kind: type[Operator] = getattr(import_module(f"{__name__}.{name}"), CLASSES[name])

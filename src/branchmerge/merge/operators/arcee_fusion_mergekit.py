@@ -5,9 +5,9 @@
     T = median(S) + lam * (Q3(S) - Q1(S))                      of a random million of S where there are more
     out = Left + (S >= T) * (Right - Left)
 
-Every step is rounded to the models' dtype. The KL is mostly rounding noise then, and Left + (Right - Left) is not
-always Right. Bit for bit mergekit's result on tensors of up to a million elements (tests/parity); above, mergekit draws
-unseeded, and so do we but with a seed. For new merges take arcee_fusion.
+Every step is rounded to the models' dtype. The KL is then mostly rounding noise, and Left + (Right - Left) is not
+always Right. The result equals mergekit's bit for bit on tensors of up to a million elements (tests/parity). Above that
+mergekit samples without a seed; this operator samples with one. For new merges use arcee_fusion.
 
 Source: outputs of mergekit 0.1.5 (Goddard et al., Arcee's MergeKit, arXiv 2403.13257). Shapes: R rows, C columns.
 """
@@ -27,7 +27,7 @@ from branchmerge.merge.operators.row_kl import row_blocks
 
 EPSILON = 1e-8
 SAMPLE = 1_000_000
-"""Elements that the quartiles are taken from."""
+"""Elements from which the quartiles are taken, at most."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ArceeFusionMergekit(Operator):
     lam: float = 1.5
     """lambda of the threshold; mergekit has no other value."""
     seed: int = 42
-    """Of the samples of large tensors."""
+    """Seed of the samples of large tensors."""
 
     n_way: ClassVar[bool] = False
     selects: ClassVar[bool] = True
@@ -50,7 +50,7 @@ class ArceeFusionMergekit(Operator):
         whole("seed", self.seed, 0)
 
     def is_portable(self) -> bool:
-        return False  # its KL is the rounding of a processor's own instructions
+        return False  # its KL is rounding noise, which depends on the processor's instructions
 
     def measure(self, models: Sequence[Tensor], base: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """S in the models' dtype, [R, C], and its quartiles."""
@@ -64,7 +64,7 @@ class ArceeFusionMergekit(Operator):
             return S, [torch.tensor(math.inf)] * 3
         draw = torch.Generator().manual_seed(self.seed)
         median = _quantiles(_sample(S, draw), [0.5])
-        q1, q3 = _quantiles(_sample(S, draw), [0.25, 0.75])  # from another draw, as there
+        q1, q3 = _quantiles(_sample(S, draw), [0.25, 0.75])  # from another sample, as in mergekit
         return S, [q1, *median, q3]
 
     def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:

@@ -1,10 +1,10 @@
-"""Null controls of Arcee Fusion: as many coordinates of each tensor from Right, chosen without its importance.
+"""Null controls of Arcee Fusion: the same number of coordinates from Right, chosen without the importance score.
 
-    random   each with the probability that arcee_fusion's density is
-    delta    those of the largest |Left - Right|
-    kl       whole rows, those of the largest KL; a part of the last one
+    random   each coordinate with the probability that equals arcee_fusion's density
+    delta    the coordinates with the largest |Left - Right|
+    kl       whole rows with the largest KL, and a part of one more row
 
-If a merge by one of these scores as well, the importance had no part in it.
+If a merge by one of these scores as well as arcee_fusion, the importance score made no difference.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class ArceeFusionNull(ArceeFusion):
     by: str = "random"
     """random, delta or kl: what chooses the coordinates."""
     seed: int = 42
-    """Of the random choice."""
+    """Seed of the random choice."""
 
     late = frozenset({"lam", "gate", "by", "seed"})
     takes_arrays: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Arcee Fusion as the paper's equations have it, where they differ from its authors' code.
+"""Arcee Fusion by the paper's equations, which differ from its authors' code.
 
     S = KL(Left || Right) * (Left - Right)      one KL over the flattened tensor, the difference with its sign
     out = Right where S > T, else Left

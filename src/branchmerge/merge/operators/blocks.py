@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 20
-"""Elements of each tensor that are held in float64 at once: 8 MB."""
+"""Elements of each tensor in float64 at once: 8 MB."""
 
 
 ROW = 4096
-"""Elements that one thread adds up."""
+"""Elements in one partial sum of `summed`."""
 
 
 def blocks(tensors: Sequence[Tensor], row: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -18,10 +18,10 @@ def blocks(tensors: Sequence[Tensor], row: int = 1) -> Iterator[tuple[slice, lis
 
     Args:
         tensors: of one shape and any floating-point dtype
-        row: elements that belong together; 1 where rows do not matter
+        row: length of a row, whose elements stay in one block; 1 if rows do not matter
 
     Yields:
-        The place in the flat tensor and the block of each tensor: float64, flat.
+        The slice of the flat tensor, and the block of each tensor there: float64, flat.
     """
     flat = [tensor.reshape(-1) for tensor in tensors]
     step = max(BLOCK // row, 1) * row
@@ -31,7 +31,7 @@ def blocks(tensors: Sequence[Tensor], row: int = 1) -> Iterator[tuple[slice, lis
 
 
 def room_for(tensors: Sequence[Tensor]) -> Tensor:
-    """A flat result of tensors of one shape, to be filled: float64 where one of them is, else float32."""
+    """An empty flat result for tensors of one shape: float64 if one of them is, else float32."""
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     return torch.empty(tensors[0].numel(), dtype=dtype, device=tensors[0].device)
 
@@ -63,7 +63,7 @@ def summed(values: Tensor) -> float:
 
 
 def combination(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """sum_i c_i W_i, added up in float64, rounded once to float32 where no tensor is float64."""
+    """sum_i c_i W_i, added up in float64 and rounded once, to float32 unless a tensor is float64."""
     out = room_for(tensors)
     for place, parts in blocks(tensors):
         total = coefficients[0] * parts[0]

@@ -3,7 +3,7 @@
     d_i = W_i - W_0 where the rank of |W_i - W_0| is above gamma * N and up to (gamma + density) * N of N, else 0
     W = W_0 + lam sum_i w_i d_i
 
-Where gamma + density is above 1, so many of the largest are left out that `density` of all are kept.
+Where gamma + density is above 1, fewer of the largest are left out, so that `density` of all are kept.
 
 Source: Davari, Belilovsky, Model Breadcrumbs: Scaling multi-task model merging with sparse masks (arXiv 2312.06795).
 """

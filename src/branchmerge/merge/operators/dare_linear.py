@@ -3,8 +3,8 @@
     d_i = m (W_i - W_0) / density,   m = 1 with probability `density`, else 0
     W = W_0 + lam sum_i w_i d_i
 
-Without `rescale` a tensor of up to a million elements comes out as the first one of a mergekit run with the same seed;
-mergekit draws on for the tensors that follow. Its `rescale` multiplies each tensor's d_i by
+Without `rescale`, a tensor of up to a million elements is merged as the first one of a mergekit run with the same seed;
+for later tensors mergekit continues its random stream. Its `rescale` multiplies each tensor's d_i by
 |W_i - W_0|_1 / |m (W_i - W_0)|_1 in place of the paper's 1 / density, which is close to it for large tensors.
 
 Source: Yu et al., Language models are super Mario: Absorbing abilities from homologous models as a free lunch
@@ -28,11 +28,11 @@ class DareLinear(TaskVectorOperator):
     """Any number of models and their backbone -> backbone + the sum of the thinned task vectors."""
 
     density: tuple[float, ...] = (0.5,)
-    """Probability of each entry to be kept; one number for all models or one each."""
+    """Probability that an entry is kept; one number for all models or one each."""
     rescale: bool = True
-    """Divide what is kept by `density`, so that the expectation stays."""
+    """Divide kept entries by `density`, which preserves the expectation."""
     seed: int = 42
-    """Of the draw; the same with any number of threads."""
+    """Seed of the draw, which does not depend on the number of threads."""
 
     late = frozenset({"weights", "lam", "normalize", "density", "rescale", "seed"})
 

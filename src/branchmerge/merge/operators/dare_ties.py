@@ -1,4 +1,4 @@
-"""DARE with sign consensus: drop entries of each task vector at random, rescale, add up what agrees in sign.
+"""DARE with sign consensus: drop entries of each task vector at random, rescale, sum the entries that agree in sign.
 
     d_i = m (W_i - W_0) / density,   m = 1 with probability `density`, else 0
     s = sign(sum_i w_i d_i)

@@ -7,8 +7,8 @@ In each row of C entries, the one of rank r (0 the smallest magnitude) is kept w
     s = sign(sum_i w_i d_i)
     W = W_0 + lam sum_{i: sign(w_i d_i) = s} w_i d_i / sum_{i: sign(w_i d_i) = s} w_i
 
-Without `rescale` a tensor of up to a million elements comes out as the first one of a mergekit run with the same seed;
-mergekit draws on for the tensors that follow. Its `rescale` multiplies each tensor's d_i by
+Without `rescale`, a tensor of up to a million elements is merged as the first one of a mergekit run with the same seed;
+for later tensors mergekit continues its random stream. Its `rescale` multiplies each tensor's d_i by
 |W_i - W_0|_1 / |m (W_i - W_0)|_1 in place of the paper's 1 / p, so that its expectation is not W_i - W_0.
 
 Source: Deep et al., DELLA-Merging: Reducing interference in model merging through magnitude-based sampling
@@ -36,13 +36,13 @@ class Della(TaskVectorOperator):
     normalize: bool = True
     """Divide by the sum of the weights that agree: a mean; false: a sum."""
     density: tuple[float, ...] = (0.5,)
-    """Mean probability of the entries of a row to be kept; one number for all models or one each."""
+    """Mean probability that an entry of a row is kept; one number for all models or one each."""
     epsilon: float = 0.1
     """The largest entry of a row is kept with density + epsilon, the smallest with density - epsilon."""
     rescale: bool = True
-    """Divide what is kept by its probability, so that the expectation stays."""
+    """Divide kept entries by their probability, which preserves the expectation."""
     seed: int = 42
-    """Of the draw; the same with any number of threads."""
+    """Seed of the draw, which does not depend on the number of threads."""
 
     consensus: ClassVar[bool] = True
     late = frozenset({"weights", "lam", "normalize", "density", "epsilon", "rescale", "seed"})
@@ -74,7 +74,7 @@ class Della(TaskVectorOperator):
 
 
 def probabilities(sizes: Tensor, density: float, epsilon: float) -> Tensor:
-    """Of each entry to be kept, by its rank in its row; equal magnitudes are ranked by their place.
+    """Probability that each entry is kept, by its rank in its row; equal magnitudes are ranked by their position.
 
     Args:
         sizes: magnitudes, [R, C]
@@ -82,7 +82,7 @@ def probabilities(sizes: Tensor, density: float, epsilon: float) -> Tensor:
         epsilon: half the range of the probabilities
 
     Returns:
-        float32 [R, C]; `density` where a row has one entry
+        float32 [R, C]; `density` if rows have one entry
     """
     columns = sizes.shape[1]
     if columns == 1:

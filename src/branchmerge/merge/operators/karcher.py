@@ -1,6 +1,6 @@
 """Karcher mean: the direction with the least sum of squared angles to those of the models, at their mean norm.
 
-    repeat   T = 1/n sum_i theta_i / sin(theta_i) (u_i - cos(theta_i) m)       the mean seen from m
+    repeat   T = 1/n sum_i theta_i / sin(theta_i) (u_i - cos(theta_i) m)       towards the mean, from m
              m = cos(|T|) m + sin(|T|) T / |T|                                 until |T| < tol
     W = m mean |W_i|,    u_i = W_i / |W_i|,   m at first the direction of the sum of the u_i
 
@@ -27,9 +27,9 @@ class Karcher(Operator):
     """
 
     max_iter: int = 10
-    """Steps at most."""
+    """Largest number of steps."""
     tol: float = 1e-5
-    """Length of a step, an angle, at which the mean is taken for found."""
+    """The iteration has converged when a step, an angle, is shorter than this."""
 
     def __post_init__(self) -> None:
         whole("max_iter", self.max_iter, 1)
@@ -42,7 +42,7 @@ class Karcher(Operator):
         return combination(measured, models)
 
     def coefficients(self, G: Tensor) -> list[float]:
-        """Those of the mean of tensors with the Gram matrix G, float64 [n, n]."""
+        """Coefficients of the mean of tensors with the Gram matrix G, float64 [n, n]."""
         norms, U, w = units(G, [1.0] * len(G))
         w = w / w.sum().clamp_min(1)
         c = direction(w, U)

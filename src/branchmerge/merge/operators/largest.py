@@ -1,7 +1,7 @@
-"""The k largest of many numbers, found once and then recognised block by block.
+"""The k largest of many numbers: found once, then recognised block by block.
 
-Equal numbers are ranked by their place, so that exactly k are taken however many are equal: differences of bfloat16
-models take few values.
+Equal numbers are ranked by their position, so that exactly k are taken, however many are equal: differences of bfloat16
+models have few distinct values.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Largest:
-    """All numbers above `value`, and of those equal to it the first `ties`."""
+    """All numbers above `value`, and the first `ties` of those equal to it."""
 
     value: float
     ties: int
@@ -24,7 +24,7 @@ class Largest:
 
 
 class Taker:
-    """Called with one block after the other, in order, says which numbers belong to the largest."""
+    """Called with the blocks in order, marks the numbers that are among the largest."""
 
     def __init__(self, largest: Largest) -> None:
         self.value = largest.value
@@ -39,7 +39,7 @@ class Taker:
 
 
 def largest(numbers: NDArray[np.float32], *counts: int) -> list[Largest]:
-    """For each of `counts`, what tells the so many largest numbers; `numbers` is put into another order.
+    """For each count k, how to recognise the k largest numbers; reorders `numbers`.
 
     Raises:
         ValueError: a count is below zero or above the number of numbers

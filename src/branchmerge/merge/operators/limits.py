@@ -1,4 +1,4 @@
-"""Checks of parameters: one clear line for a value that an operator cannot work with."""
+"""Checks of operator parameters, each with a one-line error."""
 
 from collections.abc import Sequence
 from math import isfinite

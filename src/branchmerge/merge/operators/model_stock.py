@@ -1,6 +1,6 @@
-"""Model Stock: the mean of the models, drawn towards the backbone the more, the less their task vectors agree.
+"""Model Stock: the mean of the models, moved towards the backbone the less their task vectors agree.
 
-    t = n cos(theta) / (1 + (n - 1) cos(theta))       cos(theta): mean cosine of the n task vectors, two by two
+    t = n cos(theta) / (1 + (n - 1) cos(theta))       cos(theta): mean pairwise cosine of the n task vectors
     W = t mean(W_i) + (1 - t) W_0
 
 Source: Jang et al., Model Stock: All we need is just a few fine-tuned models (arXiv 2403.19522).
@@ -37,7 +37,7 @@ class ModelStock(Operator):
 
 
 def ratio(G: Tensor) -> float:
-    """t of task vectors with the Gram matrix G, float64 [n, n]; 1 for a single one, 0 where they cancel."""
+    """t for task vectors with the Gram matrix G, float64 [n, n]; 1 for a single one, 0 where they cancel."""
     n = len(G)
     if n == 1:
         return 1.0

@@ -4,8 +4,8 @@
     W = (sum_i w_i u_i) / |sum_i w_i u_i| * sum_i w_i |W_i|
 
 With `from_base`, W_i are the differences from the backbone, which is added again. The guide describes a further step
-in the tangent space at that direction; it is zero, as the projections w_i (u_i - <u_i, m> m) of the u_i onto the
-tangent space at the direction m of their own sum cancel. `karcher` walks on from there along the sphere.
+in the tangent space at that direction. That step is zero: the projections w_i (u_i - <u_i, m> m) of the u_i onto the
+tangent space at the direction m of their own sum cancel. `karcher` iterates from there along the sphere.
 
 Source: the merge method guide of mergekit (Goddard et al., Arcee's MergeKit, arXiv 2403.13257).
 """
@@ -34,7 +34,7 @@ class MultiSlerp(Operator):
     weights: tuple[float, ...] | None = None
     """One weight a model, in the order of the tree; null for equal ones."""
     normalize: bool = True
-    """Make the weights sum to one."""
+    """Scale the weights to sum to one."""
     from_base: bool = False
     """Average the differences from the backbone in place of the weights themselves."""
 
@@ -60,7 +60,7 @@ class MultiSlerp(Operator):
         return combination([1 - sum(c), *c], [backbone(base), *models])
 
     def coefficients(self, G: Tensor) -> list[float]:
-        """Those of the mean of tensors with the Gram matrix G, float64 [n, n]."""
+        """Coefficients of the mean of tensors with the Gram matrix G, float64 [n, n]."""
         n = len(G)
         norms, U, w = units(G, shares_of_one(self.weights, n) if self.normalize else weights_for(self.weights, n))
         c = direction(w, U)

@@ -1,7 +1,7 @@
-"""Exact order statistics of numbers that come in blocks: none is kept, so a tensor of any size fits beside its models.
+"""Exact order statistics of numbers that come in blocks, by radix selection; no block is kept in memory.
 
-A float64's bits, read as an integer, are in the order of the numbers. Walking over the blocks four times and counting
-by 16 bits each time, from the leading ones on, spells out the wanted number (radix selection).
+The bits of a float64, read as an integer, sort like the numbers. Each of four passes over the blocks counts the numbers
+by 16 further bits, from the leading ones on, until all bits of the wanted number are known.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 DIGIT = 16
-"""Bits found in one walk."""
+"""Bits determined in one pass."""
 DIGITS = 64 // DIGIT
 BUCKETS = 1 << DIGIT
 
 
 def select(blocks: Callable[[], Iterable[Tensor]], places: Sequence[int]) -> list[float]:
-    """The numbers at some places of all numbers sorted.
+    """The numbers at given places of the sorted sequence.
 
     Args:
         blocks: gives the same numbers at every call: float64 of any shape, on any device; no NaN
-        places: from 0 to the number of numbers less 1
+        places: indices into the sorted numbers
 
     Returns:
         The number at each place; zeros are equal, whatever their sign
@@ -54,7 +54,7 @@ def _digits(keys: Tensor, shift: int, prefix: int | None) -> Tensor:
 def _keys(numbers: Tensor) -> Tensor:
     """float64 -> int64 whose 64 bits, read without a sign, are in the order of the numbers."""
     bits = numbers.contiguous().view(torch.int64)
-    # A negative number's bits fall as it rises: all are turned over; of the others only the sign bit is.
+    # Bits of negative numbers sort in reverse, so all of them are flipped; of other numbers only the sign bit is.
     return bits ^ ((bits >> 63) | torch.iinfo(torch.int64).min)
 
 

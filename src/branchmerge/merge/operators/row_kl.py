@@ -1,4 +1,4 @@
-"""KL of rows in torch, for every device and dtype: in float64, or rounded as others do it."""
+"""KL of rows in torch, for every device and dtype: in float64, or with the rounding of other implementations."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 BLOCK, DEVICE_BLOCK = 1 << 20, 1 << 24
-"""Elements whose float64 temporaries are held at once: on a CPU near its caches, elsewhere what fills the device."""
+"""Elements whose float64 temporaries exist at once: few enough for a CPU's caches, many enough to fill another
+device."""
 
 
 def kl_of_rows(x: Tensor, y: Tensor, precision: str = "float64") -> Tensor:
@@ -38,14 +39,14 @@ def _block(tensor: Tensor) -> int:
 
 
 def row_kl(x: Tensor, y: Tensor) -> Tensor:
-    """KL(softmax(x) || softmax(y)) of each row, accurate however small it is.
+    """KL(softmax(x) || softmax(y)) of each row, accurate even where it is tiny.
 
-    With p = softmax(x), d = x - y less its mean under p (which changes neither softmax), g(d) = d + expm1(-d):
+    With p = softmax(x), d = x - y minus its mean under p (which changes neither softmax), g(d) = d + expm1(-d):
 
         KL = sum p g(d) + log1p(s) - s,   s = sum p expm1(-d)
 
-    where nothing large cancels. Only where s > 1 is the usual sum p (log p - log q) taken. Rows longer than a block,
-    such as a tensor taken as one row, are walked over in pieces.
+    in which nothing large cancels. Only where s > 1 the usual sum p (log p - log q) is used. Rows longer than a block,
+    such as a whole tensor as one row, are processed in pieces.
 
     Args:
         x, y: [R, C] of any floating-point dtype
@@ -61,7 +62,7 @@ def row_kl(x: Tensor, y: Tensor) -> Tensor:
     s, near = torch.zeros_like(mean), torch.zeros_like(mean)
     for u, v in _pieces(x, y, width):
         p, d = (u - in_x).exp(), (u - v) - mean
-        # Far elements: p alone may underflow where p exp(-d) = exp(v + mean - in_x) does not.
+        # For large |d|, p may underflow where p exp(-d) = exp(v + mean - in_x) does not.
         t = torch.where(d.abs() < 0.5, p * torch.expm1(-d), (v + mean - in_x).clamp(max=700).exp() - p)
         series = p * d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d / 720))))
         s += t.sum(dim=-1, keepdim=True)
@@ -70,7 +71,7 @@ def row_kl(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _pieces(x: Tensor, y: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both in float64, so many columns at a time."""
+    """Blocks of columns of x and y, in float64."""
     for u, v in zip(x.split(width, dim=-1), y.split(width, dim=-1), strict=True):
         yield u.double(), v.double()
 
@@ -82,6 +83,6 @@ def _log_sum_exp(x: Tensor, width: int) -> Tensor:
 
 
 def rounded_kl(x: Tensor, y: Tensor, dtype: torch.dtype, epsilon: float = 1e-8) -> Tensor:
-    """The same in the usual way, softmax and logarithm in a low-precision dtype, with epsilon added to both."""
+    """The KL in the usual way: softmax and logarithm in a low-precision dtype, epsilon added to both softmaxes."""
     p, q = (torch.softmax(tensor.to(dtype), dim=-1) + epsilon for tensor in (x, y))
     return (p * torch.log(p / q)).sum(dim=-1)

@@ -1,8 +1,8 @@
-"""SCE: select where the models differ most, calculate a weight of each, erase minority signs.
+"""SCE: select the coordinates where the models differ most, calculate a weight for each, erase minority signs.
 
     d_i = W_i - W_0 where the variance of the n task vectors is among the select_topk * N largest, else 0;
-                                                              N: coordinates of a variance above zero
-    w_i = sum d_i^2 / sum_j sum d_j^2                         one weight a tensor
+                                                              N: number of coordinates with a variance above zero
+    w_i = sum d_i^2 / sum_j sum d_j^2                         one weight per tensor
     s = sign(sum_i d_i)                                       plus where the sum is zero
     W = W_0 + sum_{i: sign(d_i) = s} w_i d_i / sum_{i: sign(d_i) = s} w_i
 
@@ -26,7 +26,7 @@ from branchmerge.merge.operators.task_vectors import Thin, backbone, combined
 
 @dataclass(frozen=True)
 class Sce(Operator):
-    """Any number of models and their backbone -> backbone + the mean of what varies and agrees in sign."""
+    """Any number of models and their backbone -> backbone + the mean of the selected entries that agree in sign."""
 
     select_topk: float = 1.0
     """Fraction of the coordinates in which the models differ that is kept, the largest variances; 1 for all."""
@@ -64,14 +64,14 @@ class Sce(Operator):
 
 
 def variance(vectors: Sequence[Tensor]) -> Tensor:
-    """Variance between the models of each coordinate, as it is ranked: float32 [B]."""
+    """Variance of each coordinate between the models, in the precision in which it is ranked: float32 [B]."""
     stacked = torch.stack(list(vectors))
-    # Equal values have no variance, though their mean may round to another number.
+    # Equal values have variance zero, though their mean may be rounded to another number.
     return torch.where(stacked.amin(0) < stacked.amax(0), stacked.var(0, correction=0), 0.0).float()
 
 
 def selecting(selected: Largest) -> Thin:
-    """Zeros in all task vectors where the variance is not among the largest."""
+    """Set coordinates to zero in all task vectors unless their variance is among the largest."""
     take = selected.taker()
 
     def thin(vectors: list[Tensor]) -> list[Tensor]:

@@ -2,10 +2,10 @@
 
     sin((1 - t) theta) / sin(theta) W_L + sin(t theta) / sin(theta) W_R,   theta the angle between the flat tensors
 
-Tensors whose cosine is above 0.9995, as those of most fine-tunes of one backbone, are interpolated on the straight
-line; `nuslerp` keeps to the arc.
+Tensors whose cosine is above 0.9995, as for most fine-tunes of one backbone, are interpolated on the straight line;
+`nuslerp` always uses the arc.
 
-Source: Shoemake, Animating rotation with quaternion curves (SIGGRAPH 1985); the threshold is the field's usual one.
+Source: Shoemake, Animating rotation with quaternion curves (SIGGRAPH 1985); the threshold is the usual one.
 """
 
 from collections.abc import Sequence

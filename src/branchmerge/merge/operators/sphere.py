@@ -1,4 +1,4 @@
-"""Means on the sphere, worked out in the plane of the models: all they need is the Gram matrix of the tensors.
+"""Means on the sphere, computed in the span of the models from the Gram matrix of their tensors.
 
 Every mean is a combination of the models; a point is written as its coefficients c over the unit vectors
 u_i = W_i / |W_i|, so that <u_i, point> = (U c)_i with U the Gram matrix of the unit vectors.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 STRAIGHT = 1e-6
-"""Sine below which two directions are one (or opposite), so that the arc between them is a line (or undefined)."""
+"""Sine below which two directions count as equal (or opposite), so that the arc is a line (or undefined)."""
 
 
 def arc(G: Tensor, t: float, straight: float = STRAIGHT) -> list[float]:
@@ -24,7 +24,7 @@ def arc(G: Tensor, t: float, straight: float = STRAIGHT) -> list[float]:
     Args:
         G: float64 [2, 2]
         t: 0 is the first tensor, 1 the second
-        straight: sine of the angle below which the straight line is taken: 1 - t, t. So it is for tensors of zeros.
+        straight: sine of the angle below which the straight line is taken (1 - t, t), as it is for tensors of zeros
     """
     norms = G.diagonal().sqrt()
     scale = float(norms[0] * norms[1])
@@ -35,7 +35,7 @@ def arc(G: Tensor, t: float, straight: float = STRAIGHT) -> list[float]:
 
 
 def units(G: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms [n], Gram matrix U [n, n] of the unit vectors, weights [n]; a tensor of zeros, without direction, has 0."""
+    """Norms [n], Gram matrix U [n, n] of the unit vectors, weights [n]; a tensor of zeros gets 0 in all three."""
     norms = G.diagonal().sqrt()
     there = norms > 0
     inverse = torch.where(there, 1 / norms, 0.0)
@@ -43,7 +43,7 @@ def units(G: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def direction(c: Tensor, U: Tensor) -> Tensor | None:
-    """The point in the direction of c, of length one; None where the vectors cancel."""
+    """The unit vector in the direction of c; None where the vectors cancel."""
     length = (c @ U @ c).clamp_min(0).sqrt()
     return c / length if length > STRAIGHT * c.abs().sum() else None
 
@@ -55,7 +55,7 @@ def log_map(c: Tensor, U: Tensor, w: Tensor) -> Tensor:
     """
     cosines = (U @ c).clamp(-1, 1)
     theta = torch.acos(cosines)
-    # The point itself and its opposite (in tensors of one number, say) lie in no direction from here: nothing is added.
+    # From c, neither c itself nor its opposite (as in tensors of one element) has a direction: they add nothing.
     stretch = torch.where(torch.sin(theta) > STRAIGHT, theta / torch.sin(theta), 1.0)
     return w * stretch - (w * stretch * cosines).sum() * c
 
@@ -64,7 +64,7 @@ def exp_map(c: Tensor, tangent: Tensor, U: Tensor) -> Tensor:
     """The point that is reached from c along a tangent vector that is not zero."""
     length = float((tangent @ U @ tangent).sqrt())
     reached = cos(length) * c + sin(length) / length * tangent
-    # Rounding must not add up over many steps.
+    # Renormalised, so that rounding errors do not add up over many steps.
     return reached / (reached @ U @ reached).sqrt()
 
 

@@ -1,9 +1,9 @@
-"""What the operators on task vectors W_i - W_0 share: thin each out, agree on signs, add them up, block by block.
+"""Common base of the operators on task vectors W_i - W_0: thin each, elect signs, sum, block by block.
 
     W = W_0 + lam sum_i w_i d_i [/ sum_i w_i],    d_i the thinned task vector of model i
 
-With sign consensus, a coordinate's sign is that of sum_i w_i d_i, plus where that is zero; what has another sign is
-left out, of the divisor too.
+With sign consensus, the sign of a coordinate is that of sum_i w_i d_i (plus where the sum is zero); entries with the
+other sign are left out of the sum and of the divisor.
 
 Shapes: B, the elements of a block.
 """
@@ -25,13 +25,13 @@ from branchmerge.merge.operators.limits import number, switch
 from branchmerge.merge.operators.weights import as_weights, weights_for
 
 CANCELS = 1e-8
-"""A sum of weights that is this much smaller than they are counts as zero."""
+"""A sum of weights below this share of their absolute sum counts as zero."""
 Thin = Callable[[list[Tensor]], list[Tensor]]
-"""The task vectors' blocks, float64 [B] each -> the same, with zeros where something is left out."""
+"""Thins the blocks of all task vectors, float64 [B] each: sets the entries that are left out to zero."""
 
 
 def backbone(base: Tensor | None) -> Tensor:
-    """The backbone's tensor; raises ValueError where it is not given."""
+    """The backbone's tensor; raises ValueError if it is not given."""
     if base is None:
         raise ValueError("this operator needs the backbone's tensor")
     return base
@@ -49,7 +49,7 @@ class TaskVectorOperator(Operator):
     """Divide the sum by the sum of the weights."""
 
     consensus: ClassVar[bool] = False
-    """Leaves out what has another sign than the sum."""
+    """Leave out entries whose sign differs from that of the sum."""
     late = frozenset({"weights", "lam", "normalize"})
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class TaskVectorOperator(Operator):
 
     @abstractmethod
     def thin(self, measured: Any, models: Sequence[Tensor]) -> Thin:
-        """What is called with the blocks of the task vectors, in order."""
+        """A function to be called with the blocks of the task vectors, in order."""
 
     def apply(self, measured: Any, models: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         w = weights_for(self.weights, len(models))
@@ -83,7 +83,7 @@ def combined(
     normalize: bool,
     votes: Sequence[float] | None,
 ) -> Tensor:
-    """The backbone plus lam times `summed` of the thinned task vectors, in the shape of `base` and wide enough."""
+    """The backbone plus lam times `summed` of the thinned task vectors; dtype as in `Operator.__call__`."""
     out = room_for([base, *models])
     for place, (origin, *parts) in blocks([base, *models], row_length(base)):
         vectors = thin([part - origin for part in parts])
@@ -99,8 +99,8 @@ def summed(
     Args:
         vectors: float64 [B], one a model
         weights: one a model
-        normalize: divide by the sum of the weights of what went into the sum
-        votes: weights of the models where the sign of a coordinate is elected; None: no election, all go into the sum
+        normalize: divide by the sum of the weights of the entries that were added
+        votes: weight of each model in the election of signs; None: no election, all entries are added
 
     Returns:
         float64 [B]
@@ -116,7 +116,7 @@ def summed(
         return total
     shares = torch.tensor(weights, dtype=total.dtype, device=total.device)[:, None] * agreeing
     share = shares.sum(0)
-    # Weights of both signs may cancel to rounding, which is nothing to divide by; small ones are as good as others.
+    # Weights of both signs may cancel to a rounding error, which must not be a divisor; small weights may be one.
     return total / torch.where(share.abs() > CANCELS * shares.abs().sum(0), share, 1.0)
 
 
@@ -129,5 +129,5 @@ def magnitudes(model: Tensor, base: Tensor) -> NDArray[np.float32]:
 
 
 def magnitude(vector: Tensor) -> Tensor:
-    """|d| as it is ranked, float32 [B]."""
+    """|d| in the precision in which it is ranked, float32 [B]."""
     return vector.abs().float()

@@ -1,4 +1,4 @@
-"""TIES: trim each task vector to its largest entries, elect a sign for each coordinate, average what agrees with it.
+"""TIES: trim each task vector to its largest entries, elect a sign per coordinate, average the entries that have it.
 
     d_i = W_i - W_0 where |W_i - W_0| is among the density * N largest of N, else 0
     s = sign(sum_i w_i d_i)
@@ -27,7 +27,7 @@ class Ties(TaskVectorOperator):
     normalize: bool = True
     """Divide by the sum of the weights that agree: a mean, as in the paper; false: a sum."""
     density: tuple[float, ...] = (0.2,)
-    """Fraction of each task vector that is kept, the largest entries; one number for all models or one each."""
+    """Fraction of entries of each task vector that is kept, the largest ones; one number for all models or one each."""
 
     consensus: ClassVar[bool] = True
 

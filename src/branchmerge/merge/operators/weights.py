@@ -1,10 +1,10 @@
-"""Weights of the models, one each in the order of the tree: the same rule for every operator that has them."""
+"""Weights of the models, one each in the order of the tree: one rule for all operators."""
 
 from collections.abc import Sequence
 
 
 def as_weights(weights: Sequence[float] | float | None) -> tuple[float, ...] | None:
-    """What a user wrote -> weights; one number stands for every model. Raises ValueError on anything else."""
+    """Weights from what a user wrote; one number holds for every model. Raises ValueError on anything else."""
     if weights is None:
         return None
     listed = [weights] if isinstance(weights, int | float) else list(weights)
@@ -16,9 +16,9 @@ def as_weights(weights: Sequence[float] | float | None) -> tuple[float, ...] | N
 def weights_for(
     weights: tuple[float, ...] | None, models: int, default: float = 1.0, name: str = "weights"
 ) -> tuple[float, ...]:
-    """The weight of each of so many models; raises ValueError where the number does not fit.
+    """One weight per model; raises ValueError if there are more or fewer.
 
-    Other parameters with one value a model follow the same rule; `name` is theirs, for the message.
+    Other parameters with one value per model follow the same rule; `name` is the parameter, for the error message.
     """
     if weights is None:
         return (default,) * models
