@@ -1,7 +1,7 @@
 """Equality of two mathematical expressions by math-verify, in worker processes that can be killed.
 
-math-verify works out what a model wrote: a power tower keeps it busy for ever inside C code, where no signal handler
-runs, or eats all memory. So it runs in a fresh interpreter with a limit on memory, and every request has a deadline:
+math-verify evaluates what a model wrote: a power tower keeps it busy for ever inside C code, where no signal handler
+runs, or takes all memory. So it runs in a fresh interpreter with a limit on memory, and every request has a deadline:
 
     thread -> MathPool.equal(gold, answer) -> an idle worker, or a new one -> one line of JSON to its stdin
            <- True or False, its one byte of answer;  None: killed at the deadline, the next request gets a new worker
@@ -49,7 +49,7 @@ class MathWorker:
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__, str(seconds), str(memory_bytes)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-            # SymPy's order of work must not differ from run to run.
+            # A fixed hash seed, as SymPy's order of operations must not differ from run to run.
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )  # fmt: skip
         self._seconds = seconds
@@ -76,7 +76,7 @@ class MathWorker:
         return self._read(self._seconds) == EQUAL
 
     def kill(self) -> None:
-        """End it, at once and for good."""
+        """Kill the worker and wait for its end."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
@@ -178,7 +178,7 @@ def math_equal(gold: str, answer: str) -> bool | None:
 
 
 def end_workers() -> None:
-    """Those that wait for work; more work starts new ones."""
+    """End the workers that wait for work; further work starts new ones."""
     _pool().close()
 
 
@@ -191,12 +191,12 @@ def _pool() -> MathPool:
     return pool
 
 
-# Two processes must not talk to the same workers.
+# A fork must not use the parent's workers.
 os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _parsed(text: str) -> list[Any]:
-    """What a box with this text holds; without the sign at its end, where math-verify finds no mathematics with it."""
+    """math-verify's parse of a box with this text; without the sign at its end, if it finds no mathematics with it."""
     from math_verify import parse
 
     found = parse(f"\\boxed{{{text}}}", parsing_timeout=None)
@@ -218,11 +218,11 @@ def _serve(seconds: float, memory_bytes: int) -> None:
 
     from math_verify import parse, verify
 
-    # The first comparison builds tables; that is part of the start, not of anybody's deadline.
+    # The first comparison builds tables; it is part of the start, so that no request's deadline includes it.
     verify(parse("\\boxed{1}", parsing_timeout=None), parse("\\boxed{1}", parsing_timeout=None), timeout_seconds=None)
     os.write(said, READY)
     for line in sys.stdin:
-        # The kernel ends the worker even if whoever asked has gone: nobody handles this signal.
+        # SIGALRM has no handler, so the kernel ends the worker even if the process that asked is gone.
         signal.setitimer(signal.ITIMER_REAL, seconds + 5)
         # math-verify's own timeouts are off: they cannot stop C code, and would leave a half-done parse as the answer.
         gold, answer = map(_parsed, json.loads(line))

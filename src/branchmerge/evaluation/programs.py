@@ -1,7 +1,7 @@
 """The program in a response: the last fenced block of Python.
 
-A fence is a line that begins with ```, maybe behind a mark of a list; behind other words only if a label ends the line,
-as in "Solution: ```python", since prose may hold backticks too.
+A fence is a line that begins with ```, possibly after a list marker. After other words it counts only if a label ends
+the line, as in "Solution: ```python", since prose may contain backticks, too.
 """
 
 import re
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 FENCE = "```"
 PYTHON = re.compile(r"(?:py|pypy|python)\d*", re.IGNORECASE)
-"""Labels of programs; those of no label count where no block has one of these."""
+"""Labels of Python programs; blocks without a label count if no block has one of these."""
 BEGINNING = re.compile(r"\s*(?:(?:[-*+]|\d+[.)])\s+)?")
 LABEL = re.compile(r"[ \t{.]*(\w*)")
 LABEL_ALONE = re.compile(r"\w+\s*")
 DEEPER = 3
-"""Columns that a closing fence may be indented more than the opening one: one further in is in a docstring."""
+"""Columns by which a closing fence may be indented more than the opening one; a deeper one is in a docstring."""
 
 
 def last_program(answer: str) -> str | None:
@@ -27,7 +27,7 @@ def last_program(answer: str) -> str | None:
 
 
 def official_program(answer: str) -> str | None:
-    """What LiveCodeBench takes: the lines between the last two that hold a fence, whatever is around them."""
+    """The program as LiveCodeBench extracts it: the lines between the last two lines with a fence."""
     lines = answer.split("\n")
     fences = [number for number, line in enumerate(lines) if FENCE in line]
     return "\n".join(lines[fences[-2] + 1 : fences[-1]]) if len(fences) > 1 else None

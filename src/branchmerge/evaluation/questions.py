@@ -1,7 +1,7 @@
 """The questions of AIME, MATH-500 and GPQA-Diamond as documents, their contents checked.
 
-A document is {"id", "question": the user turn, "reference": what a correct answer is}, see `trajectories.schema`. What
-is asked is asserted before a model loads: so many questions, each with its own id and an answer of the right kind.
+A document is {"id", "question": the user turn, "reference": what a correct answer is}, see `trajectories.schema`.
+Before a model loads, the number of questions, their distinct ids and the kind of their answers are checked.
 LiveCodeBench: `livecodebench.problems`.
 """
 
@@ -101,7 +101,7 @@ def _documents(
 
 def _aime(row: dict[str, Any], where: str, columns: tuple[str, str, str], style: str) -> Document:
     name, problem, answer = (text(row, column, where) for column in columns)
-    # The box makes the reader of answers take the cell as it stands; some say 336^\circ.
+    # In a box, so that the whole cell is parsed as the answer; some cells are like 336^\circ.
     number = integer(f"\\boxed{{{answer}}}")
     if number is None or not 0 <= number <= 999:
         raise UserError(f"{where}: the answer {answer!r} of {name} is no integer from 0 to 999, as those of AIME are")

@@ -1,8 +1,8 @@
-"""What generates. Each backend takes requests and yields responses as they come, in any order:
+"""Backends generate responses. Each takes requests and yields responses as they come, in any order:
 
 generate(requests)  yields lists of (request, response)
-failures            why requests of the last `generate` got no response
-close()             gives its memory back
+failures            errors of requests of the last `generate` that got no response
+close()             frees its memory
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from branchmerge.student.backbone import context_length
 
 
 class Backend(Protocol):
-    """See above."""
+    """The interface of a backend, described above."""
 
     failures: list[str]
 
@@ -43,10 +43,10 @@ def load(backend: BackendConfig, folder: Path | None) -> Backend:
 
 
 def context(backend: BackendConfig, folder: Path | None) -> int | None:
-    """Tokens that a prompt and its response may have together; None where neither config nor servers say it.
+    """Longest prompt plus response, in tokens; None if neither config nor servers say it.
 
     Raises:
-        UserError: what is to generate is not there: a server, or vLLM
+        UserError: a server cannot be reached, or vLLM is not installed
     """
     if backend.kind == "openai":
         from branchmerge.evaluation.backends.openai import Servers
@@ -61,7 +61,7 @@ def context(backend: BackendConfig, folder: Path | None) -> int | None:
 
 
 def facts(backend: BackendConfig) -> dict[str, Any]:
-    """What of a backend decides its responses."""
+    """The settings of a backend that decide its responses."""
     if backend.kind == "openai":
         return {"backend": "openai", "model": backend.model, **_where_given(revision=backend.revision)}
     from branchmerge.evaluation.backends.hf import dtype_of
@@ -71,7 +71,7 @@ def facts(backend: BackendConfig) -> dict[str, Any]:
 
 
 def _where_given(**settings: Any) -> dict[str, Any]:
-    """Without the empty ones: keys of responses that were drawn before a setting was there stay."""
+    """Settings that are not empty, so that keys of responses from before a setting existed stay valid."""
     return {name: value for name, value in settings.items() if value}
 
 

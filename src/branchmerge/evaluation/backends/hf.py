@@ -28,7 +28,7 @@ Pairs = list[tuple[Request, Response]]
 
 
 def dtype_of(backend: BackendConfig) -> str:
-    """float32 or bfloat16; `auto` takes bfloat16 where the device is faster at it."""
+    """float32 or bfloat16; `auto` is bfloat16 if the device is faster at it."""
     if backend.dtype != "auto":
         return backend.dtype
     return "bfloat16" if machine.computes_bf16(machine.device_of(backend.device)) else "float32"
@@ -37,8 +37,9 @@ def dtype_of(backend: BackendConfig) -> str:
 class SeededSampling(LogitsProcessor):
     """Leaves each row one token, drawn from its warped distribution by the row's own generator.
 
-    transformers draws a whole batch from one generator, so that a sample would depend on its neighbours. Greedy search
-    on what this returns is sampling: token t where the cumulated probabilities pass a uniform number.
+    transformers draws a whole batch from one generator, so that a sample would depend on the others. Greedy search on
+    the output of this processor is sampling: the token at which the cumulative probability passes a uniform random
+    number.
     """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
@@ -61,20 +62,20 @@ class SeededSampling(LogitsProcessor):
 
 
 def _choose_attention(model: PreTrainedModel, device: torch.device) -> None:
-    """The fastest that computes what the model is; where that cannot take SDPA, transformers has chosen its own."""
+    """Use the fastest attention that computes the model exactly; a model without SDPA keeps transformers' choice."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        model.set_attn_implementation("eager")  # SDPA would leave the caps out without a word
+        model.set_attn_implementation("eager")  # SDPA would silently ignore the caps of scores
     elif device.type == "cpu" and model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(DECODE_SDPA)
 
 
 class Transformers:
-    """A checkpoint in this process."""
+    """A checkpoint that generates in this process."""
 
     def __init__(self, backend: BackendConfig, folder: Path) -> None:
         device = machine.device_of(backend.device)
         self.batch_size = backend.batch_size
-        self.failures: list[str] = []  # what goes wrong here ends the run
+        self.failures: list[str] = []  # always empty: an error in this process ends the run
         self.encoder = Encoder(folder)
         self.model = cast(Any, load_model(folder, getattr(torch, dtype_of(backend)), None))
         _choose_attention(self.model, device)
@@ -85,7 +86,7 @@ class Transformers:
         """Tokens that end a response: those of the checkpoint's generation config, and the tokenizer's own"""
         pad = self.encoder.tokenizer.pad_token_id
         self.pad = pad if pad is not None else self.ends[0]
-        # Penalties or a top_k of that config are not to slip in: only what a request says counts.
+        # Penalties or a top_k of that config must not apply: a request states all sampling parameters.
         self.model.generation_config = GenerationConfig()
 
     def close(self) -> None:
@@ -93,7 +94,7 @@ class Transformers:
         del self.model
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Pairs]:
-        """Yield responses, a batch at a time, longest prompts first: memory runs out at once or not at all."""
+        """Yield responses, a batch at a time, longest prompts first, so that memory runs out at once or not at all."""
         ordered = sorted(
             requests, key=lambda request: (str(request.sampling), -len(self.encoder.ids(request.messages)))
         )

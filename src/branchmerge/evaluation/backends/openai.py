@@ -1,7 +1,7 @@
 """Generate with servers that speak OpenAI's chat protocol (vLLM, SGLang, llama.cpp, ...): many requests at once.
 
-A request that cannot be answered is no wrong answer: it is tried again, at last by an error that names it. Reasoning
-that a server sends apart (`reasoning_content`, or vLLM's newer `reasoning`) is put back in front of the answer.
+A failed request is not a wrong answer: it is retried, and at last reported as an error that names it. Reasoning that a
+server sends separately (`reasoning_content`, or vLLM's newer `reasoning`) is put back in front of the answer.
 """
 
 import asyncio
@@ -23,31 +23,31 @@ from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.requests import Request, Response
 
 BUSY = {429, 503}
-"""Status codes that ask to come again later"""
+"""Status codes of a busy server"""
 AGAIN = {408, 409, 425, 500, 502, 504, 529}
-"""Other ones that may pass"""
+"""Other status codes of errors that may be transient"""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
-"""Seconds between tries; doubled each time, with a random part"""
+"""Seconds before the first retry, doubled each time with a random part; and the largest wait"""
 REASONING = ("reasoning_content", "reasoning")
-"""Where servers put the reasoning that they take apart"""
+"""Keys under which servers send the reasoning separately"""
 ENDS = {"stop", "eos", "eos_token", "stop_sequence"}
-"""What servers call the end of a response that is whole: vLLM, SGLang and llama.cpp the first, others the rest"""
+"""finish_reason of a complete response: the first by vLLM, SGLang and llama.cpp, the rest by others"""
 
 
-# It tells every request; Hydra shows what is told.
+# httpx logs every request, and Hydra would print it.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class RequestError(Exception):
-    """A request that was tried often enough."""
+    """A request failed for good."""
 
 
 class TryError(Exception):
-    """A try that failed, where another one may not."""
+    """One try of a request failed; another one may succeed."""
 
 
 class BusyError(TryError):
-    """A server takes no request now; `seconds` is how long it asks to wait."""
+    """A server is busy; `seconds` is how long it asks to wait."""
 
     def __init__(self, said: str, seconds: float = 0.0) -> None:
         super().__init__(said)
@@ -59,7 +59,7 @@ class Servers:
 
     path = "chat/completions"
     patience = 600.0
-    """Seconds for which servers may be busy or away, all of them together: limits of a minute, restarts"""
+    """Seconds for which all servers together may be busy or unreachable (rate limits per minute, restarts)"""
 
     def __init__(self, backend: BackendConfig, encoder: Encoder | None = None) -> None:
         """
@@ -69,9 +69,9 @@ class Servers:
         self.backend = backend
         self.encoder = encoder
         self.busy_since: float | None = None
-        """When a server was first busy after the last response"""
+        """Time at which a server was first busy since the last response"""
         self.failures: list[str] = []
-        """Why requests of the last `generate` got no response"""
+        """Errors of requests of the last `generate` that got no response"""
         key = os.environ.get(backend.api_key_env, "")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         known = [self._model_on(url) for url in backend.base_urls]
@@ -80,10 +80,10 @@ class Servers:
         self.is_vllm = all(model.get("owned_by") == "vllm" for model in known)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to free."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, Response]]]:
-        """Yield responses as they come; failed requests are told in `failures` and left out."""
+        """Yield responses as they come; failed requests are left out and listed in `failures`."""
         self.failures = []
         _allow_connections(min(self.backend.concurrency, len(requests)))
         done: queue.SimpleQueue[list[tuple[Request, Response]] | BaseException | None] = queue.SimpleQueue()
@@ -106,13 +106,13 @@ class Servers:
                 if isinstance(pairs, BaseException):
                     raise pairs
                 yield pairs
-        finally:  # also where the reader goes away before the end
+        finally:  # also if the consumer stops before the end
             loop.call_soon_threadsafe(work.cancel)
             thread.join()
             loop.close()
 
     async def _all(self, requests: Sequence[Request], done: "queue.SimpleQueue[Any]") -> None:
-        """Keep `concurrency` requests underway."""
+        """Keep `concurrency` requests in flight."""
         waiting = iter(enumerate(requests))
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.backend.concurrency)
         timeout = httpx.Timeout(self.backend.timeout_s, pool=None)
@@ -130,10 +130,10 @@ class Servers:
                     group.create_task(worker())
 
     async def _one(self, client: httpx.AsyncClient, number: int, request: Request) -> Response:
-        """One response, tried at another server each time. Failed tries are counted, busy servers have time.
+        """One response; each try goes to another server. Failed tries are limited, busy servers are waited for.
 
         Raises:
-            RequestError: no try was answered, or the server refuses the request itself
+            RequestError: no try succeeded, or the server refuses the request itself
         """
         urls, retries = self.backend.base_urls, self.backend.retries
         wait, tries, failed = FIRST_WAIT, 0, 0
@@ -158,7 +158,7 @@ class Servers:
             wait = min(2 * wait, LONGEST_WAIT)
 
     async def _try(self, client: httpx.AsyncClient, url: str, request: Request) -> Response:
-        """Ask one server; raises TryError where another try may be answered, else RequestError."""
+        """Ask one server; raises TryError if another try may succeed, else RequestError."""
         try:
             answer = await client.post(f"{url.rstrip('/')}/{self.path}", json=self.body(request))
             if answer.status_code == 200:
@@ -173,19 +173,19 @@ class Servers:
         raise TryError(said) if answer.status_code in AGAIN else RequestError(said)
 
     def _patience_left(self) -> float:
-        """Seconds for which busy servers are still waited for. All requests share them: else, where the servers are
-        gone, every batch of requests would wait in vain."""
+        """Seconds for which busy servers are still waited for. All requests share them; otherwise, with the servers
+        gone, every batch of requests would wait the full time."""
         now = time.monotonic()
         if self.busy_since is None:
             self.busy_since = now
         return max(self.busy_since + self.patience - now, 0.0)
 
     def body(self, request: Request) -> dict[str, Any]:
-        """What is sent for a request."""
+        """The JSON body of a request."""
         return {"messages": [turn.as_dict() for turn in request.messages], **self.settings(request)}
 
     def settings(self, request: Request) -> dict[str, Any]:
-        """Of it, what is not the prompt."""
+        """The body without the prompt."""
         sampling = request.sampling
         body: dict[str, Any] = {
             "model": self.backend.model,
@@ -205,8 +205,8 @@ class Servers:
         return body
 
     def response(self, request: Request, answer: dict[str, Any]) -> Response:
-        """Of the protocol's JSON; raises KeyError, IndexError, TypeError or ValueError where it is not that, or tells
-        of a response that is not whole."""
+        """The response in the protocol's JSON; raises KeyError, IndexError, TypeError or ValueError if the JSON is not
+        as expected, or the response is incomplete."""
         choice = answer["choices"][0]
         message = choice["message"]
         if not isinstance(message, Mapping):
@@ -217,13 +217,13 @@ class Servers:
         if reasoning:
             closed = text or finish == "stop"
             text = f"<think>\n{reasoning}" + (f"\n</think>\n\n{text}" if closed else "")
-        # Reasoning that a server told, be it empty, is closed; a text without is what follows the prompt.
+        # Reasoning that a server sends, even if empty, gets its closing tag; other text simply continues the prompt.
         elif reasoning is None and self.encoder is not None and not text.lstrip().startswith("<think>"):
             text = self.encoder.opening(request.messages) + text
         return Response(text, tokens_of(answer), finish)
 
     def _model_on(self, url: str) -> dict[str, Any]:
-        """What a server says of the model; raises UserError where it cannot be reached or has another one."""
+        """A server's description of the model; raises UserError if it cannot be reached or serves another one."""
         try:
             answer = httpx.get(f"{url.rstrip('/')}/models", headers=self.headers, timeout=30)
             answer.raise_for_status()
@@ -239,7 +239,7 @@ class Servers:
 
 
 def text_of(said: Mapping[str, Any], name: str) -> str | None:
-    """A text of the protocol; raises TypeError where it is something else."""
+    """A text in the protocol's JSON; raises TypeError if it is something else."""
     text = said.get(name)
     if text is not None and not isinstance(text, str):
         raise TypeError(f"its {name} is {str(text)[:100]}")
@@ -247,7 +247,7 @@ def text_of(said: Mapping[str, Any], name: str) -> str | None:
 
 
 def tokens_of(answer: Mapping[str, Any]) -> int:
-    """Generated tokens; raises KeyError or TypeError where the server does not tell them."""
+    """Number of generated tokens; raises KeyError or TypeError if the server does not send it."""
     tokens = answer["usage"]["completion_tokens"]
     if not isinstance(tokens, int):
         raise TypeError(f"its completion_tokens are {str(tokens)[:100]}")
@@ -265,13 +265,13 @@ def finish_of(choice: Mapping[str, Any]) -> str:
 
 
 def _retry_after(answer: httpx.Response) -> float:
-    """Seconds that a server asks to wait; 0 where it does not, or tells a date."""
+    """Seconds that a server asks to wait; 0 if it does not, or sends a date."""
     told = answer.headers.get("Retry-After", "")
     return float(told) if told.isdecimal() else 0.0
 
 
 def _allow_connections(many: int) -> None:
-    """Each is an open file; systems often allow a process no more than 1024 until it asks."""
+    """Raise the limit of open files, one per connection; it is often 1024 unless a process raises it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = many + 256 if hard == resource.RLIM_INFINITY else min(many + 256, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

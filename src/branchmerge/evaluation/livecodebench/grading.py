@@ -1,4 +1,4 @@
-"""Grade a program on a problem's test cases: run it in the sandbox, compare here what it says with what is expected.
+"""Grade a program on a problem's test cases: run it in the sandbox, compare its output here with the expected one.
 
 `strict`, the default, asks what a judge asks: a fresh process per case, real standard input and output, 6 s, 4 GiB.
 `official` gives LiveCodeBench's verdicts, its faults included, to compare with published numbers; where the two differ,
@@ -27,13 +27,13 @@ from branchmerge.evaluation.livecodebench.preamble import preamble
 from branchmerge.evaluation.sandbox import Job, Outcome, shared
 
 SECONDS = 6
-"""Of one case, the start of its process included; LiveCodeBench's limit."""
+"""Seconds for one case, including the start of its process; LiveCodeBench's limit."""
 MEMORY_BYTES = 4 << 30
 OUTPUT_BYTES = 16 << 20
 STRICT, OFFICIAL = "strict", "official"
 
 WRONG_ANSWER = "wrong_answer"
-"""It ended well and said something else, or returned what is no JSON value."""
+"""It ended normally with another output, or returned something that is not a JSON value."""
 TIMEOUT, MEMORY, OUTPUT = "timeout", "memory", "output"
 """It broke that limit."""
 CRASHED = "crashed"
@@ -43,7 +43,7 @@ NO_FUNCTION = "no_function"
 REASONS = (WRONG_ANSWER, TIMEOUT, MEMORY, OUTPUT, CRASHED, NO_FUNCTION)
 _BROKEN = {"error": CRASHED, "killed": CRASHED, "timeout": TIMEOUT, "memory": MEMORY, "output": OUTPUT}
 _UNREADABLE = (ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError)
-"""What decoding and comparing a worker's answer may raise: it may write anything."""
+"""Errors that decoding and comparing a worker's answer may raise, as it may write anything."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlist = _SHORT.maxdict = _SHORT.maxlevel = 30
@@ -58,7 +58,7 @@ class CodeVerdict:
     case: int | None = None
     """The first case that failed, from 0; None if correct, or if no case was reached (official)."""
     detail: str = ""
-    """What was said and expected, or the end of the error; for people, cut to some hundred characters."""
+    """The output and the expected one, or the end of the error; for a reader, cut to some hundred characters."""
 
 
 def grade_program(
@@ -108,7 +108,7 @@ def _arguments(case: Case) -> list[str]:
 def _verdicts(
     program: str, cases: Sequence[Case], expected: Sequence[Any], function: str, workers: int
 ) -> Iterator[CodeVerdict]:
-    """The verdict of each case, in order; those ahead run meanwhile, those not begun are dropped at the end."""
+    """The verdict of each case, in order. Later cases run in parallel; those not begun are dropped at the end."""
     imports = preamble(program)
     # The solution's names are those of the module __main__ itself, as if it were run alone.
     code = f"{imports}exec(compile({program!a}, 'solution.py', 'exec', 0, True))\n"
@@ -165,7 +165,7 @@ def _grade_call(task: dict[str, Any], expected: Any) -> CodeVerdict:
 
 
 def _officially(program: str, cases: Sequence[Case], expected: Sequence[Any], function: str) -> CodeVerdict:
-    """All cases in one process, as LiveCodeBench runs them; its limit on memory is none, ours stays."""
+    """All cases in one process, as LiveCodeBench runs them; unlike there, with our limit on memory."""
     token = secrets.token_hex(16)
     inputs = [case.input for case in cases]
     task = {"solution": program, "function": function, "inputs": inputs, "seconds": SECONDS, "token": token}
@@ -197,7 +197,7 @@ def _harness(name: str) -> str:
 
 @cache
 def _compiled(text: str) -> str:
-    """A text of our own as a program that holds its bytecode: compiling it would take as long as a small case.
+    """A harness as a program that contains its bytecode, since compiling it would take as long as a small case.
 
     The sandbox runs the interpreter that runs this.
     """
@@ -206,13 +206,13 @@ def _compiled(text: str) -> str:
 
 
 class _NoAnswerError(Exception):
-    """The worker ended without an answer behind its token."""
+    """The worker ended without an answer after its token."""
 
 
 def _answer(outcome: Outcome, token: str) -> dict[str, Any]:
     if not outcome.stdout.startswith(token.encode()):
         raise _NoAnswerError
-    answer = parse(outcome.stdout[len(token) :].decode())  # refuses a second answer behind the first
+    answer = parse(outcome.stdout[len(token) :].decode())  # refuses a second answer after the first
     if not isinstance(answer, dict):
         raise TypeError("no object")
     return answer
@@ -236,7 +236,7 @@ def _shown(value: Any) -> str:
 
 
 def same_text(said: str, expected: str) -> bool:
-    """Equal line by line, without the space around lines and texts: as text, or as numbers, token by token."""
+    """Whether two texts are equal line by line, ignoring surrounding space: as text, or token by token as numbers."""
     lines = [[line.strip() for line in text.strip().split("\n")] for text in (said, expected)]
     return len(lines[0]) == len(lines[1]) and all(map(_same_line, *lines))
 
@@ -256,7 +256,7 @@ def parse(text: str) -> Any:
 
 
 def decode(value: Any, official: bool = False) -> Any:
-    """What `harness.encode` made, as something to compare with parsed JSON.
+    """The result that `harness.encode` encoded, as a value to compare with parsed JSON.
 
     Raises:
         ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError: no harness wrote this
@@ -275,7 +275,7 @@ def decode(value: Any, official: bool = False) -> Any:
 
 
 class _Anything:
-    """Stands for an object that says it equals whatever it is asked about."""
+    """Stands for an object that claims to equal everything."""
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""What runs beside a solution in the sandbox: common imports, and the call of a function whose result is reported.
+"""Code that runs beside a solution in the sandbox: common imports, and the call of a function and report of its result.
 
 The grader sends this file's text as a program, so it imports nothing of this package. It knows the solution and one
 case's arguments, never the expected result: whatever the solution finds, overrides or writes here can only change its
@@ -32,15 +32,15 @@ CONTENT: list[tuple[type, Callable[[Any], Any]]] = [
     (list, lambda value: list(list.__iter__(value))),
     (dict, lambda value: dict(dict.items(value))),
 ]
-"""How to read what a value of a subclass holds past the methods that it overrides."""
+"""How to read the content of a subclass instance in spite of the methods that it overrides."""
 
 
 def encode(value: Any, official: bool = False) -> Any:
-    """A result as JSON from which the grader can tell what it equals, by the content of its built-in type.
+    """A result as JSON from which the grader can tell what it equals, by the content of its built-in base type.
 
     Args:
-        official: as LiveCodeBench compares: a tuple inside equals nothing, and an object's own __eq__ is asked, here
-            about its content and about an object that it cannot know
+        official: as LiveCodeBench compares: a nested tuple equals nothing, and an object's own __eq__ decides; it is
+            called here with the object's content and with an object that it cannot know
     """
     kind = type(value)
     if value is None or kind is bool or kind is int or kind is float or kind is str:
@@ -59,7 +59,7 @@ def encode(value: Any, official: bool = False) -> Any:
             return plain
     if kind.__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         plain = value.item()
-        if type(plain) in (bool, int, float):  # a long double has no plain value
+        if type(plain) in (bool, int, float):  # a long double has no built-in equivalent
             return plain
     if isinstance(value, tuple) and not official:
         return [encode(item) for item in tuple.__iter__(value)]
@@ -72,15 +72,15 @@ def encode(value: Any, official: bool = False) -> Any:
 
 
 def reporter(token: str) -> Callable[[Any], None]:
-    """Give the process a standard output that leads nowhere; returns what writes an answer to the real one.
+    """Redirect standard output to nowhere; returns a function that writes an answer to the real one.
 
-    The token before it tells an answer from what a solution may write to the same file.
+    The token in front of it tells an answer from anything that the solution writes to the same file.
     """
     answer = os.dup(1)
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     os.close(nothing)
-    # A solution may replace these.
+    # Bound now, as a solution may replace them.
     dumps, fdopen = json.dumps, os.fdopen
 
     def report(value: Any) -> None:

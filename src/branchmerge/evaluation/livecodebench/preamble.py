@@ -1,8 +1,8 @@
-"""What a solution may use without importing it, as far as its text names it.
+"""The names that a solution may use without importing them, limited to those that occur in its text.
 
-All of it would be `harness.PREAMBLE`, eighteen `from ... import *`. Each name touches its object, and in a fresh fork
-each object's page is copied: that cost a fifth of a small case. A name that the text does not hold anywhere, not even
-in a string, is left out.
+In full this would be `harness.PREAMBLE`, eighteen `from ... import *`. Importing a name touches its object, and in a
+fresh fork each touched page is copied, which cost a fifth of the time of a small case. A name that does not occur in
+the text, not even in a string, is left out.
 """
 
 import builtins

@@ -1,7 +1,7 @@
 """The problems of a LiveCodeBench release inside a window of dates as documents, their contents checked.
 
-A problem's tests stay packed in its document, as published: unpacked they take gigabytes. Here only their beginning is
-looked at; the grader unpacks those of one problem at a time (`livecodebench.cases`).
+A problem's tests stay packed in its document, as published; unpacked, all tests take gigabytes. Here only their
+beginning is checked; the grader unpacks the tests of one problem at a time (`livecodebench.cases`).
 """
 
 import base64
@@ -25,7 +25,7 @@ RELEASE, START, END = "release_v5", "2024-08-01", "2025-02-01"
 COUNTS = {(RELEASE, START, END): 279}
 """Problems of the windows whose number is known."""
 PEEK = 4096
-"""Characters of the packed tests that are looked at; a multiple of 4, for base64."""
+"""Characters of the packed tests that are checked; a multiple of 4, for base64."""
 
 
 def livecodebench(
@@ -90,7 +90,7 @@ def _document(row: dict[str, Any], where: str, style: str, grader: str) -> Docum
     name_of_grader = "livecodebench_official" if grader == OFFICIAL else "livecodebench"
     reference = {"grader": name_of_grader, "public": public, "private": private, "function": function}
     text(row, "question_content", where)
-    # Both as they stand, spaces at their ends included: the prompt is LiveCodeBench's to the letter.
+    # Both verbatim, including spaces at their ends, so that the prompt is LiveCodeBench's to the letter.
     question = prompts.code_question(row["question_content"], row.get("starter_code") or "", style)
     return {"id": name, "question": question, "reference": reference}
 

@@ -3,13 +3,13 @@
     with Sandbox() as sandbox:
         outcome = sandbox.run(Job("print(int(input()) + 1)", stdin="1\\n", seconds=6.0))
 
-Works as root and as an ordinary user, without Docker; `Sandbox.level` says how far it goes on this machine
+Works as root and as an ordinary user, without Docker. `Sandbox.level` is the level in force on this machine
 (`isolation` lists the levels). Reading order: client, collector, zygote, isolation, syscalls, program, kernel.
 
-What it does not hold: a fault in the kernel itself; what a program can learn from time and from the files it may read
-(the interpreter, its packages, the system's libraries), and from its process id, which counts the processes and
-threads of jobs before it. Without namespaces it may also see names and sizes of files
-elsewhere, and write as many files of up to 16 MiB to its folder as its time allows.
+It does not protect against a fault of the kernel itself. A program can still learn from the time, from the files it may
+read (the interpreter, its packages, the system's libraries), and from its process id, which counts the processes and
+threads of earlier jobs. Without namespaces it may also see names and sizes of files elsewhere, and write as many files
+of up to 16 MiB to its folder as its time allows.
 """
 
 from branchmerge.evaluation.sandbox.client import Sandbox, shared, use

@@ -1,4 +1,4 @@
-"""This side of the sandbox: start the zygote and hand it jobs."""
+"""The client side of the sandbox: start the zygote and send it jobs."""
 
 import atexit
 import json
@@ -27,8 +27,8 @@ SECONDS_TO_START = 60.0
 class Sandbox:
     """Runs jobs, each in a fork of a clean interpreter. Thread-safe; not for use in a fork of the process.
 
-    If the zygote dies, as when the system runs out of memory, it is replaced at the next job. A job that it was
-    running is run once more; if that fails in the same way, its status is killed.
+    If the zygote dies, for example because the system runs out of memory, it is replaced at the next job. A job that
+    was running is run once more; if the zygote dies again, its status is killed.
 
     Args:
         level: one of `isolation.LEVELS`; auto takes the strongest that works here, but never unsafe.
@@ -181,11 +181,11 @@ class _Zygote:
 
 @contextmanager
 def _memory_file(text: str) -> Iterator[int]:
-    """A file without a name that holds a text, read from its beginning."""
+    """An anonymous file with a text, positioned at its beginning."""
     number = os.memfd_create("given")
     try:
         with open(number, "wb", closefd=False) as file:
-            # What is no text at all (half a surrogate pair) is for the program's interpreter to refuse.
+            # Invalid text (half a surrogate pair) is passed on, for the program's interpreter to refuse.
             file.write(text.encode(errors="surrogatepass"))
         os.lseek(number, 0, os.SEEK_SET)
         yield number
@@ -219,7 +219,7 @@ def shared(level: str | None = None) -> Sandbox:
 
 
 def _forget() -> None:
-    """In a fork: the zygote is the parent's, and the lock may be held by a thread that is not here."""
+    """In a fork: the zygote belongs to the parent, and the lock may be held by a thread that does not exist here."""
     global _shared_lock
     _shared.clear()
     _shared_lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""A job and its outcome: what a job prints is read here until its keeper's report says how it ended."""
+"""A job and its outcome: reads what the job prints, until its keeper reports how it ended."""
 
 import os
 import select
@@ -15,15 +15,15 @@ from branchmerge.evaluation.sandbox.zygote import CANCELLED, FAILURE, OUT_OF_TIM
 STDERR_BYTES = 2048
 """How much of the end of stderr is kept."""
 SECONDS_TO_REPORT = 60.0
-"""How long after a job's deadline its report may take before the zygote is given up."""
+"""Seconds after a job's deadline until its report must come, else the zygote is given up."""
 
 
 @dataclass(frozen=True)
 class Job:
     """A program and what it may use.
 
-    Memory is address space. Standard output beyond `output_bytes` ends the job. Seconds are wall clock, from fork to
-    end; on a busy machine, for a job that is at work and not in `bubblewrap`, those in which it had a processor.
+    Memory is address space. Standard output beyond `output_bytes` ends the job. Seconds are wall clock from fork to
+    end; on a busy machine, CPU time for a job that is still computing, except at the level `bubblewrap`.
     """
 
     program: str

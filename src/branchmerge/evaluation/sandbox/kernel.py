@@ -39,7 +39,7 @@ SCOPE_ALL = 0b11  # abstract Unix sockets and signals to processes outside; ABI 
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_lock = ctypes.PyDLL(None, use_errno=True)
-"""Does not let go of the interpreter's lock during a call."""
+"""libc; a call keeps holding the interpreter lock."""
 
 
 def _checked(result: int, what: str) -> int:
