@@ -11,7 +11,7 @@ MERGED = ("#d9480f", "#f08c00", "#a61e4d", "#e8590c", "#862e9c")
 
 
 def accuracy(table: Sequence[Row], path: Path) -> None:
-    """Bars of accuracy with standard errors: a group a benchmark and the mean, a bar a model."""
+    """Bars of accuracy with standard errors: one group per benchmark and one for the mean, one bar per model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,7 +36,7 @@ def accuracy(table: Sequence[Row], path: Path) -> None:
 
 
 def colours(models: Sequence[str]) -> list[str]:
-    """Grey for backbones and others, cool colours for experts, warm ones for merged models."""
+    """Colours of the models: cool for experts, warm for merged models, grey for backbones and others."""
     chosen: list[str] = []
     used = {"experts": 0, "merged": 0, "": 0}
     palettes = {"experts": EXPERTS, "merged": MERGED, "": GREYS}

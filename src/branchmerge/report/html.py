@@ -17,12 +17,12 @@ from branchmerge.study import Study
 
 
 def write_report(config: EvaluateConfig, scores: Sequence[Score]) -> Path:
-    """Write the report, print its table and where it lies; returns its folder.
+    """Write the report, print its table and its path; returns its folder.
 
     The folder is the study's report/, or `out=`.
 
     Raises:
-        UserError: its disk is full or not ours
+        UserError: its disk is full or not writable
     """
     folder = Path(config.out).expanduser() if config.out is not None else Study(config).report
     with writing(folder):
@@ -65,7 +65,7 @@ def _write(config: EvaluateConfig, scores: Sequence[Score], folder: Path) -> Non
 
 
 def _facts(config: EvaluateConfig, scores: Sequence[Score]) -> list[tuple[str, str]]:
-    """What a reader must know to trust the table."""
+    """The facts that a reader needs in order to trust the table."""
     first = scores[0]
     tasks = {score.task: score for score in scores}
     levels = {score.key["sandbox"] for score in scores if score.key["sandbox"]}

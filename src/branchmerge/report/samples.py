@@ -1,4 +1,4 @@
-"""Pages to read samples on: a page a model and task, with what was asked, what was said, and how it was graded."""
+"""Pages of samples: one per model and task, with the prompts, the responses and their verdicts."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ def write_pages(environment: Environment, scores: list[Score], root: Path, folde
     """Write the pages of a report.
 
     Args:
-        root: the folder of the scores, a folder a model
-        folder: the report's
+        root: the folder of the scores, with one folder per model
+        folder: the folder of the report
 
     Returns:
-        By model and task: where the page lies, relative to the report. There is none where a score's samples are not
-        stored, as of a run that goes on.
+        By model and task, the path of the page relative to the report. A score has none if its samples are not stored,
+        for example while its run is going on.
     """
     template = environment.get_template("samples.html.j2")
     pages = {}

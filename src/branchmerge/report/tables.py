@@ -1,4 +1,4 @@
-"""The table of a report: a row a model, a column a benchmark, and their mean."""
+"""The table of a report: one row per model, one column per benchmark, and their mean."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from branchmerge.evaluation.store import Score
 
 @dataclass(frozen=True)
 class Row:
-    """One model: a score a task, and the unweighted mean over the tasks with its standard error."""
+    """One model: a score per task, and the unweighted mean over the tasks with its standard error."""
 
     model: str
     scores: tuple[Score, ...]
@@ -26,7 +26,7 @@ class Row:
 
 
 def rows(scores: Sequence[Score]) -> list[Row]:
-    """Group scores by model, in the order they come."""
+    """Group scores by model, in the given order."""
     models = list(dict.fromkeys(score.model for score in scores))
     return [Row(model, tuple(score for score in scores if score.model == model)) for model in models]
 
@@ -47,7 +47,7 @@ def as_markdown(table: Sequence[Row]) -> str:
 
 
 def as_csv(table: Sequence[Row]) -> str:
-    """One line a model and task, with everything needed to compute with it."""
+    """One line per model and task, with all numbers at full precision."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
@@ -79,7 +79,7 @@ def comparison_cells(one: Comparison) -> list[str]:
 
 
 def comparisons_as_markdown(compared: Sequence[Comparison]) -> str:
-    """Nothing where there is nothing to compare."""
+    """The table of comparisons; empty if there are none."""
     if not compared:
         return ""
     lines = [list(COMPARISON), ["---"] * len(COMPARISON), *map(comparison_cells, compared)]
@@ -88,25 +88,13 @@ def comparisons_as_markdown(compared: Sequence[Comparison]) -> str:
 
 
 def comparisons_as_csv(compared: Sequence[Comparison]) -> str:
-    """One line a pair of models and a task."""
+    """One line per pair of models and task."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
-        [
-            "model",
-            "against",
-            "task",
-            "difference",
-            "stderr",
-            "low",
-            "high",
-            "p",
-            "p_holm",
-            "questions",
-            "detectable",
-            "samples_needed",
-        ]
-    )
+        ["model", "against", "task", "difference", "stderr", "low", "high", "p", "p_holm", "questions", "detectable",
+         "samples_needed"]
+    )  # fmt: skip
     for one in compared:
         d = one.difference
         writer.writerow(
@@ -117,7 +105,7 @@ def comparisons_as_csv(compared: Sequence[Comparison]) -> str:
 
 
 def as_rich(table: Sequence[Row], title: str) -> RichTable:
-    """For the terminal; the best of each column in bold."""
+    """The table for the terminal; the best value of each column in bold."""
     rich = RichTable(title=title)
     for name in header(table):
         rich.add_column(name, justify="left" if name == "model" else "right")

@@ -22,13 +22,13 @@ from typing import Any
 
 ROLES = ("system", "user", "assistant")
 MOST_DIGITS = 1000
-"""Digits of an integer that is an answer; Python reads none of more than 4,300."""
+"""Most digits of an integer answer; Python parses none of more than 4,300."""
 CHOICES = "ABCDEFGHIJ"
-"""Letters of a choice"""
+"""Letters of choices"""
 LOST = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
-"""Fields of a turn in which programs put what is said, too; only the content is learned"""
+"""Other fields of a turn in which programs put text; only the content is learned"""
 IDLE = (ast.Compare, ast.BoolOp, ast.Constant, ast.Name, ast.Dict, ast.List, ast.Tuple, ast.Set)
-"""Expressions that are no statement of a test"""
+"""Expressions that test nothing when used as a statement"""
 GRADERS = ("math", "choice", "integer", "code", "livecodebench", "livecodebench_official")
 
 
@@ -154,7 +154,7 @@ class Trajectory:
 
 
 def _cannot_fail(test: Any) -> bool:
-    """Whether any program passes it: a text of comparisons that nothing asserts, or a value, as {"input": "1"}."""
+    """Whether every program would pass the test: a comparison without assert, or a mere value, as {"input": "1"}."""
     if not isinstance(test, str):
         return True
     if "assert" in test:
@@ -162,7 +162,7 @@ def _cannot_fail(test: Any) -> bool:
     try:
         with warnings.catch_warnings(action="ignore"):
             statements = ast.parse(test).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # it fails, then
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # then the test fails for every program
         return False
     return all(isinstance(one, ast.Expr) and isinstance(one.value, IDLE) for one in statements)
 

@@ -12,7 +12,7 @@ from branchmerge.trajectories.verification import CORRECT, UNVERIFIED, verify
 
 @dataclass
 class Selection:
-    """Kept rows and the count of the others: `read` = `kept` + the sum of `dropped`."""
+    """Kept rows and the counts of the others by reason: `read` = len(`rows`) + the sum of `dropped`."""
 
     rows: list[Trajectory]
     read: int
@@ -27,25 +27,18 @@ def select(rows: Sequence[Trajectory], check: bool, progress: bool, taken: set[S
     """Drop rows without a response, repeated ones (same prompt, same response) and, if `check`, wrong ones.
 
     Args:
-        progress: a bar, in a terminal
-        taken: what was kept of other sources before, and may not be again; what is kept is added
+        progress: show a bar, if this is a terminal
+        taken: rows kept of earlier sources, which are dropped as copies here; the rows kept are added to it
     """
     dropped: Counter[str] = Counter()
     answered = [row for row in rows if row.response.strip()]
     dropped["empty"] = len(rows) - len(answered)
     taken = set() if taken is None else taken
-    last: dict[Said, Trajectory] = {}
-    for row in answered:
-        said = (row.prompt, row.response)
-        if said in taken:
-            continue
-        if row.reference is not None or said not in last or last[said].reference is None:  # a copy hides no reference
-            last[said] = row
-    distinct = list(last.values())
+    distinct = [row for row in _distinct(answered) if (row.prompt, row.response) not in taken]
     dropped["duplicate"] = len(answered) - len(distinct)
     kept: list[Trajectory] = []
     verdicts = verify(distinct) if check else (UNVERIFIED for _ in distinct)
-    hidden = None if progress else True  # None: as long as this is no terminal
+    hidden = None if progress else True  # None: hidden unless this is a terminal
     bar = tqdm(zip(distinct, verdicts, strict=True), total=len(distinct), desc="verify", disable=hidden)
     for row, verdict in bar:
         if verdict in (CORRECT, UNVERIFIED):
@@ -54,3 +47,13 @@ def select(rows: Sequence[Trajectory], check: bool, progress: bool, taken: set[S
         else:
             dropped[verdict] += 1
     return Selection(kept, len(rows), {reason: n for reason, n in sorted(dropped.items()) if n})
+
+
+def _distinct(rows: Sequence[Trajectory]) -> list[Trajectory]:
+    """The rows without copies; of several copies the last one that has a reference is kept, else the last one."""
+    last: dict[Said, Trajectory] = {}
+    for row in rows:
+        key = (row.prompt, row.response)
+        if row.reference is not None or key not in last or last[key].reference is None:
+            last[key] = row
+    return list(last.values())

@@ -19,7 +19,7 @@ LOCAL_SPLITS = ("all", "train", "test")
 HELD_OUT_SHARE = 5
 """`split=test` of a file without splits holds one question in five."""
 SPLIT_RULE = 2
-"""Raised when `split=train` and `split=test` of a file become other rows"""
+"""Version of the rule that splits a file, raised whenever `split=train` and `split=test` get other rows"""
 
 
 def _gsm8k(row: Any, row_id: str) -> Trajectory:
@@ -68,14 +68,14 @@ THOUGHTS = (
 
 
 def _openthoughts(row: Any, row_id: str) -> Trajectory:
-    """OpenThoughts-114k; no reference. Its subset `metadata` tells a row's domain, as the one to train on does not."""
+    """OpenThoughts-114k; no reference. Only its subset `metadata` says which domain a row belongs to."""
     if "conversations" in row:
         return _openthoughts_marked(row, row_id)
     return _reasoned(_openthoughts_question(row), row["deepseek_reasoning"], row["deepseek_solution"], row_id)
 
 
 def _openthoughts_question(row: Any) -> str:
-    """The problem with what its answer keeps to; `metadata` has that apart from the text."""
+    """The problem with the form that its answer has; the text in `metadata` does not state the form."""
     problem = row["problem"].strip()
     if row["domain"] == "math":
         return f"{problem}\n{BOXED}"
@@ -89,7 +89,7 @@ def _openthoughts_question(row: Any) -> str:
 
 
 def _openthoughts_marked(row: Any, row_id: str) -> Trajectory:
-    """One turn each, reasoning and answer between marks."""
+    """One turn each, reasoning and answer between markers."""
     said = {turn["from"]: turn["value"] for turn in row["conversations"]}
     if len(row["conversations"]) != 2:
         raise ValueError(f"it has {len(row['conversations'])} turns, not one of each")
@@ -104,7 +104,7 @@ def _openthoughts_marked(row: Any, row_id: str) -> Trajectory:
 
 
 def _s1(row: Any, row_id: str) -> Trajectory:
-    """s1K-1.1: DeepSeek-R1's reasoning and answer; no reference, as its solutions are of many kinds."""
+    """s1K-1.1: DeepSeek-R1's reasoning and answer; no reference, as its solutions have many forms."""
     return _reasoned(row["question"], row["deepseek_thinking_trajectory"], row["deepseek_attempt"], row_id)
 
 
@@ -132,7 +132,7 @@ FORMATS: dict[str, Callable[[Any, str], Trajectory]] = {
 }
 
 STEMS = {"mbpp": "text", "mmlu": "question"}
-"""Of formats whose rows may ask the same with other tests or choices, the field that they then share"""
+"""Formats in which rows may repeat a question with other tests or choices, and the field that such rows share"""
 
 
 def read(source: SourceConfig) -> list[Trajectory]:
@@ -189,14 +189,14 @@ def read_branch(config: TrainConfig) -> dict[str, list[Trajectory]]:
 
 
 def check_files(config: TrainConfig) -> None:
-    """Refuse sources of a branch whose files are not there; reads none of them."""
+    """Refuse sources of a branch whose files are missing, without reading any."""
     for source in of_branch(config).values():
         if is_local(source):
             _file(source)
 
 
 def unpinned(config: TrainConfig) -> list[str]:
-    """Names of the branch's hub datasets of no revision: which rows they gave cannot be told later."""
+    """Names of the branch's hub datasets without a revision, whose rows cannot be identified later."""
     return [name for name, source in of_branch(config).items() if not is_local(source) and source.revision is None]
 
 
@@ -206,15 +206,15 @@ def at_most(source: SourceConfig, limit: int | None) -> SourceConfig:
 
 
 def is_held_out(question: str) -> bool:
-    """Whether a question of a file without splits belongs to its test part; depends on its words alone."""
+    """Whether a question of a file without splits belongs to its test part; depends only on its words."""
     words = " ".join(question.split())
     return hashlib.sha256(words.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 def is_local(source: SourceConfig) -> bool:
-    """Whether the path means a file; a hub dataset is `owner/name` without a file ending.
+    """Whether the path means a file; a hub dataset is `owner/name` without a file suffix.
 
-    Nor is a hub dataset what lies here: `datasets` would read a folder of that name, whose rows have no revision.
+    A path that exists here is never a hub dataset: `datasets` would read that folder, whose rows have no revision.
     """
     path = source.path
     return (
@@ -226,15 +226,15 @@ def is_local(source: SourceConfig) -> bool:
 
 
 def identity(source: SourceConfig) -> str:
-    """What changes when the rows do: the file's SHA-256, or the hub dataset's revision."""
+    """Identifies the rows: the file's SHA-256, or the hub dataset's revision."""
     return file_sha256(_file(source)) if is_local(source) else f"{source.path}@{source.revision}"
 
 
 def described(source: SourceConfig) -> dict[str, Any]:
-    """What a source's rows are known by."""
+    """A source as it is recorded in manifests."""
     fields = asdict(source)
     if not source.where:
-        del fields["where"]  # as in descriptions made before there was such a field
+        del fields["where"]  # so that manifests written before this field existed still match
     rule = {"split_rule": SPLIT_RULE} if is_local(source) and source.split != "all" else {}
     return {**fields, "sha256": identity(source), **rule}
 
@@ -251,7 +251,7 @@ def _file(source: SourceConfig) -> Path:
 
 
 def _raw_rows(source: SourceConfig) -> Iterator[tuple[str, str, Any]]:
-    """Yield (where it stands, default id, raw row)."""
+    """Yield (location, default id, raw row)."""
     if is_local(source):
         path = _file(source)
         with path.open("rb") as lines:

@@ -1,4 +1,4 @@
-"""Grade what the teacher wrote with the same graders that will grade the student."""
+"""Grade the teacher's responses with the graders that will grade the student."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ CORRECT = "correct"
 def verify(rows: Sequence[Trajectory]) -> Iterator[str]:
     """Yield for each row, in order: correct, unverified (no reference), or why it is wrong.
 
-    As many side by side as there are cores: code and math-verify run in processes of their own.
+    One thread per core: programs and math-verify run in processes of their own.
     """
     with ThreadPoolExecutor(max_workers=cores()) as pool:
         yield from pool.map(_reason, rows)
@@ -26,6 +26,6 @@ def _reason(row: Trajectory) -> str:
         return UNVERIFIED
     try:
         verdict = grade(row.response, row.reference)
-    except ValueError as error:  # packed tests that are damaged
+    except ValueError as error:  # damaged packed tests
         raise UserError(f"{row.id}: its reference cannot be used ({error}); mend or drop that row") from error
     return CORRECT if verdict.correct else verdict.reason
