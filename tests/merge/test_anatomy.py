@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from branchmerge.merge import Recipe, merge, merge_all
-from branchmerge.merge.anatomy import MERGED, Counts, said, short_names
+from branchmerge.merge.anatomy import MERGED, Counts, in_words, short_names
 from branchmerge.merge.anatomy import compare as compare_arrays
 from branchmerge.merge.arrays import as_array
 from branchmerge.merge.density import by_node, by_place, module_of, modules_in_order
@@ -139,12 +139,12 @@ def summary(cosines: dict[str, float | None]) -> dict[str, Any]:
 
 
 def test_the_lines_say_whether_the_papers_assumption_holds() -> None:
-    good = said(summary({"a b": -0.03, f"a {MERGED}": 0.9}), selects=True)
+    good = in_words(summary({"a b": -0.03, f"a {MERGED}": 0.9}), selects=True)
     assert good[0] == "task vectors: cosines a-b -0.03: near-orthogonal (all |cos| < 0.1), as the paper assumes"
     assert "takes a 0.50, b -; has the sign of a 1.00, b 0.25" in good[1]
-    bad = said(summary({"a b": -0.42, "a c": 0.2, "b c": 0.0}), selects=False)
+    bad = in_words(summary({"a b": -0.42, "a c": 0.2, "b c": 0.0}), selects=False)
     assert "not orthogonal (a-b -0.42), though the paper assumes so" in bad[0] and "takes" not in bad[1]
-    assert "have no cosines" in said(summary({"a b": None}), selects=True)[0]
+    assert "have no cosines" in in_words(summary({"a b": None}), selects=True)[0]
 
 
 def test_names_of_folders_are_short_where_that_is_clear() -> None:

@@ -52,13 +52,13 @@ def evaluate(config: EvaluateConfig) -> list[Score]:
     for number, model in enumerate(found, start=1):
         place = f"[{number}/{len(found)}] {model.name}"
         with locked(_folder(config, model), wait=not config.score_only) as alone:
-            told, failed = _score_model(config, model, tasks, place, alone)
+            of_model, failed = _score_model(config, model, tasks, place, alone)
         failures += failed
-        for score in told:
+        for score in of_model:
             lacking = f" ({score.missing} samples missing)" if score.missing else ""
             print(f"{place} {score.task}: {score.value:.3f} ± {score.stderr:.3f}{lacking}", flush=True)
-        if len(told) == len(tasks):
-            scores += told
+        if len(of_model) == len(tasks):
+            scores += of_model
         else:
             print(f"note: {model.name} has no responses to some tasks yet; the report is without it", flush=True)
     if failures and not config.allow_missing:

@@ -183,7 +183,7 @@ def _misfit(base: Source, model: Source) -> str:
     return ""
 
 
-def said(summary: Mapping[str, Any], selects: bool) -> list[str]:
+def in_words(summary: Mapping[str, Any], selects: bool) -> list[str]:
     """The anatomy in a line or two."""
     lines = []
     if "cosines" in summary:

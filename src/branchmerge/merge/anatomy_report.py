@@ -7,7 +7,7 @@ from typing import Any
 
 from branchmerge.files import write_json
 from branchmerge.merge import density
-from branchmerge.merge.anatomy import Anatomy, said
+from branchmerge.merge.anatomy import Anatomy, in_words
 from branchmerge.merge.recipe import Recipe
 
 FILE = "anatomy.json"
@@ -15,15 +15,15 @@ FIGURES = "figures"
 
 
 @dataclass(frozen=True)
-class Told:
-    """For readers."""
+class AnatomyText:
+    """The anatomy for a reader: lines for the terminal, and markdown for the model card."""
 
     lines: list[str]
     nodes: Mapping[str, density.Change]
 
     @property
     def markdown(self) -> str:
-        """For the model card."""
+        """A table of the nodes, and the lines as paragraphs."""
         rows = [
             f"| `{node}` | {change.density:.3f} | {change.relative_update:.2e} |" for node, change in self.nodes.items()
         ]
@@ -35,11 +35,11 @@ class Told:
         return "\n\n".join(paragraphs) + "\n"
 
 
-def write(recipe: Recipe, table: Sequence[Mapping[str, Any]], anatomy: Anatomy | None, out: Path) -> Told:
+def write(recipe: Recipe, table: Sequence[Mapping[str, Any]], anatomy: Anatomy | None, out: Path) -> AnatomyText:
     """Write the anatomy into a checkpoint folder, as far as the recipe asks for it."""
     nodes = density.by_node(table)
     if anatomy is None:
-        return Told([], nodes)
+        return AnatomyText([], nodes)
     # Imported here, because a merge without an anatomy does not need it.
     from branchmerge.merge import anatomy_figures
 
@@ -47,7 +47,7 @@ def write(recipe: Recipe, table: Sequence[Mapping[str, Any]], anatomy: Anatomy |
     write_json(out / FILE, summary)
     (out / FIGURES).mkdir()
     anatomy_figures.draw(summary, out / FIGURES)
-    return Told(said(summary, recipe.operator.selects), nodes)
+    return AnatomyText(in_words(summary, recipe.operator.selects), nodes)
 
 
 def _nodes(table: Sequence[Mapping[str, Any]], nodes: Mapping[str, density.Change]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from branchmerge.merge.anatomy_report import Told
+from branchmerge.merge.anatomy_report import AnatomyText
 from branchmerge.merge.recipe import Recipe
 from branchmerge.study import Manifest
 
@@ -23,11 +23,11 @@ Merge tree ([left, right], nested): `{tree}`
 
 {anatomy}
 `recipe.yaml` beside this file makes the model again, {again};
-`manifest.json` says what else was so, and `tensors.json` what happened to each tensor.
+`manifest.json` records the configuration and versions, and `tensors.json` what happened to each tensor.
 """
 
 
-def write(recipe: Recipe, manifest: Manifest, out: Path, told: Told) -> None:
+def write(recipe: Recipe, manifest: Manifest, out: Path, anatomy: AnatomyText) -> None:
     """Write README.md into the checkpoint folder."""
     from branchmerge import __version__
 
@@ -35,7 +35,7 @@ def write(recipe: Recipe, manifest: Manifest, out: Path, told: Told) -> None:
     parameters = ", ".join(f"`{key}={value}`" for key, value in manifest.merge["parameters"].items())
     text = CARD.format(
         name=recipe.name, version=__version__, operator=recipe.operator_name, parameters=parameters,
-        tree=recipe.tree.nested(), parents=parents, anatomy=told.markdown,
+        tree=recipe.tree.nested(), parents=parents, anatomy=anatomy.markdown,
         again=recipe.again,
     )  # fmt: skip
     (out / "README.md").write_text(text)

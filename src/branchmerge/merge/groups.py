@@ -83,15 +83,15 @@ def check_apart(outs: Sequence[Path]) -> None:
             raise UserError(f"{out}: two members of this sweep would write it; leave out= to their names")
 
 
-def tell_lost(lost: dict[Path, UserError], members: int) -> NoReturn:
+def raise_failed(failed: dict[Path, UserError], members: int) -> NoReturn:
     """Raise one error that names every member that was not made, and why."""
     if members == 1:
-        raise next(iter(lost.values()))
+        raise next(iter(failed.values()))
     names: dict[str, list[str]] = {}
-    for out, error in lost.items():
+    for out, error in failed.items():
         names.setdefault(str(error), []).append(out.name)
     said = "; ".join(f"{', '.join(these)}: {error}" for error, these in names.items())
-    raise UserError(f"{len(lost)} of {members} members of this sweep were not made: {said}")
+    raise UserError(f"{len(failed)} of {members} members of this sweep were not made: {said}")
 
 
 def infos_of(reader: Source) -> dict[str, TensorInfo]:

@@ -44,13 +44,13 @@ class Result:
     table: list[dict[str, Any]] = field(default_factory=list)
     differing: int = 0
     anatomy: Anatomy | None = None
-    said: list[str] = field(default_factory=list)
-    lost: UserError | None = None
+    lines: list[str] = field(default_factory=list)
+    error: UserError | None = None
     """Why it cannot be made, while other results of the pass can"""
 
     def take(self, name: str, merged: Merged | UserError) -> None:
         """Hand the next tensor to the writer, and keep what is reported about it."""
-        if self.lost is not None:  # given up while this tensor was being merged
+        if self.error is not None:  # given up while this tensor was being merged
             return
         if isinstance(merged, UserError):
             self._give_up(merged)
@@ -58,12 +58,12 @@ class Result:
         self.writer.write(name, merged.tensor)
         self.differing += merged.changed
         if merged.entry is not None:
-            told = self.anatomy.add(name, merged.counts) if self.anatomy and merged.counts else {}
-            self.table.append(merged.entry | told)
+            numbers = self.anatomy.add(name, merged.counts) if self.anatomy and merged.counts else {}
+            self.table.append(merged.entry | numbers)
 
     def _give_up(self, error: UserError) -> None:
         """Remove what was written at once, as the other results need the room."""
-        self.lost = error
+        self.error = error
         for stack in self.closing:
             stack.__exit__(type(error), error, None)
 

@@ -24,7 +24,7 @@ from branchmerge.merge.anatomy import Anatomy
 from branchmerge.merge.arrays import Array, Weights, as_array, as_tensor, converted, is_floating, shares_memory
 from branchmerge.merge.checkpoint import TensorInfo, Writer
 from branchmerge.merge.fold import Facts, TensorFold
-from branchmerge.merge.groups import BACKBONE, Group, check_apart, infos_of, opened, tell_lost
+from branchmerge.merge.groups import BACKBONE, Group, check_apart, infos_of, opened, raise_failed
 from branchmerge.merge.manifest import check_place, left_to_do
 from branchmerge.merge.operators import parameters_of
 from branchmerge.merge.parents import parents_of
@@ -66,16 +66,16 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
     keep_freed_memory()
     outs = [recipe.out for recipe in recipes]
     check_apart(outs)
-    lost: dict[Path, UserError] = {}
+    failed: dict[Path, UserError] = {}
     with ExitStack() as stack:
         groups = opened(recipes, stack)
         for recipe in sorted(recipes, key=lambda recipe: recipe.out.resolve()):
             stack.enter_context(locked(recipe.out))
             check_place(recipe)
         for group in groups:
-            lost |= _merge_group(group)
-    if lost:
-        tell_lost(lost, len(recipes))
+            failed |= _merge_group(group)
+    if failed:
+        raise_failed(failed, len(recipes))
     return outs
 
 
@@ -83,13 +83,13 @@ def _merge_group(group: Group) -> dict[Path, UserError]:
     """Make the results of a group; returns the error of each that could not be made."""
     for folder in group.folders.values():
         fingerprints.begin(folder)
-    lost: dict[Path, UserError] = {}
+    failed: dict[Path, UserError] = {}
     work = []
     for recipe in group.recipes:
         try:
             planned = left_to_do(recipe)
         except UserError as error:
-            lost[recipe.out] = error
+            failed[recipe.out] = error
             continue
         if planned is None:
             print(f"{recipe.out}: done already", flush=True)
@@ -100,9 +100,9 @@ def _merge_group(group: Group) -> dict[Path, UserError]:
         for line in tokenizer_files.differences(taken, leaves):
             print(f"warning: {line}", flush=True)
     try:
-        return lost | _make(work, group) if work else lost
+        return failed | _make(work, group) if work else failed
     except UserError as error:
-        return lost | {recipe.out: error for recipe, _ in work}
+        return failed | {recipe.out: error for recipe, _ in work}
 
 
 def _make(work: Sequence[tuple[Recipe, Manifest]], group: Group) -> dict[Path, UserError]:
@@ -127,15 +127,15 @@ def _make(work: Sequence[tuple[Recipe, Manifest]], group: Group) -> dict[Path, U
                     results[-1].anatomy = Anatomy(recipe.tree.leaves, compared)
             _pass(results, readers, backbone)
         group.check_unchanged()
-        whole = [result for result in results if result.lost is None]
+        whole = [result for result in results if result.error is None]
         for result in whole:
             result.planned.parents = parents_of(result.recipe)
             _finish(result, group.common, time.perf_counter() - began)
     for result in whole:
         recipe = result.recipe
         said = f"{recipe.operator_name} {parameters_of(recipe.operator)}"
-        print(f"{recipe.out}: merged {recipe.tree.nested()} by {said}", *result.said, sep="\n  ", flush=True)
-    return {result.recipe.out: result.lost for result in results if result.lost is not None}
+        print(f"{recipe.out}: merged {recipe.tree.nested()} by {said}", *result.lines, sep="\n  ", flush=True)
+    return {result.recipe.out: result.error for result in results if result.error is not None}
 
 
 def _pass(results: Sequence[Result], readers: dict[str, Source], backbone: Source | None) -> None:
@@ -146,7 +146,7 @@ def _pass(results: Sequence[Result], readers: dict[str, Source], backbone: Sourc
     names = list(infos)
     with Queue(results, sources) as queue:
         for name, following in zip(names, [*names[1:], None], strict=True):
-            if all(result.lost for result in results):
+            if all(result.error for result in results):
                 return
             if following is not None:
                 for source in sources:
@@ -195,8 +195,8 @@ def _merge_tensor(
 
 def _merge_for(result: Result, fold: TensorFold, readers: dict[str, Source]) -> Merged | UserError:
     """A tensor of one result; or the error, where this result alone cannot be made."""
-    if result.lost is not None:
-        return result.lost
+    if result.error is not None:
+        return result.error
     recipe, info, facts = result.recipe, result.writer.tensors[fold.name], Facts()
     made = as_array(fold.merge(recipe.tree, recipe.operator_for(fold.name), facts))
     merged = converted(made, info.dtype)
@@ -253,9 +253,9 @@ def _finish(result: Result, common: compatibility.Common, seconds: float) -> Non
             " command again"
         )
     write_rows(folder / TABLE, result.table)
-    told = anatomy_report.write(recipe, result.table, result.anatomy, folder)
-    result.said = told.lines
-    card.write(recipe, planned, folder, told)
+    text = anatomy_report.write(recipe, result.table, result.anatomy, folder)
+    result.lines = text.lines
+    card.write(recipe, planned, folder, text)
     recipe_file.write(recipe, planned, folder)
 
 
