@@ -2,15 +2,18 @@
 
 import errno
 import os
+import re
 import signal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from branches import branch
 from lightning import Callback
 from test_progress import corpus, fitted
+from test_resume import started, steps_saved, wait_for
 from torch.distributed.checkpoint.api import CheckpointException
 
 from branchmerge.data.batch import Batch
@@ -59,6 +62,21 @@ def test_a_row_that_cannot_be_made(
     with pytest.raises(TypeError, match="Cannot cast"):
         fitted(tiny_student, Corpus(documents, plan, {}), tmp_path, StepRows(256), workers=workers)
     assert told(capsys) == [f"rank 0 failed {when} on the rows broken-1, broken-2 (TypeError)"]
+
+
+def test_a_worker_that_dies_ends_the_branch(tiny_student: Path, tmp_path: Path) -> None:
+    """As for its memory. The other one heeds no SIGTERM, which is how Python ends it before it waits for it."""
+    process = started(tiny_student, tmp_path, "data.workers=2", "optim.epochs=9999", "optim.max_steps=9999")
+    wait_for(lambda: steps_saved(tmp_path), process)
+    workers = [child for child in psutil.Process(process.pid).children() if child.name() == "pt_data_worker"]
+    assert len(workers) == 2
+    workers[0].kill()
+    try:
+        said = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 1 and re.search(r"^rank 0 failed a(fter|t) step \d+ ", said, re.M), said
+    assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
 @pytest.mark.parametrize(("tokens", "error"), [(UNMAKEABLE, TypeError), (UNKNOWN, IndexError)], ids=["made", "seen"])

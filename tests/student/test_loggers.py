@@ -195,6 +195,21 @@ def test_a_tracker_that_cannot_be_begun_ends_only_a_run_that_begins(
     assert "training goes on without it" in capsys.readouterr().out
 
 
+def test_tensorboard_shows_a_step_once(tiny_student: Path, tmp_path: Path) -> None:
+    """A run that goes on does some again; one that begins has nothing to do with what was told there before."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = branch(tiny_student, tmp_path, "domain=math", "logger=tensorboard")
+    for first_step, loss, shown in [(0, 1, [1] * 4), (2, 2, [1, 1, 2, 2]), (0, 3, [3] * 4)]:
+        with loggers_of(settings, tmp_path, first_step) as (_, tracker):
+            for step in range(first_step, 4):
+                tracker.log_metrics({"loss": loss}, step)
+            tracker.finalize("success")
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [(event.step, event.value) for event in events.Scalars("loss")] == list(enumerate(shown))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
 def test_a_tracker_that_fails_ends_no_training(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,10 +1,13 @@
 """From raw rows to the training's packed batches: read, select, tokenise, plan."""
 
+import multiprocessing
+import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any
 
 from lightning import LightningDataModule
@@ -105,15 +108,26 @@ class TrajectoryData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         steps = self.corpus.plan.steps[self.first_step :]
         rows = PackedRows(self.corpus.documents, steps, self.rank, self.world)
-        return DataLoader(
-            rows, batch_size=None, num_workers=self.workers, worker_init_fn=_ignore_signals, pin_memory=self.pinned
-        )
+        init, workers, pinned = _heed_its_process_alone, self.workers, self.pinned
+        return DataLoader(rows, batch_size=None, num_workers=workers, worker_init_fn=init, pin_memory=pinned)
 
 
-def _ignore_signals(_: int) -> None:
-    """A worker ends with its process, which may want some rows more before it saves; a terminal tells both."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _heed_its_process_alone(_: int) -> None:
+    """A worker ends with its process, which may want some rows more before it saves: a terminal and Slurm tell both.
+
+    Python waits at its end for workers that an error has kept, so they must heed the SIGTERM that it sends them then.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    its_process = multiprocessing.parent_process()
+    assert its_process is not None
+    Thread(target=_end_when_told_by, args=(its_process.pid,), daemon=True).start()
+
+
+def _end_when_told_by(process: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)
 
 
 def data_account(config: TrainConfig) -> dict[str, Any]:

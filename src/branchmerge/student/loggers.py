@@ -246,10 +246,11 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def _tensorboard(_: TrainConfig, folder: Path, __: int) -> Logger:
+def _tensorboard(_: TrainConfig, folder: Path, first_step: int) -> Logger:
+    """TensorBoard, which shows nothing of what earlier runs told from `purge_step` on."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    return TensorBoardLogger(folder, name="", version="tensorboard")
+    return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step)
 
 
 def _mlflow(config: TrainConfig, folder: Path, _: int) -> Logger:
