@@ -29,6 +29,14 @@ def test_openmps_threads_let_go_of_their_core_unless_told_otherwise(given: dict[
     assert done.stdout.strip() == found
 
 
+def test_what_the_output_cannot_show_ends_nothing() -> None:
+    """As names of rows, in an environment of another encoding."""
+    program = "from branchmerge import cli; cli.run(lambda: print('r\xf6ws-1'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "r\\xf6ws-1\n")
+
+
 def test_ctrl_c_ends_with_the_status_that_shells_give_it() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60)
     assert done.returncode == 130

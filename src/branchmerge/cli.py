@@ -73,7 +73,9 @@ def run(main: Callable[[], None]) -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
-    sys.stdout, sys.stderr = _Lenient(sys.stdout), _Lenient(sys.stderr)
+    output: Any = sys.stdout
+    output.reconfigure(errors="backslashreplace")  # as stderr does: a name that a terminal cannot show ends nothing
+    sys.stdout, sys.stderr = _Lenient(output), _Lenient(sys.stderr)
     os.environ[SHOW] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if "OMP_WAIT_POLICY" not in os.environ:

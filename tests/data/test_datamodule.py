@@ -146,7 +146,9 @@ def test_a_conversation_that_the_template_refuses_is_named_before_any_row_is_gra
 def test_verify_off_keeps_wrong_answers(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     config = train_config(tmp_path, [right(1), raw_row(5, "\\boxed{7}", "6")])
     config.data.verify = False
-    assert [document.id for document in prepared(config, tokenizer).documents] == ["r1", "r5"]
+    corpus = prepared(config, tokenizer)
+    assert [document.id for document in corpus.documents] == ["r1", "r5"]
+    assert corpus.account["sources"]["math"]["unverified"] == 2
 
 
 def test_too_long_rows_are_cut_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -170,6 +172,13 @@ def test_prompt_that_fills_the_row_is_dropped_even_when_cutting(
     corpus = prepared(train_config(tmp_path, [right(1), endless], too_long="truncate"), tokenizer)
     entry = corpus.account["sources"]["math"]
     assert (entry["kept"], entry["truncated"], entry["dropped"]) == (1, 0, {"too_long": 1})
+    config = train_config(tmp_path, [LONG], too_long="truncate")
+    (document,) = tokenise(tokenizer, read_branch(config)["math"])
+    config.data.seq_len = document.prompt_len + 1
+    assert prepared(config, tokenizer).supervised == 2  # one token, in each of two epochs
+    config.data.seq_len = document.prompt_len
+    with pytest.raises(UserError, match="'too_long': 1"):
+        prepared(config, tokenizer)
 
 
 def test_row_of_exactly_seq_len_tokens_is_kept_whole(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -46,3 +46,10 @@ def number_of(asked: str) -> int:
 def test_other_questions_are_trained_on(tiny_student: Path, tmp_path: Path) -> None:
     corpus = held_out_of([question(number) for number in range(9)], 4, tiny_student, tmp_path)
     assert len(corpus.documents) == 5 and len(corpus.held_out["data.path"]) == 4
+
+
+def test_what_is_not_trained_on_is_not_held_out(tiny_student: Path, tmp_path: Path) -> None:
+    """Questions that hold a token that begins a turn."""
+    asked = [question(number) + " <|im_start|>" * (number % 2) for number in range(9)]
+    corpus = held_out_of(asked, 4, tiny_student, tmp_path)
+    assert {document.id for document in corpus.held_out["data.path"]} < {f"rows-{line:05d}" for line in range(1, 10, 2)}

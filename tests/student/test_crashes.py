@@ -88,9 +88,12 @@ def test_a_held_out_row(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    held_out = {"math": [*corpus.documents[:3], Document("broken-1", tokens, 1)]}
+    """After others, which were all right."""
+    held_out = {"math": [*corpus.documents[:2], Document("broken-1", tokens, 1)]}
+    validation = Validation(held_out, 200, 1, Ending())
+    assert validation.rows["math"][0][0].id != "broken-1"
     with pytest.raises(error):
-        fitted(tiny_student, corpus, tmp_path, Validation(held_out, 200, 1, Ending()), StepRows(256))
+        fitted(tiny_student, corpus, tmp_path, validation, StepRows(256))
     assert told(capsys) == [f"rank 0 failed before the first step on the rows broken-1 ({error.__name__})"]
 
 

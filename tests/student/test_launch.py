@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -150,3 +151,36 @@ def test_members_side_by_side_share_the_cores(
     ]
     launch(members)
     assert [(tmp_path / name).read_text() for name in ("math", "code")] == ["4", "4"]
+
+
+MEMBER = """
+import os, pathlib, signal, sys, time
+pathlib.Path(sys.argv[1]).touch()
+signal.signal(signal.SIGTERM, signal.SIG_IGN) if sys.argv[2] == "deaf" else None
+for _ in range(int(sys.argv[4])):
+    os.kill(os.getppid(), int(sys.argv[3]))
+    time.sleep(1)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("hearing", "sent", "times"),
+    [("hearing", signal.SIGTERM, 1), ("hearing", signal.SIGINT, 1), ("deaf", signal.SIGINT, 2)],
+)
+def test_told_to_end_none_is_begun_any_more(
+    hearing: str, sent: signal.Signals, times: int, tiny_student: Path, tmp_path: Path
+) -> None:
+    """And a second Ctrl-C waits for none that is under way."""
+    program = tmp_path / "program.py"
+    program.write_text(MEMBER)
+    members = [
+        Branch(branch(tiny_student, tmp_path, f"domain={name}"), str(program), [str(tmp_path / name), *told])
+        for name in ("math", "code")
+        for told in [(hearing, str(int(sent)), str(times))]
+    ]
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        launch(members)
+    assert ended.value.code == 128 + sent and time.monotonic() - began < 30
+    assert (tmp_path / "math").exists() and not (tmp_path / "code").exists()

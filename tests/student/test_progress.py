@@ -216,6 +216,19 @@ def test_the_work_of_a_step_is_that_of_all_its_rows(tiny_student: Path, corpus: 
     assert told == [sum(shapes.flops_of(row) for row in step) for step in rows]
 
 
+def test_devices_that_share_a_row_share_its_work(tiny_student: Path) -> None:
+    module = Student(PackedLoss(load_model(tiny_student, torch.float32)), OptimConfig(), 1)
+    progress, row = StepProgress("math"), make_batch([Document("a", np.arange(20), 1)], 1)
+    progress._seen, progress._shapes = 0, Shapes(matrices=1000, head=10, attended=64)
+    told = []
+    for size in (1, 4):
+        module.packed.context = SimpleNamespace(size=size)  # type: ignore[assignment]
+        progress._flops = 0.0
+        progress.on_train_batch_start(SimpleNamespace(global_step=0), module, row, 0)  # type: ignore[arg-type]
+        told.append(progress._flops)
+    assert told[0] == 4 * told[1] == progress._shapes.flops_of(row)
+
+
 def test_the_time_left_is_reckoned_from_the_steps_of_this_run(tiny_student: Path) -> None:
     """Two steps in twenty seconds, after the ten of an earlier run."""
     module = Student(PackedLoss(load_model(tiny_student, torch.float32)), OptimConfig(), 22)

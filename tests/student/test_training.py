@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import threading
 import time
@@ -23,6 +24,7 @@ from branchmerge.errors import UserError
 from branchmerge.files import file_sha256
 from branchmerge.student import attention, places
 from branchmerge.student.backbone import load_model, load_tokenizer, locate
+from branchmerge.student.checkpoints import CheckpointFolder
 from branchmerge.student.loss import summed_loss
 from branchmerge.student.module import Student
 from branchmerge.student.optim import lr_factor
@@ -82,6 +84,11 @@ def test_a_loss_that_is_no_number_stops_the_branch_and_names_rows(tiny_student: 
     with pytest.raises(UserError, match=match):
         train(branch(folder, tmp_path, "domain=math", "trainer.max_skipped_steps=2"))
     assert not (tmp_path / "tiny" / "experts" / "math").exists()
+    twice = ("trainer.max_skipped_steps=0", "optim.epochs=2", "optim.global_batch=1000")
+    with pytest.raises(UserError, match="step 0: loss nan") as told:
+        train(branch(folder, tmp_path, "domain=math", *twice))
+    names = re.findall(r"math-\d+", str(told.value))
+    assert len(names) == len(set(names)) > 1  # though each row is in that step twice
 
 
 def test_a_model_that_broke_is_not_published(tiny_student: Path, tmp_path: Path) -> None:
@@ -288,6 +295,18 @@ def test_finished_work_is_not_done_again(
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"optim\.lr"):
         train(branch(tiny_student, tmp_path, "domain=code", "optim.lr=0.5"))
+
+
+def test_what_a_kill_after_publishing_left_is_removed(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = branch(tiny_student, tmp_path, "domain=math", "trainer.checkpoint.every_n_steps=1")
+    with monkeypatch.context() as killed:
+        killed.setattr(CheckpointFolder, "remove", lambda _: None)
+        train(settings)
+    assert list(tmp_path.glob("tiny/checkpoints/*/step-*"))
+    train(settings)
+    assert not (tmp_path / "tiny" / "checkpoints").exists()
 
 
 def test_bfloat16_export_rounds_the_weights(tiny_student: Path, tmp_path: Path) -> None:

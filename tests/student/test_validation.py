@@ -118,6 +118,14 @@ def test_the_loss_is_that_of_the_documents_alone_and_falls(tiny_student: Path, t
     assert len([row for row in metrics(tmp_path, "math") if row["loss"]]) == 3
 
 
+def test_it_is_computed_as_precisely_as_the_training(tiny_student: Path, tmp_path: Path) -> None:
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        train(branch(tiny_student, tmp_path / precision, *HELD_OUT, "domain=math", f"trainer.precision={precision}"))
+        losses.append(float(metrics(tmp_path / precision, "math")[0]["val_loss/code"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2) and losses[1] != pytest.approx(losses[0], rel=1e-6)
+
+
 def test_validating_and_sampling_change_no_bit_of_the_training(tiny_student: Path, tmp_path: Path) -> None:
     """Dropout in the student, so that a random number taken by the way would show."""
     config = json.loads((tiny_student / "config.json").read_text())
