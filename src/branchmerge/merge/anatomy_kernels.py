@@ -1,7 +1,7 @@
-"""The loops that compare a merged tensor with what it was made of: one sweep over a tensor, nothing stored in between.
+"""The loops that compare a merged tensor with its leaves and backbone, in one pass and without intermediate tensors.
 
-Tensors are flat, float32, float64, or the bits of bfloat16 in uint16. They are worked on in chunks that stay in the
-first-level cache: elementwise in float32, sixteen products to a float32 in pairs, their sums in float64.
+Tensors are flat, float32, float64, or the bits of bfloat16 in uint16. They are processed in chunks that stay in the
+first-level cache: elementwise in float32, sums of sixteen products in float32 (pairwise), sums of these in float64.
 Shapes: K leaves; M = K + 1, the leaves and the merged model.
 """
 
@@ -30,7 +30,7 @@ def _bits(stored):  # type: ignore[no-untyped-def]
 
 @compiled
 def difference(a: Any, b: Any) -> Any:
-    """Of two flat tensors: in how many elements they differ, ||a - b||^2 and ||b||^2."""
+    """For two flat tensors: the number of elements that differ, ||a - b||^2 and ||b||^2."""
     buffer = np.zeros((2, CHUNK), np.float32)
     squares = np.zeros((2, LANES))
     changed = 0
@@ -57,7 +57,7 @@ def _subtract(x: Any, y: Any, d: Any, copy: Any) -> int:
 
 @compiled
 def compare(models: Any, base: Any, taken: Any, gram: Any, signs: Any) -> None:
-    """Add to what is known of a merged tensor.
+    """Add a part of a tensor to the counts and products of a merged tensor.
 
     Args:
         models: the leaves and the merged model, M flat tensors in a tuple
@@ -116,7 +116,7 @@ def _task_vector(x: Any, base: Any, d: Any) -> None:
 
 @compiled
 def _add_agreeing(a: Any, b: Any, lanes: Any) -> None:
-    """Add to int32 [LANES] in how many of CHUNK places both are above zero, or both below."""
+    """Add to int32 [LANES] the number of CHUNK places where both are above zero, or both below."""
     for i in range(LANES):
         for start in range(0, CHUNK, LANES):
             x, y = a[start + i], b[start + i]
@@ -125,7 +125,7 @@ def _add_agreeing(a: Any, b: Any, lanes: Any) -> None:
 
 @compiled
 def _both(a: Any, b: Any, c: Any) -> int:
-    """In how many of CHUNK bytes, 0 or 1 each, all three are 1."""
+    """The number of CHUNK bytes, 0 or 1 each, in which all three are 1."""
     x, y, z = a.view(np.uint64), b.view(np.uint64), c.view(np.uint64)
     lanes = np.uint64(0)  # eight counters of a byte: each stays below 256, as CHUNK / 8 does
     for i in range(x.size):

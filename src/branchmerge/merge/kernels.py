@@ -1,10 +1,10 @@
-"""What the loops compiled by Numba share: elements as they are stored, floats and their bits, sums in a fixed order.
+"""Common parts of the loops compiled by Numba: stored elements, floats and their bits, sums in a fixed order.
 
 The loops of Arcee Fusion are in kl_kernels.py and selection_kernels.py, those of the anatomy in anatomy_kernels.py.
 Every kernel takes tensors as they lie on disk, [R rows, C columns], float32 or the bits of bfloat16 in uint16, and
-works on chunks of CHUNK columns that stay in the first-level cache. No kernel allows the compiler to reorder or fuse
-floating-point operations (where they are fused it is written), and sums are taken in a fixed tree: the results are the
-same bits on every machine and for any number of threads.
+works on chunks of CHUNK columns that stay in the first-level cache. The compiler may not reorder or fuse floating-point
+operations (fused ones are explicit), and sums are taken in a fixed tree, so the results are the same bits on every
+machine and for any number of threads.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from numba import config, njit, types
 from numba.extending import intrinsic, overload
 
 CHUNK = 1024
-"""Columns that are worked on at a time."""
+"""Columns that are processed at a time."""
 LANES = CHUNK // 16
-"""Sums that are kept side by side."""
+"""Number of partial sums."""
 F = np.float32
 
 
@@ -35,7 +35,7 @@ def bits_of_float(context: Any, value: Any) -> Any:
 
 @intrinsic
 def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, rounded once: the same bits wherever it runs, which leaving it to the compiler would not be."""
+    """a * b + c, rounded once; explicit, so that the bits do not depend on what the compiler chooses to fuse."""
     number = types.float32
     return number(number, number, number), lambda c, build, sig, args: build.fma(*args)
 
@@ -53,8 +53,8 @@ def _number(stored):  # type: ignore[no-untyped-def]
 
 
 def _cache_folder() -> Path:
-    """Where Numba keeps what it compiled of the kernels as they are: it looks for changes in a function's own file
-    only, but compiles into it those that it calls from other files."""
+    """Numba's cache folder for this version of all kernels. Numba checks only a function's own file for changes, but
+    inlines functions from other files."""
     sources = Path(__file__).parent
     content = b"".join(path.read_bytes() for path in sorted(sources.glob("*kernels.py")))
     kept = Path(config.CACHE_DIR) if config.CACHE_DIR else sources / "__pycache__"

@@ -1,6 +1,6 @@
 """KL of a row of one model to the same row of another, as a compiled loop; the formula is in operators/row_kl.py.
 
-Elementwise in float32, sums in float64; rows for which that would not do, all in float64.
+Elementwise in float32, sums in float64; rows for which that is not accurate enough, all in float64.
 """
 
 import math
@@ -21,13 +21,14 @@ from branchmerge.merge.kernels import (
 )
 
 FAST_X = np.float32(40)
-"""Weights above this are left to the float64 loop: their exponentials could overflow a float32 sum."""
+"""Rows with weights above this use the float64 loop: their exponentials could overflow a float32 sum."""
 FAST_D = (np.float32(1e-15), np.float32(0.5))
-"""Rows whose largest difference lies outside are left to it too: a square underflows, or the series ends."""
+"""Rows whose largest difference lies outside this range use it, too: a square underflows, or the series is too
+short."""
 GENTLE_X, GENTLE_D = np.float32(0.34), np.float32(1 / 64)
-"""Weights and differences up to which shorter series are as exact; most chunks of a checkpoint are."""
+"""Weights and differences up to these allow shorter series; most chunks of a checkpoint have no larger ones."""
 CANCELS = 0.1
-"""Rows whose KL is this much smaller than its first summand, too: the float32 sums cancel."""
+"""Rows whose KL is this much smaller than its first term use it, too: the float32 sums cancel."""
 
 
 @inlined
@@ -62,7 +63,7 @@ def _gentle_terms(x: Any, y: Any, e: Any, a: Any, b: Any) -> Any:
     Returns:
         The largest of each; NaN, if there is one.
     """
-    top_u = top_d = np.uint32(0)  # floats without sign have the order of their bits
+    top_u = top_d = np.uint32(0)  # non-negative floats sort like their bits
     for i in range(x.size):
         u = number(x[i])
         d = u - number(y[i])
@@ -81,7 +82,7 @@ def _terms(x: Any, y: Any, e: Any, a: Any, b: Any) -> Any:
     """The summands of a row's KL, element by element: e = exp(x), a = e (d + expm1(-d)), b = e expm1(-d).
 
     Returns:
-        Whether a weight or a difference is too large for them, a difference is not too small.
+        Whether a weight or a difference is too large for these series, and whether a difference is large enough.
     """
     large, enough = False, False
     for i in range(x.size):
@@ -126,7 +127,7 @@ def kl_of_row(x: Any, y: Any, buffer: Any) -> float:
 
 @compiled
 def _equal(x: Any, y: Any) -> bool:
-    """Whether two rows are the same finite numbers; infinity less itself is NaN, which the KL is to show."""
+    """Whether two rows are the same finite numbers; NaN and infinity must show in the KL."""
     differ = False
     for i in range(x.size):
         differ |= number(x[i]) - number(y[i]) != F(0)
@@ -135,7 +136,7 @@ def _equal(x: Any, y: Any) -> bool:
 
 @compiled
 def _row_kl_float64(x: Any, y: Any) -> float:
-    """The same for one row of any scale, in float64: with d centred, so that nothing large is subtracted."""
+    """The KL of one row of any scale, in float64; d is centred, so that nothing large cancels."""
     top_x = top_y = -math.inf
     for i in range(x.size):
         top_x = max(top_x, np.float64(number(x[i])))

@@ -18,15 +18,15 @@ from branchmerge.merge.kernels import (
 from branchmerge.merge.kl_kernels import kl_of_row
 
 SCALE = 2.0**96
-"""S is reckoned in float32 times this: products of a KL and a difference of fine-tunes lie far below 1."""
+"""S is computed in float32, scaled by this: the product of a KL and a difference of fine-tunes is far below 1."""
 KEY_SHIFT = 15
-"""A histogram's key: exponent and eight bits of the mantissa of |S|, rounded up, mirrored for negative S."""
+"""A histogram's key has the exponent and eight bits of the mantissa of |S|, rounded up, mirrored for negative S."""
 ZERO = np.uint32(1 << 16)
-"""The key of zero, and, as keys are rounded up, of nothing else."""
+"""The key of zero and, as keys are rounded up, of no other value."""
 KEYS = (1 << 17) + CHUNK
 """More than the largest key, in whole chunks."""
 GROUP = 32
-"""Values that are looked through at once for those that are wanted."""
+"""Values that are checked at once for wanted keys."""
 
 
 @inlined
@@ -43,14 +43,14 @@ def _scaled(kl: Any) -> Any:
 
 @inlined
 def _key(value: Any) -> Any:
-    """The leading bits of a float32, in the order of the numbers."""
+    """The leading bits of a float32; keys sort like the numbers."""
     steps = _rounded_up(bits_of_float(abs(value)))
     return ZERO + steps if value >= 0 else ZERO - steps
 
 
 @inlined
 def _rounded_up(bits: Any) -> Any:
-    """Leading bits of a float; a sign stays where it was, as only those of NaN could carry into it."""
+    """Leading bits of a float, rounded up; only those of NaN could carry into the sign."""
     return (bits + np.uint32((1 << KEY_SHIFT) - 1)) >> np.uint32(KEY_SHIFT)
 
 
@@ -62,12 +62,12 @@ def _bits_of_key(key: Any) -> Any:
 
 @compiled
 def measure(right: Any, left: Any, swapped: bool, known: bool, signed: bool, kl: Any, counts: Any) -> None:
-    """Each row's KL into kl, and of each element the key of its S into counts, while the row is in the cache.
+    """Write each row's KL into kl, and count the key of each element's S in counts, while the row is in the cache.
 
     Args:
         swapped: KL(Left || Right) in place of KL(Right || Left)
-        known: kl is given; else it gets NaN where a row of either holds NaN or infinity
-        counts: int32 [KEYS], is added to; empty for none
+        known: kl is given; else it is computed, and is NaN if a row of either model holds NaN or infinity
+        counts: int32 [KEYS], to which counts are added; empty to count nothing
     """
     buffer = np.empty((3, CHUNK), np.float32)
     keys = np.empty(CHUNK, np.uint32)
@@ -91,13 +91,13 @@ def _count_row(right: Any, left: Any, kl: Any, signed: bool, keys: Any, counts: 
 
 @compiled
 def locate(counts: Any, places: Any) -> Any:
-    """Where in the order of all values the given places (ascending) fall.
+    """Find the buckets of the given places (ascending) in the order of all values.
 
     Args:
         counts: int64 [KEYS]
 
     Returns:
-        key, first place of that key, and number of values with it, int64 [places, 3]
+        for each place its key, the first place with that key, and the number of values with it, int64 [places, 3]
     """
     found = np.zeros((places.size, 3), np.int64)
     upto, next_ = np.int64(0), 0
@@ -106,7 +106,7 @@ def locate(counts: Any, places: Any) -> Any:
         in_chunk = np.int64(0)
         for i in range(CHUNK):
             in_chunk += chunk[i]
-        # Few keys are near a place: most chunks are passed over as a whole.
+        # Few keys are near a place, so most chunks are skipped as a whole.
         if next_ == places.size or places[next_] >= upto + in_chunk:
             upto += in_chunk
             continue
@@ -120,7 +120,7 @@ def locate(counts: Any, places: Any) -> Any:
 
 @compiled
 def scores(right: Any, left: Any, kl: Any, signed: bool, out: Any) -> None:
-    """S of every element, scaled, into out, float32 [R, C]."""
+    """Write S of every element, scaled, into out, float32 [R, C]."""
     for r in range(right.shape[0]):
         k = _scaled(kl[r])
         for i in range(right.shape[1]):
@@ -129,7 +129,7 @@ def scores(right: Any, left: Any, kl: Any, signed: bool, out: Any) -> None:
 
 @compiled
 def gather(right: Any, left: Any, kl: Any, signed: bool, wanted: Any, out: Any) -> int:
-    """Copy every S, scaled, whose key is one of three to out; returns how many there are."""
+    """Copy every scaled S whose key is one of three into out; returns their number."""
     values = np.empty(CHUNK, np.float32)
     bits = values.view(np.uint32)
     first, second, third = _bits_of_key(wanted[0]), _bits_of_key(wanted[1]), _bits_of_key(wanted[2])
@@ -141,8 +141,8 @@ def gather(right: Any, left: Any, kl: Any, signed: bool, wanted: Any, out: Any) 
             for i in range(n):
                 values[i] = _score(k, x[i], y[i], signed)
             if n < CHUNK:
-                values[n:] = np.nan  # no key that is looked for
-            # Few are wanted: most groups are passed over as a whole.
+                values[n:] = np.nan  # its key is never wanted
+            # Few values are wanted, so most groups are skipped as a whole.
             for start in range(0, n, GROUP):
                 group, hit = bits[start : start + GROUP], np.uint32(0)
                 for i in range(GROUP):
@@ -159,16 +159,16 @@ def gather(right: Any, left: Any, kl: Any, signed: bool, wanted: Any, out: Any) 
 
 @compiled
 def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, out: Any, update: Any, norm: Any) -> Any:
-    """out = Right where S >= T (strict: S > T), else Left, as they are stored.
+    """out = Right where S >= T (strict: S > T), else Left; stored values are copied.
 
     Args:
-        T: scaled, and float32
+        T: the scaled threshold, float32
         out: may be Right or Left itself
         update: float64 [R]; each row's ||out - Left||^2
         norm: float64 [R]; each row's ||Left||^2
 
     Returns:
-        In how many elements Right was taken, and in how many out differs from Left.
+        The number of elements taken from Right, and the number that differ from Left.
     """
     taken = changed = 0
     d, v = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
@@ -185,7 +185,7 @@ def choose(right: Any, left: Any, kl: Any, signed: bool, T: Any, strict: bool, o
             took = _choose_chunk(x, y, k, signed, T, strict, chosen, d, v)
             _copy(chosen, o)
             taken += took
-            # Where values are equal S is 0, which does not pass a positive T.
+            # Equal values have S = 0, which does not pass a positive T, so all that were taken differ.
             changed += took if T > 0 else _count_nonzero(d[:n])
             add_dot(d, d, squares[0])
             add_dot(v, v, squares[1])
@@ -201,7 +201,7 @@ def _copy(source: Any, out: Any) -> None:
 
 @compiled
 def _choose_chunk(x: Any, y: Any, k: Any, signed: bool, T: Any, strict: bool, o: Any, d: Any, v: Any) -> Any:
-    """The same for a part of a row; d = o - y, v = y. Returns in how many elements Right was taken."""
+    """`choose` for a part of a row; d = o - y, v = y. Returns the number of elements taken from Right."""
     taken = np.int32(0)
     for i in range(x.size):
         a, b = x[i], y[i]
