@@ -1,6 +1,5 @@
 """The run folder contract: finished means finished, whatever is killed when."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from branchmerge.errors import UserError
-from branchmerge.files import write_json
 from branchmerge.study import MANIFEST, Manifest, Parent, is_done, locked, place, publish, read_manifest, weights_sha256
 
 
@@ -180,12 +178,3 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
         assert second.poll() is None
     said, _ = second.communicate(timeout=30)
     assert said.strip() == "in" and second.returncode == 0
-
-
-def test_json_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "score.json"
-    write_json(path, {"value": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"value": object()})
-    assert json.loads(path.read_text()) == {"value": 1}
-    assert list(tmp_path.iterdir()) == [path]
