@@ -14,6 +14,7 @@ from lightning import Callback
 
 from branchmerge.data.batch import Batch
 from branchmerge.data.datamodule import PackedRows
+from branchmerge.errors import UserError
 from branchmerge.student import training
 from branchmerge.student.module import Student
 from branchmerge.student.training import train
@@ -88,6 +89,20 @@ def test_steps_left_out_before_a_run_went_on_are_counted(
     assert len(first) == 1 and [float(row["skipped_rows"]) for row in metrics(tmp_path, "math")] == [1, 0, 1]
     seconds = sum(float(row["tokens"]) / float(row["tokens_per_second"]) for row in metrics(tmp_path, "math"))
     assert manifest.training["seconds"] > seconds  # of both runs
+
+
+def test_a_branch_that_stopped_stops_again(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps in a row are counted over the runs that did them; else each run would get a few steps further."""
+    usual = Student.training_step
+
+    def overflowing(self: Student, batch: Batch, index: int) -> torch.Tensor:
+        return usual(self, batch, index) * (float("inf") if self.trainer.global_step >= 2 else 1.0)
+
+    monkeypatch.setattr(Student, "training_step", overflowing)
+    long = ("optim.epochs=20", "optim.max_steps=20", "trainer.checkpoint.every_n_steps=1")
+    for allowed, last in ((2, 4), (2, 4), (3, 5)):
+        with pytest.raises(UserError, match=rf"^step {last}: .* on the rows"):
+            train(branch(tiny_student, tmp_path, "domain=math", *long, f"trainer.max_skipped_steps={allowed}"))
 
 
 def test_waiting_for_rows_takes_time_and_looking_at_the_student_none(

@@ -53,7 +53,9 @@ class Position:
     seconds: float
     """Of training until then"""
     skipped: int = 0
-    """Steps among them without a finite gradient"""
+    """Steps among them without a finite loss and gradient"""
+    skipped_in_a_row: int = 0
+    """Of those the last ones"""
     runs: list[dict[str, Any]] = field(default_factory=list)
     """Those that did them, as the manifest will tell"""
 

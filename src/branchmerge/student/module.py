@@ -54,8 +54,7 @@ class Student(LightningModule):
         self._spread = spread
         self._compute = compute
         self._fused_loss = fused_loss
-        self._skipped_in_a_row = 0
-        self.skipped = 0  # steps of the branch, those of earlier runs included
+        self.skipped_in_a_row = self.skipped = 0  # steps of the branch, those of earlier runs included
         self._since = self._waited = 0.0
         self._ended: float | None = None
         self._tokens: float
@@ -74,7 +73,7 @@ class Student(LightningModule):
     @property
     def leaves_out(self) -> bool:
         """Whether the step that ends now was skipped."""
-        return self._skipped_in_a_row > 0
+        return self.skipped_in_a_row > 0
 
     def configure_model(self) -> None:
         """Called by the Trainer once the processes have met."""
@@ -125,9 +124,9 @@ class Student(LightningModule):
         self._loss, *counts = ranks.summed(sum(self._losses), self._tokens, self._supervised)
         self._tokens, self._supervised = counts
         if math.isfinite(self._loss) and math.isfinite(self._grad_norm):
-            self._skipped_in_a_row = 0
+            self.skipped_in_a_row = 0
             return
-        self._skipped_in_a_row += 1
+        self.skipped_in_a_row += 1
         self.skipped += 1
         for parameter in self.parameters():
             parameter.grad = None  # so the optimizer changes neither weight nor moments
@@ -142,15 +141,15 @@ class Student(LightningModule):
         rows = list(dict.fromkeys(rows))  # devices that share a row all name it
         found = f"loss {self._loss}, gradient {self._grad_norm}"
         said = f"step {self.trainer.global_step}: {found} on the rows {', '.join(rows)}"
-        if self._skipped_in_a_row > self.max_skipped:
+        if self.skipped_in_a_row > self.max_skipped:
             raise UserError(f"{said}; lower optim.lr={self.optim.lr}, or look at these rows")
-        ranks.say(f"warning: {said}; left out ({self._skipped_in_a_row} of {self.max_skipped} in a row)")
+        ranks.say(f"warning: {said}; left out ({self.skipped_in_a_row} of {self.max_skipped} in a row)")
 
     def tell_if_broken_at_the_end(self) -> None:
         """Warn if the last steps were skipped."""
-        if self._skipped_in_a_row:
+        if self.skipped_in_a_row:
             ranks.say(
-                f"warning: the last {self._skipped_in_a_row} of {self.total_steps} steps had no finite loss or"
+                f"warning: the last {self.skipped_in_a_row} of {self.total_steps} steps had no finite loss or"
                 " gradient, and the ones before them may have been bad already; look at the curve before you use it"
             )
 

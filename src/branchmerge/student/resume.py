@@ -39,7 +39,7 @@ class Resume(Callback):
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self.begin.step
         load_state(self.begin.folder, module, _optimizer(trainer))
         assert isinstance(module, Student)
-        module.skipped = self.begin.skipped
+        module.skipped, module.skipped_in_a_row = self.begin.skipped, self.begin.skipped_in_a_row
         (scheduler,) = (config.scheduler for config in trainer.lr_scheduler_configs)
         scheduler.last_epoch = self.begin.step  # its learning rates came with the optimizer's state
 
@@ -78,7 +78,13 @@ class Resume(Callback):
         assert isinstance(module, Student)
         if trainer.global_step == self._saved:
             return
-        position = Position(step=trainer.global_step, seconds=self.seconds, skipped=module.skipped, runs=self.runs)
+        position = Position(
+            step=trainer.global_step,
+            seconds=self.seconds,
+            skipped=module.skipped,
+            skipped_in_a_row=module.skipped_in_a_row,
+            runs=self.runs,
+        )
         module.zero_grad()  # of the rows of a step that is not done
         optimizer, drawn = _optimizer(trainer), self._generators
         self.folder.write(position, lambda folder: save_state(folder, module, optimizer, drawn))
