@@ -30,7 +30,7 @@ from branchmerge.student.module import Student
 from branchmerge.student.optim import lr_factor
 from branchmerge.student.sharding import compile_layers
 from branchmerge.student.training import train
-from branchmerge.study import Study, locked, read_manifest
+from branchmerge.study import Study, locked, read_manifest, weights_sha256
 from branchmerge.trajectories.sources import read_branch
 
 
@@ -295,6 +295,14 @@ def test_finished_work_is_not_done_again(
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"optim\.lr"):
         train(branch(tiny_student, tmp_path, "domain=code", "optim.lr=0.5"))
+
+
+def test_0_clips_no_gradient(tiny_student: Path, tmp_path: Path) -> None:
+    made = {}
+    for limit in (0.0, 1.0, 1e9):
+        folder = train(branch(tiny_student, tmp_path / str(limit), "domain=math", f"optim.grad_clip={limit}"))
+        made[limit] = weights_sha256(folder)
+    assert made[0.0] == made[1e9] != made[1.0]
 
 
 def test_what_a_kill_after_publishing_left_is_removed(
