@@ -90,3 +90,13 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         recipe_file.load(tmp_path / "recipe.yaml", tmp_path / "out")
+
+
+def test_a_changed_parent_called_base_is_refused(experts: dict[str, Path], tiny_student: Path, tmp_path: Path) -> None:
+    """It is not taken for the backbone, whose weights are the same."""
+    mine = perturbed(tiny_student, tmp_path / "mine", 5)
+    folders = {"math": experts["math"], "base": mine}
+    first = merge(recipe(folders, tmp_path / "first", "task_arithmetic", ["math", "base"], base=tiny_student))
+    (perturbed(tiny_student, tmp_path / "other", 6) / "model.safetensors").replace(mine / "model.safetensors")
+    with pytest.raises(UserError, match="mine: its weights have the SHA-256"):
+        merge(recipe_file.load(first / "recipe.yaml", tmp_path / "again", progress=False))

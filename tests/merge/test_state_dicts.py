@@ -64,3 +64,10 @@ def test_what_cannot_be_merged_is_refused(change: dict[str, object], said: str) 
     arguments: dict[str, object] = {"models": MODELS, "tree": ["math", "code"], **change}
     with pytest.raises(UserError, match=said):
         merge_state_dicts(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_leaf_may_be_called_base() -> None:
+    """And is not taken for the backbone."""
+    models = {"math": state(0), "base": {**state(1), "w": torch.zeros(2, 2)}}
+    with pytest.raises(UserError, match="math and base cannot be merged: w has the shapes"):
+        merge_state_dicts(models, ["math", "base"], "task_arithmetic", state(9))

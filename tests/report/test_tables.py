@@ -99,3 +99,7 @@ def test_best_of_each_column_is_bold() -> None:
 def test_bold_marks_are_not_printed_as_text() -> None:
     assert "[bold]" not in printed(TABLE)
     assert "\x1b[1m" in printed(TABLE, colour=True)
+
+
+def test_brackets_in_a_name_are_printed_as_text() -> None:
+    assert "model[v2]" in printed(tables.rows([score("model[v2]", "t", 0.5)]))

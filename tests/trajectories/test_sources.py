@@ -43,9 +43,11 @@ def convert(folder: Path, fmt: str, row: Any) -> Trajectory:
 
 
 def test_rows_are_read_in_file_order_with_the_line_as_default_id(tmp_path: Path) -> None:
-    path = jsonl(tmp_path, message_row("a"), "", {**message_row("b"), "id": "mine"}, message_row("c"))
+    named = ({**message_row("b"), "id": "mine"}, {**message_row("c"), "id": 0}, {**message_row("d"), "id": ""})
+    path = jsonl(tmp_path, message_row("a"), "", *named)
     rows = read(SourceConfig(path=str(path)))
-    assert [(row.id, row.question) for row in rows] == [("rows-00001", "a"), ("mine", "b"), ("rows-00004", "c")]
+    assert [row.id for row in rows] == ["rows-00001", "mine", "0", "rows-00005"]
+    assert [row.question for row in rows] == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize(

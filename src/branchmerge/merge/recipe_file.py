@@ -53,14 +53,14 @@ def load(path: Path, out: Path, *, overwrite: bool = False, progress: bool = Tru
         content = yaml.safe_load(path.read_text())
         models, base = content["models"], content["base"]
         operator = make_operator(content["operator"], content["parameters"])
-        known = {**models, **({"base": base} if base else {})}
+        known = [*models.values(), *([base] if base else [])]
         return Recipe(
             content["operator"], operator, parse(content["tree"]),
             {leaf: Path(model["path"]) for leaf, model in models.items()}, out,
             base=Path(base["path"]) if base else None, max_shard_bytes=int(content["max_shard_bytes"]),
             overwrite=overwrite, progress=progress, config={"recipe": str(path)},
             rules=parse_rules(content["rules"]), vocab=content.get("vocab", "same"), device=_device(content),
-            expected={Path(model["path"]): str(model["sha256"]) for model in known.values()},
+            expected={Path(model["path"]): str(model["sha256"]) for model in known},
         )  # fmt: skip
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())

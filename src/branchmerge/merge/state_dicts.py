@@ -46,8 +46,8 @@ def merge_state_dicts(
     if made.needs_base() and base is None:
         raise UserError(f"{operator} needs the backbone's state dict; give base=")
     first = models[parsed.leaves[0]]
-    others = {leaf: models[leaf] for leaf in parsed.leaves[1:]} | ({"base": base} if base is not None else {})
-    for name, other in others.items():
+    others = [(leaf, models[leaf]) for leaf in parsed.leaves[1:]] + ([("base", base)] if base is not None else [])
+    for name, other in others:
         _check_same(parsed.leaves[0], first, name, other)
     merged = {}
     for tensor, left in first.items():

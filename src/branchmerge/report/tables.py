@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from branchmerge.evaluation.comparison import Comparison
@@ -117,5 +118,5 @@ def as_rich(table: Sequence[Row], title: str) -> RichTable:
             f"[bold]{text}[/bold]" if value == top else text
             for text, value, top in zip(texts, values, best, strict=True)
         ]
-        rich.add_row(name, *marked)
+        rich.add_row(escape(name), *marked)
     return rich

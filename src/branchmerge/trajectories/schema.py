@@ -147,7 +147,8 @@ class Trajectory:
         if not any(message.role == "user" for message in messages[:-1]):
             raise ValueError("the row has no user turn before the assistant's")
         reference = Reference.parse(raw["reference"]) if raw.get("reference") is not None else None
-        row_id, domain = str(raw.get("id") or default_id), str(raw.get("domain") or "")
+        given = raw.get("id")
+        row_id, domain = default_id if given in (None, "") else str(given), str(raw.get("domain") or "")
         if not _is_text(row_id + domain):
             raise ValueError("its id or domain holds half a character (a lone surrogate)")
         return Trajectory(row_id, domain, tuple(messages), reference)
