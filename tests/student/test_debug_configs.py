@@ -9,6 +9,7 @@ from branches import PROJECT, branch, metrics
 from branchmerge.data.datamodule import prepare
 from branchmerge.errors import UserError
 from branchmerge.student.backbone import load_tokenizer
+from branchmerge.student.loggers import MLFLOW_RUN_ID, loggers_of
 from branchmerge.student.training import train
 from branchmerge.study import Study, read_manifest
 from branchmerge.trajectories.sources import read_branch
@@ -86,6 +87,27 @@ def test_mlflow_gets_the_curve_without_a_server(
     rows = [row for row in metrics(tmp_path, "math") if row["loss"]]
     assert history == [(int(row["step"]), pytest.approx(float(row["loss"]))) for row in rows]
     assert [point.step for point in client.get_metric_history(run.info.run_id, "val_loss/code")] == [0, 3]
+
+
+@pytest.mark.skipif(not HAS_MLFLOW, reason="needs mlflow")
+def test_mlflow_has_one_run_for_a_branch_that_goes_on(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    settings = branch(tiny_student, tmp_path, "domain=math", "logger=mlflow")
+    for first_step in (0, 2, 0):
+        with loggers_of(settings, tmp_path, first_step) as (_, tracker):
+            tracker.log_metrics({"loss": 1.0}, first_step)
+            tracker.finalize("success")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name(settings.study.name)
+    assert experiment is not None
+    runs = [run.info.run_id for run in client.search_runs([experiment.experiment_id], order_by=["start_time"])]
+    steps = [[point.step for point in client.get_metric_history(run, "loss")] for run in runs]
+    assert steps == [[0, 2], [0]]
+    assert (tmp_path / MLFLOW_RUN_ID).read_text() == runs[1]
 
 
 def test_the_demo_composes_with_both(tmp_path: Path) -> None:

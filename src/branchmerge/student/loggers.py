@@ -22,10 +22,10 @@ from branchmerge.student import ranks
 from branchmerge.student.samples import SAMPLES
 
 METRICS = "metrics.csv"
-RUN_ID = "wandb-run.txt"
+RUN_ID, MLFLOW_RUN_ID = "wandb-run.txt", "mlflow-run.txt"
 WORK = "work.txt"
 KEPT = "metrics.csv.kept"
-TOLD = (METRICS, KEPT, RUN_ID, SAMPLES)
+TOLD = (METRICS, KEPT, RUN_ID, MLFLOW_RUN_ID, SAMPLES)
 """What a run that goes on reads"""
 PAUSE = 300.0
 """Seconds after which a tracker that failed is tried again"""
@@ -253,15 +253,22 @@ def _tensorboard(_: TrainConfig, folder: Path, first_step: int) -> Logger:
     return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step)
 
 
-def _mlflow(config: TrainConfig, folder: Path, _: int) -> Logger:
-    """MLflow: to a server where one is named, else into `<folder>/mlflow.db`, which `mlflow ui` reads."""
+def _mlflow(config: TrainConfig, folder: Path, first_step: int) -> Logger:
+    """MLflow: to a server if one is named, else into `<folder>/mlflow.db`, which `mlflow ui` reads.
+
+    A training that goes on does so in the same run.
+    """
     from lightning.pytorch.loggers import MLFlowLogger
 
     folder.mkdir(parents=True, exist_ok=True)
     server = config.logger.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return MLFlowLogger(
+    kept = folder / MLFLOW_RUN_ID
+    logger = MLFlowLogger(
         config.study.name,
         run_name=config.domain.name,
         tracking_uri=server or f"sqlite:///{folder}/mlflow.db",
         artifact_location=None if server else str(folder / "mlflow"),
+        run_id=kept.read_text() if first_step and kept.is_file() else None,
     )
+    write_text(kept, str(logger.run_id))  # asking for it begins the run
+    return logger
