@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
 from hydra import compose
@@ -16,8 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from branchmerge.config_checks import no_such_key
 from branchmerge.errors import UserError
 from branchmerge.machine import end_with_parent
 
@@ -197,8 +199,11 @@ def one_line(error: BaseException) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         group = group.removeprefix("file://")
         return f"{group}={name}: there is no conf/{group}/{name}.yaml; choose one of {', '.join(sorted(error.options))}"
+    if isinstance(root, ConfigKeyError | ConfigAttributeError) and is_dataclass(root.object_type):
+        prefix, _, name = str(root.full_key).rpartition(".")
+        return no_such_key(prefix and f"{prefix}.", name, [item.name for item in fields(root.object_type)])
     said = " ".join(str(error).split())
-    cause = " ".join(str(root).split())
+    cause = " ".join(str(root).split() if root is error else str(root).partition("\n")[0].split())
     return said if cause in said else f"{said} ({cause})"
 
 

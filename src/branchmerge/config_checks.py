@@ -1,7 +1,7 @@
 """From a composed configuration to a typed one: what types cannot express is refused here, before any work begins."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -120,8 +120,8 @@ def _check(node: Any, prefix: str) -> None:
 
 def _check_value(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     """Refuse a value, or a list of numbers, outside the bounds of its field (config/bounds.py)."""
-    if value == "" and not bounds.get("empty", True):
-        raise UserError(f"{name}=: is empty; give a folder, or leave it out")
+    if value in ("", []) and not bounds.get("empty", True):
+        raise UserError(f"{name}={value}: is empty; give {'a folder' if value == '' else 'some'}, or leave it out")
     choices, low, high = (bounds.get(key) for key in ("choices", "low", "high"))
     if choices is not None and value not in choices:
         if why := WRONG_PRECISIONS.get(str(value)):
@@ -141,9 +141,14 @@ def _check_names(node: Any, prefix: str) -> None:
     known = [item.name for item in fields(node)]
     for name in vars(node):
         if name not in known:
-            alike = get_close_matches(name, known, n=1)
-            meant = f"did you mean {prefix}{alike[0]}?" if alike else f"{', '.join(known)} are there"
-            raise UserError(f"{prefix}{name}: there is no such key; {meant}")
+            raise UserError(no_such_key(prefix, name, known))
+
+
+def no_such_key(prefix: str, name: str, known: Sequence[str]) -> str:
+    """What is said of a key that is none of those `known`; `prefix` is what stands before it, with its dot."""
+    alike = get_close_matches(name, known, n=1)
+    meant = f"did you mean {prefix}{alike[0]}?" if alike else f"{', '.join(known)} are there"
+    return f"{prefix}{name}: there is no such key; {meant}"
 
 
 def _check_optim(optim: OptimConfig) -> None:

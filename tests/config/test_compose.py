@@ -156,3 +156,31 @@ def test_unknown_keys_names_and_types_are_one_line(override: str) -> None:
     with pytest.raises(ConfigCompositionException) as caught:
         composed("train", override)
     assert "\n" not in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("trainer.devcies=2", "trainer.devcies: there is no such key; did you mean trainer.devices?"),
+        ("studdy=demo", "studdy: there is no such key; did you mean study?"),
+        (
+            "study.budget.math.epoch=2",
+            "study.budget.math.epoch: there is no such key; did you mean study.budget.math.epochs?",
+        ),
+        (
+            "optim.lr=much",
+            "Error merging override optim.lr=much (Value 'much' of type 'str' could not be converted to Float)",
+        ),
+    ],
+)
+def test_a_slip_is_told_without_a_way_that_leads_nowhere(override: str, said: str) -> None:
+    """Hydra says to put a + in front of such a key, which is refused then."""
+    with pytest.raises(ConfigCompositionException) as caught:
+        composed("train", override)
+    assert one_line(caught.value) == said
+
+
+@pytest.mark.parametrize("override", ["benchmark.tasks=[]", "models=[]"])
+def test_nothing_to_score_is_refused(override: str) -> None:
+    with pytest.raises(UserError, match=r"=\[\]: is empty"):
+        composed("evaluate", override)

@@ -78,7 +78,7 @@ class MergeConfig(CommonConfig):
 class EvaluateConfig(CommonConfig):
     """evaluate.py"""
 
-    models: list[str] | None = None
+    models: list[str] | None = field(default=None, metadata=not_empty())
     """Models to score: backbone, a domain, experts/<domain>, merged/<name>, or a checkpoint folder. Null: all."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)

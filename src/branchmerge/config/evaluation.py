@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from branchmerge.config.bounds import at_least, choice
+from branchmerge.config.bounds import at_least, choice, not_empty
 
 
 @dataclass
@@ -12,7 +12,7 @@ class BenchmarkConfig:
     """Which tasks, and how they are asked."""
 
     name: str = MISSING
-    tasks: list[str] = MISSING
+    tasks: list[str] = field(default=MISSING, metadata=not_empty())
     """Names of lm-eval tasks: those of branchmerge and all that lm-eval ships."""
     limit: int | None = field(default=None, metadata=at_least(1))
     """Only the first questions of each task; null for all."""
