@@ -178,3 +178,9 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
         assert second.poll() is None
     said, _ = second.communicate(timeout=30)
     assert said.strip() == "in" and second.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="Linux")
+def test_a_place_where_no_file_can_be_is_not_waited_for() -> None:
+    with pytest.raises(UserError, match="/proc: cannot write result there"), locked(Path("/proc/result"), wait=False):
+        pass

@@ -237,6 +237,10 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
+            Path(lock.lock_file).touch()  # where no file can be, as in /proc, the lock would wait for ever
+        except FileNotFoundError as error:
+            raise _unwritable(folder, error) from error
+        try:
             lock.acquire(timeout=0)
         except Timeout:
             if wait:
