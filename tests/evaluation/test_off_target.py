@@ -82,3 +82,15 @@ def test_a_task_that_runs_programs_unconfined_is_refused(ifeval: Benchmark, monk
     monkeypatch.setattr(benchmark, "_load_tasks", lambda _: {"humaneval": ifeval.task})
     with pytest.raises(UserError, match="humaneval: lm-eval would run a model's programs without a sandbox"):
         benchmark.load_benchmark(composed())
+
+
+def test_a_task_that_lm_eval_cannot_load_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HumanEval, whose own code fails while it is imported."""
+    from test_run import composed
+
+    (tmp_path / "utils.py").write_text("raise ValueError('this task runs programs')")
+    (tmp_path / "theirs.yaml").write_text("task: theirs\ndataset_path: json\nprocess_docs: !function utils.rows\n")
+    theirs = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(benchmark, "task_manager", lambda *_, **__: theirs)
+    with pytest.raises(UserError, match=r"benchmark\.tasks: lm-eval cannot load theirs \(.*\); take another task"):
+        benchmark.load_benchmark(composed("benchmark.tasks=[theirs]"))

@@ -178,6 +178,14 @@ def _load_tasks(config: EvaluateConfig) -> dict[str, Any]:
             f"benchmark.tasks: the questions of {', '.join(config.benchmark.tasks)} cannot be loaded ({error}); reach"
             " the hub, or have them in its cache"
         ) from error
+    except Exception as error:
+        if set(config.benchmark.tasks) <= set(OWN):
+            raise
+        # lm-eval's tasks run code of their own: HumanEval's asks for a grader of the hub, and leave to run programs.
+        told = f"{', '.join(config.benchmark.tasks)} ({type(error).__name__}: {error})"
+        raise UserError(
+            f"benchmark.tasks: lm-eval cannot load {told}; take another task, or run lm_eval by itself"
+        ) from error
 
 
 def task_manager(config: EvaluateConfig, include_defaults: bool) -> Any:
