@@ -15,8 +15,9 @@ def main(cfg: DictConfig) -> None:
     settings = typed(cfg, config.EvaluateConfig)
     # Imported here, so that a mistake on the command line is told at once and not after loading torch.
     from branchmerge.evaluation.run import evaluate
-    from branchmerge.report import write_report
+    from branchmerge.report import report_folder, write_report
 
+    report_folder(settings)
     write_report(settings, evaluate(settings))
 
 

@@ -333,6 +333,15 @@ def test_kill_9_in_a_branch_leaves_nothing_finished_and_the_same_command_goes_on
     assert not list(expert.parent.glob(".math.partial*"))
 
 
+def test_a_report_without_a_place_is_told_before_anything_is_asked(
+    run_warm: Run, tiny_student: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = run_warm("evaluate", tiny_student, tmp_path, f"models=[{tiny_student}]", f"out={tmp_path}/file")
+    assert done.returncode == 1 and f"{tmp_path}: cannot write file there" in done.stderr
+    assert not list(tmp_path.rglob("responses"))
+
+
 def records_of_wandb(run: Path) -> Iterator[bytes]:
     """What a run's file holds, which `wandb sync` would upload: LevelDB's log format after a header of 7 bytes."""
     data, at, parts = run.read_bytes(), 7, b""

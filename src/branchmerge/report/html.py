@@ -19,17 +19,27 @@ from branchmerge.study import Study
 def write_report(config: EvaluateConfig, scores: Sequence[Score]) -> Path:
     """Write the report, print its table and its path; returns its folder.
 
-    The folder is the study's report/, or `out=`.
-
     Raises:
         UserError: its disk is full or not writable
     """
-    folder = Path(config.out).expanduser() if config.out is not None else Study(config).report
+    folder = report_folder(config)
     with writing(folder):
         _write(config, scores, folder)
     table = tables.as_rich(tables.rows(scores), f"study {config.study.name}, accuracy ± standard error")
     Console(width=max(100, Console().width)).print(table)
     print(f"report: {folder / 'index.html'}", flush=True)
+    return folder
+
+
+def report_folder(config: EvaluateConfig) -> Path:
+    """Where the report goes: the study's report/, or `out=`; made here, to be told of it before hours of work.
+
+    Raises:
+        UserError: it cannot be made
+    """
+    folder = Path(config.out).expanduser() if config.out is not None else Study(config).report
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
