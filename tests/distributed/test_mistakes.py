@@ -14,7 +14,8 @@ from spreading import FSDP, started
 
 from branchmerge.errors import UserError
 from branchmerge.student.launch import Branch, launch
-from branchmerge.student.sharding import empty_model, load_weights
+from branchmerge.student.sharding import load_weights
+from branchmerge.student.stored import empty_model
 from branchmerge.student.training import train
 
 

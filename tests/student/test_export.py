@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from branchmerge.student.backbone import load_model
 from branchmerge.student.export import export
-from branchmerge.student.sharding import empty_model
+from branchmerge.student.stored import empty_model
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from branchmerge.data.template import opening, render_prompt
+from branchmerge.errors import UserError
 from branchmerge.evaluation.requests import Messages
 from branchmerge.student.backbone import check_tokenizer, load_tokenizer
 
@@ -11,6 +12,7 @@ class Encoder:
     """A checkpoint's tokenizer; raises UserError where it cannot render a conversation or end an answer."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.tokenizer = load_tokenizer(folder)
         check_tokenizer(self.tokenizer, folder)
 
@@ -24,4 +26,11 @@ class Encoder:
         return opening(self._prompt(messages))
 
     def _prompt(self, messages: Messages) -> str:
-        return render_prompt(self.tokenizer, messages)
+        try:
+            return render_prompt(self.tokenizer, messages)
+        except Exception as error:  # a template may compute, and so fail, in any way
+            roles = ", ".join(message.role for message in messages)
+            raise UserError(
+                f"{self.folder}: its chat template cannot write a question (turns: {roles};"
+                f" {type(error).__name__}: {error}); mend the template, or take another model or prompt_style"
+            ) from error

@@ -1,4 +1,4 @@
-"""Checks before a model loads: every prompt fits the context with its response, and the disk has room."""
+"""Checks before a model loads: it is complete, every prompt fits with its response, and the disk has room."""
 
 import shutil
 from collections.abc import Sequence
@@ -7,9 +7,25 @@ from pathlib import Path
 from branchmerge.errors import UserError
 from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.requests import Request
+from branchmerge.student import backbone
 
 BYTES_A_TOKEN = 16
 """Bytes on the disk per token of a response, whose text is stored twice: as generated, and with its verdict"""
+
+
+def check_loads(folder: Path) -> None:
+    """Refuse a checkpoint that transformers would not load whole, by its config.json and the headers of its files.
+
+    Raises:
+        UserError: an unknown kind of model, or a weight that is missing or of another shape
+    """
+    from branchmerge.student.stored import check_stored, empty_model
+
+    if "quantization_config" in backbone.read_config(folder):  # whose files hold codes
+        return
+    with backbone.loading(folder):
+        model = empty_model(folder, None)
+    check_stored(folder, model)
 
 
 def check_context(requests: Sequence[Request], context: int | None, encoder: Encoder | None) -> None:

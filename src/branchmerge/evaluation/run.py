@@ -83,13 +83,15 @@ def _preflight(config: EvaluateConfig, found: Sequence[Model], tasks: Sequence[B
     for model in found:
         encoder = Encoder(model.folder) if model.folder is not None else None
         context = backends.context(config.backend, model.folder)
-        for task in tasks:
-            if _finished(config, model, task) is None:
-                requests = task.requests(config.seed)
-                preflight.check_context(requests, context, encoder)
-                to_come += requests
-                path = _responses(config, model, task)
-                there += path.stat().st_size if path.is_file() else 0
+        unscored = [task for task in tasks if _finished(config, model, task) is None]
+        for task in unscored:
+            requests = task.requests(config.seed)
+            preflight.check_context(requests, context, encoder)
+            to_come += requests
+            path = _responses(config, model, task)
+            there += path.stat().st_size if path.is_file() else 0
+        if unscored and model.folder is not None and config.backend.kind == "hf":
+            preflight.check_loads(model.folder)
     preflight.check_room(to_come, there, Study(config).root)
 
 

@@ -102,10 +102,12 @@ def check_checkpoint(folder: Path) -> None:
             " merge_and_unload, then save_pretrained) and give that folder"
         )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json in it, so it is no Hugging Face checkpoint")
+        raise UserError(
+            f"{folder}: no config.json in it, so it is no Hugging Face checkpoint; give the folder that has one"
+        )
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for kind in PICKLED for path in folder.glob(kind))
-        why = "no weights at all"
+        why = "no weights at all; copy or download them"
         if pickled:
             why = f"only pickled ones ({pickled[0]}), which can run code; convert them where that does no harm"
             why += " (transformers: from_pretrained, then save_pretrained) and give that folder"
@@ -122,7 +124,9 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
             f"{folder}: its tokenizer has no chat template; use an instruct model or add chat_template.jinja"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: its tokenizer has no end-of-sequence token, so a student could not learn to stop")
+        raise UserError(
+            f"{folder}: its tokenizer has no end-of-sequence token, so a student could not learn to stop; set eos_token"
+        )
     vocabulary = _of_text(read_config(folder)).get("vocab_size")
     if vocabulary is not None and len(tokenizer) > vocabulary:
         raise UserError(

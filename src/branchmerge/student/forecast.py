@@ -26,7 +26,7 @@ WEIGHT, MOMENTS = 4, 8
 """Bytes of a parameter in training, and in a checkpoint of it"""
 DECIDING = (
     "attention.py", "autocast.py", "chunked_loss.py", "context_parallel.py", "flops.py", "loss.py", "memory_log.py",
-    "sharding.py", "simulation.py",
+    "sharding.py", "simulation.py", "stored.py",
 )  # fmt: skip
 """Files beside this one that a simulation runs."""
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from branchmerge.errors import UserError
 from branchmerge.merge.checkpoint import Reader
@@ -27,6 +26,7 @@ from branchmerge.student.backbone import check_whole, loading
 from branchmerge.student.compiling import allow_many_compilations
 from branchmerge.student.export import joins_weights, weights_of
 from branchmerge.student.loss import check_hidden_states
+from branchmerge.student.stored import check_stored, empty_model
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,6 @@ class Spread(ModelParallelStrategy):
         """`load_weights` has done that."""
 
 
-def empty_model(folder: Path, attn: str) -> PreTrainedModel:
-    """The model of a checkpoint in float32, its weights without memory and without values."""
-    config = AutoConfig.from_pretrained(folder)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn)
-    model.tie_weights()
-    assert isinstance(model, PreTrainedModel)
-    return model
-
-
 def check_weights(folder: Path, sharded: bool, recomputed: bool = False) -> None:
     """Refuse a checkpoint that cannot be trained as its config.json says, from the headers of its files.
 
@@ -86,19 +76,8 @@ def check_weights(folder: Path, sharded: bool, recomputed: bool = False) -> None
             f"{type(model).__name__}: transformers cannot compute the activations of this kind of model again; set"
             " trainer.activation_checkpointing=false"
         )
-    stored = Reader(folder)
-    without_copies({"backbone": stored})
-    if joins_weights(model):
-        return
-    weights = weights_of(model)
-    for name, weight in weights.items():
-        if name in stored.tensors and tuple(stored.tensors[name].shape) != tuple(weight.shape):
-            raise UserError(
-                f"{folder}: {name} has the shape {list(stored.tensors[name].shape)}, by config.json it would have"
-                f" {list(weight.shape)}; copy or download it again"
-            )
-    if not stored.tensors.keys() - weights.keys():
-        check_whole(folder, sorted(weights.keys() - stored.tensors.keys()))
+    without_copies({"backbone": Reader(folder)})
+    check_stored(folder, model)
 
 
 def layers(model: nn.Module) -> nn.ModuleList:

@@ -41,7 +41,8 @@ from branchmerge.student.flops import Shapes
 from branchmerge.student.forecast import KINDS, SHARES, Memory, Setting
 from branchmerge.student.loss import PackedLoss
 from branchmerge.student.memory_log import MemoryLog, Piece, peak
-from branchmerge.student.sharding import Sharding, check_shardable, empty_model, give_memory, layers, shard
+from branchmerge.student.sharding import Sharding, check_shardable, give_memory, layers, shard
+from branchmerge.student.stored import empty_model
 
 FEW, MORE = 4, 6
 """Layers of the two models that a deeper one is reckoned from."""

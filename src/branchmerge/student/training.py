@@ -38,11 +38,11 @@ from branchmerge.student.sharding import (
     check_shardable,
     check_weights,
     compile_layers,
-    empty_model,
     load_weights,
     shard,
 )
 from branchmerge.student.step_rows import StepRows
+from branchmerge.student.stored import empty_model
 from branchmerge.student.watch import watchers
 from branchmerge.study import Manifest, Parent, is_done, locked, publish, read_manifest
 from branchmerge.trajectories.sources import check_files, unpinned

@@ -19,10 +19,11 @@ from transformers import (
 
 from branchmerge import machine
 from branchmerge.config import BackendConfig
+from branchmerge.errors import UserError
 from branchmerge.evaluation.decode_attention import DECODE_SDPA
 from branchmerge.evaluation.encoding import Encoder
 from branchmerge.evaluation.requests import Request, Response, Sampling
-from branchmerge.student.backbone import load_model
+from branchmerge.student.backbone import load_model, loading
 
 Pairs = list[tuple[Request, Response]]
 
@@ -69,6 +70,13 @@ def _choose_attention(model: PreTrainedModel, device: torch.device) -> None:
         model.set_attn_implementation(DECODE_SDPA)
 
 
+def _check_numbers(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse a model whose answers would all be one token, the first: the largest of what is no number."""
+    for name, weight in model.named_parameters():
+        if weight.dtype.itemsize > 1 and not weight.isfinite().all():  # a quantised model's codes are always numbers
+            raise UserError(f"{folder}: the tensor {name} holds NaN or infinity; that model is broken")
+
+
 class Transformers:
     """A checkpoint that generates in this process."""
 
@@ -77,9 +85,11 @@ class Transformers:
         self.batch_size = backend.batch_size
         self.failures: list[str] = []  # always empty: an error in this process ends the run
         self.encoder = Encoder(folder)
-        self.model = cast(Any, load_model(folder, getattr(torch, dtype_of(backend)), None))
+        with loading(folder):
+            self.model = cast(Any, load_model(folder, getattr(torch, dtype_of(backend)), None))
         _choose_attention(self.model, device)
         self.model.to(device).eval()
+        _check_numbers(self.model, folder)
         told = self.model.generation_config.eos_token_id
         ends = [*(told if isinstance(told, list) else [told]), self.encoder.tokenizer.eos_token_id]
         self.ends = [token for token in dict.fromkeys(ends) if token is not None]
