@@ -179,6 +179,8 @@ def test_operators_of_two_models_refuse_three(name: str) -> None:
         ("karcher", {"tol": 0}, "above zero"),
         ("ties", {"density": 1.2}, "density must lie between 0 and 1"),
         ("ties", {"density": []}, "it is empty"),
+        ("ties", {"density": None}, "density must be a finite number, it is None"),
+        ("ties", {"density": "half"}, "density must be a finite number, it is 'half'"),
         ("ties", {"lam": float("nan")}, "lam must be a finite number"),
         ("ties", {"normalize": 1}, "true or false"),
         ("sce", {"select_topk": -0.1}, "select_topk must lie between 0 and 1"),

@@ -98,7 +98,11 @@ def test_what_is_no_rule_is_refused(rule: object, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "said"), [({"lambda": 1}, "has no such parameter"), ({"lam": "much"}, "lam must be a number")]
+    ("rule", "said"),
+    [
+        ({"tensor": "mlp"}, r"rules: tensor: .* in a rule stand tensors, layers, delta"),
+        ({"lam": "much"}, "lam must be a number"),
+    ],
 )
 def test_parameters_of_rules_are_checked_before_the_merge(
     experts: dict[str, Path], tmp_path: Path, rule: dict[str, object], said: str

@@ -130,7 +130,12 @@ class Recipe:
 def _ruled(operator_name: str, operator: Operator, rules: Sequence[Rule]) -> Operator:
     """An operator with the parameters of some rules; of several values the last one counts."""
     changed = {key: value for rule in rules for key, value in rule.parameters.items()}
-    return make_operator(operator_name, {**parameters_of(operator), **changed}) if changed else operator
+    known = parameters_of(operator)
+    for key in changed:
+        if key not in known:
+            there = ", ".join(["tensors", "layers", *sorted(known)])
+            raise UserError(f"rules: {key}: {operator_name} has no such parameter; in a rule stand {there}")
+    return make_operator(operator_name, {**known, **changed}) if changed else operator
 
 
 def _operators(operator_name: str, operator: Operator, rules: Sequence[Rule]) -> list[Operator]:

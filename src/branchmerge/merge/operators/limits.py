@@ -22,7 +22,7 @@ def positive(name: str, value: object) -> float:
 
 def fractions(name: str, values: Sequence[float] | float) -> tuple[float, ...]:
     """Fractions of [0, 1], one a model; one number stands for every model. Raises ValueError on anything else."""
-    listed = [values] if isinstance(values, int | float) else list(values)
+    listed = list(values) if isinstance(values, list | tuple) else [values]
     if not listed:
         raise ValueError(f"{name} must be one number or one a model, it is empty")
     return tuple(number(name, value, 0, 1) for value in listed)
