@@ -14,6 +14,7 @@ import pytest
 
 from branchmerge.cli import importing
 
+PROJECT = Path(__file__).resolve().parents[1]
 SPINS = "from branchmerge import cli; import os; cli.run(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
 INTERRUPTED = "from branchmerge import cli; import os, signal; cli.run(lambda: os.kill(os.getpid(), signal.SIGINT))"
 
@@ -73,6 +74,21 @@ def test_a_folder_of_a_later_member_that_cannot_be_made_is_one_line(
         f"error: {tmp_path}/logs/1: cannot be made or read (File exists); give an outputs= of your own\n"
     )
     assert not list(tmp_path.glob("m*"))
+
+
+ORDINARY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+"""In front of a command: root without its right to read everything"""
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root reads everything")
+def test_a_file_that_this_user_may_not_read_is_one_line(tiny_student: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_student, tmp_path / "other")
+    (other / "tokenizer.json").chmod(0)
+    merge = [sys.executable, "merge.py", f"tree=[{tiny_student},{other}]", f"out={tmp_path}/m", f"outputs={tmp_path}"]
+    before = [] if os.geteuid() else ORDINARY
+    done = subprocess.run([*before, *merge], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    said = f"error: {other}/tokenizer.json: Permission denied; change its permissions, or give another\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 TELLS = """

@@ -89,7 +89,8 @@ def run(main: Callable[[], None]) -> None:
         main()
         _BEGUN.append(True)
         for task, items in _TOGETHER.items():
-            task(items)
+            with _permitted():
+                task(items)
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if os.environ[SHOW] not in ("", "0"):
             raise
@@ -118,7 +119,8 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     def wrapped(cfg: DictConfig) -> None:
         _BEGUN.append(True)
         try:
-            task(cfg)
+            with _permitted():
+                task(cfg)
             _BEGUN.clear()
         except Exception as error:
             multirun, several = HydraConfig.get().mode == RunMode.MULTIRUN, _is_one_of_several()
@@ -132,6 +134,17 @@ def job(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
             sys.exit(1)
 
     return wrapped
+
+
+@contextmanager
+def _permitted() -> Iterator[None]:
+    """A file or folder that is not this user's is told as a mistake, wherever it is met."""
+    try:
+        yield
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}; change its permissions, or give another") from error
 
 
 def _is_one_of_several() -> bool:
