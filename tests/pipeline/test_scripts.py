@@ -168,7 +168,7 @@ def test_checkpoints_and_rows_of_ones_own(
 @pytest.mark.parametrize(
     ("name", "overrides", "said"),
     [
-        ("train", ["optim.learning_rate=1"], "Key 'learning_rate' not in 'OptimConfig'"),
+        ("train", ["optim.learning_rate=1"], "optim.learning_rate: there is no such key; optimizer, epochs,"),
         ("train", ["-m", "domain=math,cod"], "domain=cod: there is no conf/domain/cod.yaml"),
         ("merge", [], "there is no expert 'code'"),
         ("merge", ["tree=[math]"], "two or more"),
