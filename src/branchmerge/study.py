@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from branchmerge.config import CommonConfig
 from branchmerge.errors import UserError
-from branchmerge.files import file_sha256, sync, whole_or_gone, write_json, writing
+from branchmerge.files import file_sha256, sync, unwritable, whole_or_gone, write_json, writing
 from branchmerge.versions import git_commit, package_versions
 
 MANIFEST = "manifest.json"
@@ -239,7 +239,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         try:
             Path(lock.lock_file).touch()  # where no file can be, as in /proc, the lock would wait for ever
         except FileNotFoundError as error:
-            raise _unwritable(folder, error) from error
+            raise unwritable(folder, error) from error
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -71,9 +71,9 @@ def _choose_attention(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _check_numbers(model: PreTrainedModel, folder: Path) -> None:
-    """Refuse a model whose answers would all be one token, the first: the largest of what is no number."""
+    """Refuse weights that are NaN or infinite: every answer would be the first token, the argmax of NaN logits."""
     for name, weight in model.named_parameters():
-        if weight.dtype.itemsize > 1 and not weight.isfinite().all():  # a quantised model's codes are always numbers
+        if weight.dtype.itemsize > 1 and not weight.isfinite().all():  # codes of quantised weights are always finite
             raise UserError(f"{folder}: the tensor {name} holds NaN or infinity; that model is broken")
 
 
