@@ -83,6 +83,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def unwritable(folder: Path, error: OSError) -> UserError:
+    """What the user is told when a file or folder cannot be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "make room on that disk" if full else "change the permissions or the name"
     return UserError(
