@@ -1,10 +1,10 @@
 """Attention over a packed row that never crosses from one document to the next.
 
-The model gets `cu_seq_lens` and no mask. `packed_sdpa` below serves every device without a T x T mask and without work
-between documents: on CUDA in half precision one call of FlashAttention for the whole row, elsewhere one causal SDPA
-call a document. Torch's own FlashAttention caps no scores, and SDPA knows no window either: there FlexAttention does it
-on CUDA, the formula document by document on a CPU. `PACKED_FLASH` are the same with FlashAttention 2, 3 or 4 of their
-packages in place of torch's, where those take the heads, the window and the cap.
+The model gets `cu_seq_lens` and no mask. `packed_sdpa` below works on every device, without a T x T mask and without
+computing scores between documents: on CUDA in half precision by one FlashAttention call for the whole row, elsewhere by
+one causal SDPA call per document. Torch's own FlashAttention cannot cap scores, and SDPA supports no window either: for
+these, CUDA uses FlexAttention, and a CPU the formula, one document at a time. The variants in `PACKED_FLASH` use
+FlashAttention 2, 3 or 4 of its package in place of torch's, if that supports the heads, the window and the cap.
 
 Shapes: B batch (1), H heads, G key/value heads, T tokens, E head size, D documents.
 """
@@ -30,18 +30,18 @@ from branchmerge.student.context_parallel import RowParts
 
 PACKED_SDPA = "packed_sdpa"
 PACKED_FLASH = {version: f"{PACKED_SDPA}_fa{version}" for version in flash.VERSIONS}
-"""By version; transformers gives what has sdpa in its name to models that can take SDPA."""
+"""Names by version; transformers gives an attention with "sdpa" in its name to models that support SDPA."""
 SHORT = 512
-"""Tokens of a document up to which a CPU's attention is faster in float32 than in bfloat16: by a tenth, and for very
-short ones three times (docs/log.md, 2026-11-27)."""
+"""Document length in tokens up to which a CPU's attention is faster in float32 than in bfloat16: by a tenth, for very
+short documents three times as fast (docs/log.md, 2026-11-27)"""
 
 
 BLOCK = 128
-"""Tokens of FlexAttention's blocks of queries and of keys"""
+"""Queries, and keys, in a block of FlexAttention"""
 
 
 class PackedRowError(ValueError):
-    """What the attention was given is no packed row."""
+    """The attention was called with something other than a packed row."""
 
     def __init__(self, why: str = "") -> None:
         super().__init__(why or "packed attention takes one row with cu_seq_lens and without attention_mask")
@@ -64,20 +64,20 @@ def packed_sdpa(
     version: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document, in the form transformers calls.
+    """Causal attention inside each document, with the signature that transformers calls.
 
     Args:
         query: [1, H, T, E]; key and value: [1, G, T, E].
-        cu_seq_lens_q: int32 [D + 1], where the documents begin and end.
-        row_parts: where the row is cut over several devices; T are then the tokens here.
-        version: of FlashAttention in place of torch's own.
+        cu_seq_lens_q: int32 [D + 1], the boundaries of the documents.
+        row_parts: how the row is split over several devices; T is then the number of tokens on this device.
+        version: the FlashAttention package to use in place of torch's own.
 
     Returns:
         [1, T, H, E]
 
     Raises:
-        PackedRowError: on what is no packed row: no cu_seq_lens, a mask, several rows, keys of a cache.
-        UserError: on attention sinks (`s_aux`).
+        PackedRowError: not a packed row: no cu_seq_lens, a mask, several rows, or keys of a cache.
+        UserError: the model has attention sinks (`s_aux`).
     """
     if s_aux is not None:
         raise UserError(f"{type(module).__name__}: attention with sinks cannot train here; take another kind of model")
@@ -107,7 +107,7 @@ def _attend(
     dropout: float,
     version: int | None,
 ) -> Tensor:
-    """By what serves this device; [1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
+    """Dispatch by device, heads and limits of scores; [1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
     heads = (query, key, value)
     if longest is not None and not dropout and _has_flash_attention(query):
         if version is not None and flash.takes(version, query, value, window, softcap):
@@ -126,7 +126,7 @@ def _attend(
 
 
 def _document(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of one document, in the dtype of products; float32 in between where that is faster."""
+    """Attention of one document, in the dtype of the products; computed in float32 where that is faster."""
     compute = compute_dtype(query)
     if query.device.type != "cpu" or query.shape[2] > SHORT or compute == torch.float32:
         return attend(query, key, value)
@@ -136,7 +136,7 @@ def _document(attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float = 0.0) -> Tensor:
     """torch's attention over one document."""
-    if query.is_cuda:  # where its FlashAttention does not fit, what takes fewer keys than queries would hold all scores
+    if query.is_cuda:  # without FlashAttention for such heads, SDPA with fewer heads of keys would hold all scores
         key, value = _for_each_query(query, key, value)
     grouped = key.shape[1] != query.shape[1]
     return scaled_dot_product_attention(
@@ -145,25 +145,25 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, drop
 
 
 def _for_each_query(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of each of the queries' heads: twice [1, G, T, E] -> twice [1, H, T, E]."""
+    """Keys and values repeated for each head of the queries: twice [1, G, T, E] -> twice [1, H, T, E]."""
     groups = query.shape[1] // key.shape[1]
     return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 def _has_flash_attention(query: Tensor) -> bool:
-    """Whether this device has any, of torch or of a package, in this precision."""
+    """Whether this device and precision support FlashAttention at all, torch's or a package's."""
     half = compute_dtype(query) in (torch.bfloat16, torch.float16)
     return half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _takes_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's own takes rows of several documents, and such heads."""
+    """Whether torch's own FlashAttention supports such heads, and this torch the arguments that packed rows need."""
     return flash4.fits(query, value, flash.WIDEST) and {"scale", "window_size"} <= _varlen_parameters()
 
 
 @cache
 def _varlen_parameters() -> frozenset[str]:
-    """What this torch's varlen_attn can be told: 2.10 knew neither scale nor window, later ones ask about groups."""
+    """Parameters of this torch's varlen_attn: 2.10 has neither scale nor window, later versions require enable_gqa."""
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
@@ -176,8 +176,8 @@ def _varlen(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """By torch's own FlashAttention; [1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
-    span = (-1 if window is None else window - 1, 0)  # so many tokens back, none ahead
+    """Torch's own FlashAttention; [1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
+    span = (-1 if window is None else window - 1, 0)  # tokens back (-1: all) and ahead
     q, k, v = _tokens_first(query, key, value)
     grouped: dict[str, Any] = {"enable_gqa": k.shape[1] != q.shape[1]} if "enable_gqa" in _varlen_parameters() else {}
     out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=span, **grouped)
@@ -186,7 +186,7 @@ def _varlen(
 
 
 def _tokens_first(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[1, H, T, E] and [1, G, T, E] -> [T, H, E] and [T, G, E], in the dtype of products."""
+    """[1, H, T, E] and [1, G, T, E] -> [T, H, E] and [T, G, E], in the dtype of the products."""
     q, k, v = (heads[0].transpose(0, 1).to(compute_dtype(query)) for heads in (query, key, value))
     return q, k, v
 
@@ -200,7 +200,7 @@ def by_formula(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(cap(Q K^T scale)) V of one document, each token seeing itself and up to window - 1 before it.
+    """softmax(cap(Q K^T scale)) V of one document; each token attends to itself and up to window - 1 before it.
 
     Args:
         softcap: scores s become softcap tanh(s / softcap).
@@ -228,7 +228,7 @@ def _flex(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """[1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
+    """FlexAttention; [1, H, T, E] and [1, G, T, E] -> [1, T, H, E]."""
 
     def capped(score: Tensor, *_: Tensor) -> Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)
@@ -242,9 +242,10 @@ def _flex(
 
 @lru_cache(maxsize=4)
 def _blocks(bounds: Tensor, tokens: int, window: int | None) -> BlockMask:
-    """Of which blocks of scores all are wanted, or some; the layers of a step ask with the same `bounds` (their hash).
+    """Which blocks of scores are computed whole, and which in part.
 
-    From the blocks' first and last tokens: `create_block_mask` would look at all T x T.
+    Found from the first and last token of each block: `create_block_mask` would evaluate all T x T scores. Cached, as
+    all layers of a step pass the same `bounds`, and tensors hash by identity.
     """
     document = torch.bucketize(torch.arange(tokens, device=bounds.device), bounds[1:], right=True)
 
@@ -264,21 +265,24 @@ def _blocks(bounds: Tensor, tokens: int, window: int | None) -> BlockMask:
 
 
 def _listed(wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [rows, columns] -> int32 [1, 1, rows] and [1, 1, rows, columns]: how many of a row, and which come first."""
+    """bool [rows, columns] -> int32 [1, 1, rows], the count in each row; [1, 1, rows, columns], their columns first."""
     places = wanted.int().argsort(dim=-1, descending=True, stable=True)
     return wanted.sum(dim=-1, dtype=torch.int32)[None, None], places.int()[None, None]
 
 
 @cache
 def _compiled_flex(compiled: bool) -> Any:
-    """Uncompiled it holds all scores, so only a CPU, where it serves as a check, gets it so."""
+    """flex_attention; uncompiled only on a CPU, as a check, since it then holds all scores in memory."""
     allow_many_compilations()
     return torch.compile(flex_attention) if compiled else flex_attention
 
 
 def refuse_what_is_not_packed(model: nn.Module, _: Any, given: dict[str, Any]) -> None:
-    """A forward pre-hook: raise on a mask, which transformers would drop, on a cache, before which nothing ends, and
-    without the documents' bounds, as transformers' own attention would take the row as one document."""
+    """A forward pre-hook that raises PackedRowError on inputs that would silently give wrong attention.
+
+    These are a mask, which transformers would drop; no boundaries of documents, as transformers' own attention would
+    take the row for one document; and a cache, with which transformers ignores the boundaries.
+    """
     if given.get("attention_mask") is not None or given.get("cu_seq_lens_q") is None:
         raise PackedRowError
     cache = given.get("use_cache")
@@ -287,18 +291,18 @@ def refuse_what_is_not_packed(model: nn.Module, _: Any, given: dict[str, Any]) -
         raise PackedRowError("packed rows take no cache: call the model with use_cache=False")
 
 
-# Without an entry in AttentionMaskInterface: there transformers would ask the device, row by row, whether it is packed.
+# Not in AttentionMaskInterface: transformers would then check on the device, for each row, whether it is packed.
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 for version, name in PACKED_FLASH.items():
     AttentionInterface.register(name, partial(packed_sdpa, version=version))
 
 
 def implementation(attn: str, device: torch.device, compute: torch.dtype, shared: bool = False) -> str:
-    """The attention that transformers shall use for `backbone.attn` on a device.
+    """The name of the attention that transformers should use for `backbone.attn` on a device.
 
     Args:
         compute: dtype of the matrix products
-        shared: rows are on several devices
+        shared: each row is split over several devices
     """
     half = compute in (torch.bfloat16, torch.float16)
     if attn == "sdpa" or (attn == "auto" and (device.type != "cuda" or not half or shared)):
@@ -320,7 +324,7 @@ def implementation(attn: str, device: torch.device, compute: torch.dtype, shared
 
 
 def _newest_flash_attention(device: torch.device) -> str:
-    """flash-attn as far as it is installed and made for this device, else torch's own."""
+    """The newest FlashAttention package that is installed and supports this device, else torch's own."""
     capability = torch.cuda.get_device_capability(device)
     fits = {4: capability >= (9, 0), 3: capability == (9, 0), 2: capability >= (8, 0)}
     return next((PACKED_FLASH[n] for n in fits if fits[n] and flash.is_installed(n)), PACKED_SDPA)

@@ -1,8 +1,8 @@
 """Cross-entropy of an output head without the logits of all tokens at once.
 
-Logits of 16,384 tokens by 151,936 words are 10 GB in float32, and their gradient as much again. Here a chunk of rows at
-a time goes through the head, and since the loss is a sum, its gradient is known there and then: nothing is computed
-twice, and what stays are the gradients of the hidden states and of the head.
+Logits of 16,384 tokens by 151,936 words are 10 GB in float32, and their gradient as much again. Here one chunk of rows
+at a time goes through the head. Since the loss is a sum, the gradient of a chunk is computed right away: nothing is
+computed twice, and only the gradients of the hidden states and of the head are kept.
 
 Shapes: N rows, H hidden size, V vocabulary.
 """
@@ -17,8 +17,9 @@ from torch.autograd import Function
 from branchmerge.student.autocast import compute_dtype
 
 CHUNK, DEVICE_CHUNK, COMPILED_CHUNK = 1 << 26, 1 << 27, 1 << 29
-"""Logits that are held at once: on a CPU; on other devices, where bfloat16, float32 and the gradient take a gigabyte
-together; compiled there, where they are overwritten and take as much. Every chunk goes over the head's gradient."""
+"""Logits of a chunk: on a CPU; on other devices, where they take a gigabyte in bfloat16, in float32 and as a gradient
+together; there when compiled, where the gradient overwrites them and they take as much. Larger chunks are fewer passes
+over the head's gradient."""
 
 
 def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, compiled: bool = False) -> Tensor:
@@ -30,7 +31,7 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, compiled:
         hidden: [N, H]
         head: [V, H], the weight of the output layer, which has no bias
         labels: int64 [N]
-        compiled: all that follows the logits in few passes over them, and in their place, by torch.compile.
+        compiled: what follows the logits is compiled by torch.compile: few passes over them, the gradient in place.
 
     Returns:
         float32, a scalar
@@ -42,7 +43,7 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, compiled:
 
 
 class _SummedCrossEntropy(Function):
-    """Its gradients are computed on the way forward, where they are wanted."""
+    """Computes the gradients that are needed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -74,7 +75,7 @@ class _SummedCrossEntropy(Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b; by one product that adds in float32, where the device's library has it, instead of two passes.
+    """total += a b, by one product that accumulates in float32 where the device's library has one, not in two passes.
 
     Args:
         total: float32 [V, H]; a: [V, rows], b: [rows, H]
@@ -86,10 +87,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a chunk: the summed loss, and d loss / d logits = softmax - one-hot of the label; in place where it can be.
+    """The summed loss of a chunk, and d loss / d logits = softmax - one-hot of the label; in place where possible.
 
     Args:
-        logits: [rows, V] in the dtype of the products, and so is the gradient
+        logits: [rows, V] in the dtype of the products, which is also the gradient's
         labels: int64 [rows, 1]
     """
     dtype, logits = logits.dtype, logits.float()
@@ -104,7 +105,7 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_be_compiled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in place, and without scattering, which would be a pass of its own."""
+    """`_loss_and_gradient` for torch.compile: in place, and without scatter, which would be a separate pass."""
     values = logits.float()
     norm = values.logsumexp(dim=-1, keepdim=True)
     loss = (norm - values.gather(1, labels)).sum()
@@ -113,7 +114,7 @@ def _to_be_compiled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_compiled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Compiled once for any number of rows, but for this vocabulary: kernels that divide by an unknown one are slow."""
+    """Compiled once for any number of rows but a fixed vocabulary: kernels that divide by a dynamic size are slow."""
     for tensor in (logits, labels):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     loss, gradient = _compiled()(logits, labels)

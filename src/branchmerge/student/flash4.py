@@ -1,7 +1,7 @@
-"""FlashAttention 4 (the package flash-attn-4) for packed rows, as one operation that torch.compile passes over.
+"""FlashAttention 4 (the package flash-attn-4) for packed rows, as a custom operator that torch.compile does not trace.
 
-By transformers' way to it a compiled layer falls apart into pieces at the attention, and most layers are not compiled
-there at all: the number of the layer is handed on, and each number asks for a compilation of its own.
+transformers' own integration breaks the graph of a compiled layer at the attention, and leaves most layers uncompiled:
+it passes the index of the layer on, and each index requires another compilation.
 
 Shapes: H heads, G key/value heads, T tokens, E head size, D documents.
 """
@@ -16,32 +16,30 @@ from torch import Tensor
 from transformers.utils.import_utils import is_flash_attn_4_available
 
 WIDEST = 128
-"""Head size up to which its kernels are there on Hopper and on Blackwell, forward and backward"""
+"""Largest head size with kernels on both Hopper and Blackwell, forward and backward"""
 ASKED = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal"}
 
 
 @cache
 def is_installed() -> bool:
-    """Whether it is there in a version whose functions take what they are asked here; it has no stable release."""
+    """Whether a version is installed whose kernels take the arguments used here; the package has no stable release."""
     if not is_flash_attn_4_available():
         return False
     try:
         package = _package()
-    except (
-        Exception
-    ):  # whatever imports raise that find no CUDA libraries (flash-attn-4[cu13] has them), or other versions
+    except Exception:  # of any kind: CUDA libraries are missing (flash-attn-4[cu13] has them), or versions differ
         return False
     kernels = (getattr(package, name, None) for name in ("_flash_attn_fwd", "_flash_attn_bwd"))
     return all(kernel and inspect.signature(kernel).parameters.keys() >= ASKED for kernel in kernels)
 
 
 def takes(query: Tensor, value: Tensor) -> bool:
-    """Whether it should have kernels for heads of this size; `trials.choose_attention` tries them."""
+    """Whether there should be kernels for heads of this size; `trials.choose_attention` tries them."""
     return fits(query, value, WIDEST)
 
 
 def fits(query: Tensor, value: Tensor, widest: int) -> bool:
-    """Whether heads are of a size that any FlashAttention has kernels for, up to `widest`."""
+    """Whether all versions of FlashAttention with kernels up to a head size of `widest` support these heads."""
     size = query.shape[-1]
     return size <= widest and size % 8 == 0 and value.shape[-1] == size
 
@@ -58,7 +56,7 @@ def attend(
 
     Args:
         query: [T, H, E] in bfloat16 or float16, on a GPU of compute capability 9 or later; key and value: [T, G, E].
-        bounds: int32 [D + 1], where the documents begin and end.
+        bounds: int32 [D + 1], the boundaries of the documents.
         longest: tokens of the longest document.
 
     Returns:
@@ -79,8 +77,8 @@ def _forward(
     longest: int,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the logarithm of each token's sum of exponentials: float32 [H, T]."""
-    # The public function keeps what the gradient needs to itself; newer versions return more than these two.
+    """The result, and the log-sum-exp of each token's scores: float32 [H, T]."""
+    # The public function does not return what the gradient needs. Newer versions return more than these two.
     out, lse, *_ = _package()._flash_attn_fwd(query, key, value, **_asked(bounds, longest, scale), return_lse=True)
     return out, lse
 
@@ -127,7 +125,7 @@ _forward.register_autograd(_gradients, setup_context=_keep)
 
 
 def _asked(bounds: Tensor, longest: int, scale: float | None) -> dict[str, Any]:
-    """Of both kernels, by their names."""
+    """Arguments that both kernels share."""
     return {
         "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest,
         "softmax_scale": scale, "causal": True,

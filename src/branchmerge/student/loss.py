@@ -19,14 +19,14 @@ from branchmerge.student.chunked_loss import summed_cross_entropy
 from branchmerge.student.context_parallel import ContextGroup
 
 Loss = Callable[[PreTrainedModel, Batch], Tensor]
-"""Sum of -log p over the learned tokens of one row, in float32; the caller divides by the step's count."""
+"""Sum of -log p over the learned tokens of one row, in float32; the caller divides by the learned tokens of the step"""
 
 
 def packed_logits(model: PreTrainedModel, batch: Batch, positions: Tensor) -> Tensor:
-    """Logits at some positions of a packed row; documents do not see each other.
+    """Logits at some positions of a packed row; no document attends to another.
 
     Args:
-        positions: int64 [N], places in the row.
+        positions: int64 [N], indices into the row.
 
     Returns:
         [N, V]
@@ -36,7 +36,10 @@ def packed_logits(model: PreTrainedModel, batch: Batch, positions: Tensor) -> Te
 
 
 def inputs(batch: Batch) -> dict[str, Any]:
-    """`use_cache=False` and no mask are essential: with either, transformers ignores where documents end."""
+    """Keyword arguments of the model for a packed row.
+
+    `use_cache=False` and no mask are essential: with a cache or a mask, transformers ignores where documents end.
+    """
     bounds, longest = batch.cu_seq_lens, batch.max_length
     return {
         "input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": None, "use_cache": False,
@@ -46,18 +49,18 @@ def inputs(batch: Batch) -> dict[str, Any]:
 
 
 def summed_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The loss by the model's own head, with the logits of all learned tokens at once: the reference."""
+    """The reference loss: by the model's own head, with the logits of all learned tokens in memory at once."""
     logits = packed_logits(model, batch, batch.learned)
     return cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
 def chunked_loss(model: PreTrainedModel, batch: Batch, compiled: bool = False) -> Tensor:
-    """The same with the logits of a chunk of tokens at a time; for heads that only multiply by their weight."""
+    """The same loss with the logits of one chunk of tokens at a time; for heads that only multiply by their weight."""
     return _by_head(partial(summed_cross_entropy, compiled=compiled), model, batch)
 
 
 def fused_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The same as `chunked_loss` by liger-kernel."""
+    """The same loss as `chunked_loss`, computed by liger-kernel."""
     return _by_head(liger_loss.liger_cross_entropy, model, batch)
 
 
@@ -67,7 +70,7 @@ def _by_head(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor], model: P
 
 
 def check_hidden_states(model: PreTrainedModel) -> None:
-    """Refuse a model whose hidden states transformers does not give apart from its logits."""
+    """Refuse a model whose hidden states transformers does not return separately from its logits."""
     if model.base_model is model:
         raise UserError(
             f"model_type={model.config.model_type}: transformers gives no hidden states of {type(model).__name__} apart"
@@ -76,15 +79,15 @@ def check_hidden_states(model: PreTrainedModel) -> None:
 
 
 class PackedLoss(nn.Module):
-    """A causal LM as training calls it: a packed row in, its summed loss out; the root of a sharded student.
+    """A causal LM as training calls it: takes a packed row, returns its summed loss. The root of a sharded student.
 
-    The loss is the chunked one until `trials.choose_loss` knows better.
+    The loss is the chunked one unless `trials.choose_loss` sets another.
 
-    Where a group of devices shares rows (`context`), all of them get the whole row, and each the loss of its tokens.
+    If a group of devices shares rows (`context`), each device is given the whole row and returns the loss of its part.
     """
 
     def __init__(self, model: PreTrainedModel, context: ContextGroup | None = None, compiled: bool = False) -> None:
-        """`compiled`: the chunked loss is, by torch.compile."""
+        """`compiled`: compile the chunked loss with torch.compile."""
         super().__init__()
         check_hidden_states(model)
         model.base_model.register_forward_pre_hook(refuse_what_is_not_packed, with_kwargs=True)
@@ -97,10 +100,10 @@ class PackedLoss(nn.Module):
         return self.loss(self.model, self.context.cut(batch) if self.context else batch)
 
     def compute(self, function: Loss, batch: Batch, whole: bool = True) -> Tensor:
-        """Another function of model and row, where a sharded model is whole: in the forward pass of this module.
+        """Call `function` in place of the loss, inside this module's forward pass, where a sharded model is gathered.
 
         Args:
-            whole: every device has all of the row, also where it would share it
+            whole: every device computes the whole row, even if a group shares rows
         """
         loss, context = self.loss, self.context
         self.loss, self.context = function, None if whole else context

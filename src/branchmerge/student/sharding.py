@@ -1,7 +1,7 @@
-"""A student spread over the devices of a training: FSDP2, a group for each decoder layer and one for the rest.
+"""Shard a student over the devices of a training by FSDP2, with a group for each decoder layer and one for the rest.
 
-Every device holds its share of the float32 weights, gradients and moments; a layer is put together in the compute dtype
-where it is needed and let go after it. Gradients are summed in float32.
+Every device holds its share of the float32 weights, gradients and moments. A layer is gathered in the compute dtype
+when it is needed, and freed after it. Gradients are reduced in float32.
 """
 
 import tempfile
@@ -31,17 +31,17 @@ from branchmerge.student.stored import check_stored, empty_model
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a student is spread."""
+    """How a student is sharded."""
 
     compute: torch.dtype
-    """Of the matrix products: float32 or bfloat16"""
+    """dtype of the matrix products: float32 or bfloat16"""
     replicate: int = 1
-    """Copies of the whole set of shards; 1: every device holds another share (FSDP), more: HSDP"""
+    """Copies of the whole set of shards; 1: every device holds a different share (FSDP), more: HSDP"""
     cpu_offload: bool = False
-    """Shares of weights and moments lie in the CPU's memory"""
+    """Keep the shares of weights and moments in the CPU's memory"""
 
     def mesh(self, device: str, world: int) -> DeviceMesh:
-        """The devices, [world], or [replicate, world / replicate]."""
+        """The mesh of devices: [world], or [replicate, world / replicate]."""
         if self.replicate == 1:
             return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
         shape = (self.replicate, world // self.replicate)
@@ -49,22 +49,25 @@ class Sharding:
 
 
 class Spread(ModelParallelStrategy):
-    """Lightning's strategy for models that shard themselves, for one that also knows where its weights belong."""
+    """Lightning's strategy for models that shard themselves, where the model also puts its weights on the device."""
 
     def __init__(self, world: int) -> None:
         super().__init__(data_parallel_size=world, tensor_parallel_size=1)
 
     def model_to_device(self) -> None:
-        """`load_weights` has done that."""
+        """Nothing to do: `load_weights` has put the weights on the device."""
 
 
 def check_weights(folder: Path, sharded: bool, recomputed: bool = False) -> None:
-    """Refuse a checkpoint that cannot be trained as its config.json says, from the headers of its files.
+    """Refuse a checkpoint that cannot be trained, by its config.json and the headers of its weights' files.
+
+    Args:
+        sharded: the model must support sharding
+        recomputed: the model must support recomputing its activations
 
     Raises:
-        UserError: an unknown kind of model, or one without hidden states, or one that shall be `sharded` or its
-            activations `recomputed` and cannot; a weight is missing or of another shape, or stored as tied and yet
-            another
+        UserError: the kind of model is unknown, has no hidden states, or does not support what is required; a weight is
+            missing, has another shape, or is stored in two copies that differ though config.json ties them
     """
     with loading(folder):
         model = empty_model(folder, "sdpa")
@@ -81,11 +84,11 @@ def check_weights(folder: Path, sharded: bool, recomputed: bool = False) -> None
 
 
 def layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a causal LM; of one that also sees, those of its language model."""
+    """The decoder layers of a causal LM; of a multimodal one, those of its language model."""
     base = getattr(model, "base_model", model)
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
     for part in (decoder or base, *base.modules()):
-        for name in ("layers", "h"):  # "h": GPT-2 and its like
+        for name in ("layers", "h"):  # "h": GPT-2 and similar models
             found = getattr(part, name, None)
             if isinstance(found, nn.ModuleList):
                 return found
@@ -93,8 +96,8 @@ def layers(model: nn.Module) -> nn.ModuleList:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """By torch.compile, one compilation for all of them."""
-    # Layers that look at their number (GPT-2's can) would each be a compilation of their own.
+    """Compile the decoder layers with torch.compile, by one compilation for all of them."""
+    # Layers that read their own index (GPT-2's may) would otherwise each need a compilation.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     allow_many_compilations()
     for layer in layers(model):
@@ -102,7 +105,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def check_shardable(model: PreTrainedModel) -> None:
-    """Refuse a model of which a device could not read its share alone."""
+    """Refuse a model whose weights a device cannot read share by share."""
     if joins_weights(model):
         raise UserError(
             f"{type(model).__name__} has other weights in memory than in its checkpoint, so a device cannot read its"
@@ -112,9 +115,9 @@ def check_shardable(model: PreTrainedModel) -> None:
 
 
 def shard(root: nn.Module, model: PreTrainedModel, sharding: Sharding, mesh: DeviceMesh) -> None:
-    """Cut the weights of `root`, which holds `model` and computes its loss, into shares; they may have no memory yet.
+    """Shard the weights of `root`, which holds `model` and computes its loss; the weights may have no memory yet.
 
-    `root` must be what is called in training: the weights that belong to no layer are whole only inside its forward.
+    `root` must be the module that training calls: weights outside the layers are gathered only inside its forward.
     """
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -129,16 +132,16 @@ def shard(root: nn.Module, model: PreTrainedModel, sharding: Sharding, mesh: Dev
 
 
 def give_memory(model: PreTrainedModel, device: torch.device) -> None:
-    """To the weights of an empty model; what has values, the tables of positions, is where `fully_shard` put it."""
+    """Allocate an empty model's weights; buffers (tables of positions) are already where `fully_shard` put them."""
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     model.tie_weights()
 
 
 def load_weights(model: PreTrainedModel, folder: Path, device: torch.device) -> None:
-    """Give a sharded, empty model its memory and the checkpoint's weights; each process reads its shares only."""
+    """Allocate a sharded, empty model and load the checkpoint's weights; each process reads only its shares."""
     give_memory(model, device)
     weights = dict(weights_of(model))
-    with tempfile.TemporaryDirectory() as only:  # the reader takes every file that it finds, left-overs too
+    with tempfile.TemporaryDirectory() as only:  # the reader takes every file in a folder, even stale ones
         for path in weight_files(folder):
             (Path(only) / path.name).symlink_to(path.resolve())
         reader = HuggingFaceStorageReader(only)
