@@ -1,1 +1,1 @@
-"""Trajectories in, packed rows of tokens out: template, packing, batch, datamodule."""
+"""From trajectories to packed rows of tokens: template, packing, batch, datamodule."""

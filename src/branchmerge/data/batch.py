@@ -4,11 +4,12 @@ Shapes: T tokens of the row, N learned ones among them, D documents in it.
 
     documents         a a a a b b b         tokens of a and b, one after the other
     position_ids      0 1 2 3 0 1 2         restart with every document
-    cu_seq_lens       0 4 7                 where each begins; attention stays between two of them
+    cu_seq_lens       0 4 7                 boundaries of the documents, which attention does not cross
     labels            . a a . . b .         the next token, where it is learned; . = IGNORE
-    learned             1 2     5           where that is
+    learned             1 2     5           the positions of learned tokens in labels
 
-What training asks of a row are sizes and numbers that are here already, since asking a GPU means to wait for it.
+All sizes and counts that training needs of a row are computed here, on the CPU, since reading them from a GPU would
+wait for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,9 +48,9 @@ class Batch:
     supervised_in_step: int
     """Learned tokens of the whole optimizer step that this row is part of: all its micro-batches, all ranks."""
     ids: list[str]
-    """The trajectories of the row, to name them when something fails."""
+    """Names of the row's trajectories, for messages of errors."""
     parts: "RowParts | None" = None
-    """How it is cut over several devices; the tokens here, T and all but `cu_seq_lens`, are then one part of it."""
+    """How the row is split over several devices; T and all tensors but `cu_seq_lens` are then those of one part."""
 
     @property
     def targets(self) -> Tensor:
@@ -67,11 +68,11 @@ class Batch:
         return max(self.lengths)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device; to a GPU from pinned memory while the CPU goes on."""
+        """The batch on a device; copied to a GPU asynchronously if its memory is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pin_memory(self) -> "Batch":
-        """The same where a GPU can fetch it; called by torch's DataLoader."""
+        """The batch in pinned memory; called by torch's DataLoader."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -83,12 +84,12 @@ TENSORS = ("input_ids", "labels", "learned", "position_ids", "cu_seq_lens")
 
 
 def supervised_tokens(document: Document) -> int:
-    """How many tokens of a document are learned."""
+    """Number of learned tokens of a document."""
     return len(document) - max(document.prompt_len, 1)
 
 
 def make_batch(documents: Sequence[Document], supervised_in_step: int) -> Batch:
-    """Lay documents out as one packed row."""
+    """Concatenate documents to one packed row."""
     tokens = np.concatenate([document.tokens for document in documents], dtype=np.int64)
     labels = np.append(tokens[1:], IGNORE)
     begin = 0
@@ -111,6 +112,6 @@ def make_batch(documents: Sequence[Document], supervised_in_step: int) -> Batch:
 
 
 def make_idle_batch(documents: Sequence[Document], supervised_in_step: int) -> Batch:
-    """A row that teaches nothing, for a process whose share of a step is smaller than the others'."""
+    """A row without learned tokens, for a process that has fewer rows of a step than the others."""
     batch = make_batch(documents[:1], supervised_in_step)
     return replace(batch, labels=batch.labels.fill_(IGNORE), learned=batch.learned[:0])

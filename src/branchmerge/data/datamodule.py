@@ -1,4 +1,4 @@
-"""From raw rows to the training's packed batches: read, select, tokenise, plan."""
+"""From raw rows to packed batches of a training: select, tokenise, plan, load."""
 
 import multiprocessing
 import os
@@ -28,10 +28,10 @@ from branchmerge.trajectories.selection import Said, select
 
 
 class PackedRows(Dataset[Batch]):
-    """One process's rows of some of the plan's steps, in the order they are trained on.
+    """One process's rows of some of the plan's steps, in the order of training.
 
-    A step's rows are dealt out in turn. Where they do not come out even, the last ones get an idle row: all processes
-    must take part in every sum.
+    The rows of a step are dealt to the processes in turn. If they do not divide evenly, the last processes get an idle
+    row, since all must take part in every collective operation.
     """
 
     def __init__(self, documents: list[Document], steps: Sequence[Step], rank: int = 0, world: int = 1) -> None:
@@ -58,15 +58,15 @@ class PackedRows(Dataset[Batch]):
 
 @dataclass
 class Corpus:
-    """What a branch trains on, and the account of it for the manifest."""
+    """The data that a branch trains on, and the account of it for the manifest."""
 
     documents: list[Document]
     plan: Plan
     account: dict[str, Any]
     held_out: dict[str, list[Document]] = field(default_factory=dict)
-    """By part; not trained on"""
+    """Documents for validation, by part of the corpus; not trained on"""
     fingerprint: str = ""
-    """Of the tokens and of the rows that they are put into, where they are kept"""
+    """SHA-256 of the tokens and the plan; empty unless they are kept on disk"""
 
     @property
     def tokens(self) -> int:
@@ -80,7 +80,7 @@ class Corpus:
 
 
 class TrajectoryData(LightningDataModule):
-    """Hands the corpus to the Trainer, a packed row at a time, in the plan's order, from a step on."""
+    """Loads the corpus for the Trainer, one packed row at a time, in the plan's order, from `first_step` on."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class TrajectoryData(LightningDataModule):
         workers: int = 0,
         pinned: bool = False,
     ) -> None:
-        """`pinned`: in memory from which a GPU fetches them while the CPU goes on."""
+        """`pinned`: in pinned memory, for asynchronous copies to a GPU."""
         super().__init__()
         self.corpus = corpus
         self.first_step = first_step
@@ -99,7 +99,7 @@ class TrajectoryData(LightningDataModule):
         self.workers = workers
         self.pinned = pinned
         self.came_at = 0.0
-        """When the last row did, by time.perf_counter"""
+        """time.perf_counter when the last row arrived"""
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         self.came_at = time.perf_counter()
@@ -113,9 +113,10 @@ class TrajectoryData(LightningDataModule):
 
 
 def _heed_its_process_alone(_: int) -> None:
-    """A worker ends with its process, which may want some rows more before it saves: a terminal and Slurm tell both.
+    """Make a worker ignore all signals to end but its own process's.
 
-    Python waits at its end for workers that an error has kept, so they must heed the SIGTERM that it sends them then.
+    A terminal and Slurm signal both, but the process may need more rows before it saves. Its own SIGTERM must count:
+    Python sends it at exit to workers that an error has left running, and waits for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -131,7 +132,7 @@ def _end_when_told_by(process: int | None) -> None:
 
 
 def data_account(config: TrainConfig) -> dict[str, Any]:
-    """What identifies the data, before any row is read."""
+    """The sources of the branch and what identifies them, known before any row is read."""
     named = sources.of_branch(config)
     return {"sources": {name: sources.described(source) for name, source in named.items()}}
 
@@ -142,15 +143,15 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     context: int | None = None,
 ) -> Corpus:
-    """Select, tokenise and plan; every row that is not trained on is counted by reason.
+    """Select, tokenise and plan; dropped rows are counted by reason.
 
     Args:
-        context: longest document that the model takes, in tokens; None for no limit but the packed row's.
+        context: longest document that the model supports, in tokens; None for no limit but the length of a packed row.
     """
     longest = min(config.data.seq_len, context or config.data.seq_len)
     account = data_account(config)
     for part in rows.values():
-        check_prompts(tokenizer, part)  # before any is graded, which may take hours
+        check_prompts(tokenizer, part)  # before grading, which may take hours
     held_out = hold_out(config, rows, tokenizer, longest)
     documents: list[Document] = []
     taken: set[Said] = set()
@@ -194,15 +195,15 @@ def prepare(
 
 
 def plan_of(config: TrainConfig, documents: Sequence[Document]) -> Plan:
-    """In which rows and steps the documents come."""
+    """The plan of rows and steps for these documents."""
     lengths, optim = [len(document) for document in documents], config.optim
     return make_plan(lengths, config.data.seq_len, optim.global_batch, optim.epochs, optim.max_steps, config.seed)
 
 
 def _why_not(document: Document, longest: int, too_long: str) -> str:
-    """The reason where a document is dropped: a flaw of its own, or more than `longest` tokens may not be cut off.
+    """Why a document is dropped (empty if it is not): a flaw, or more than `longest` tokens that must not be truncated.
 
-    A prompt that alone is that long has nothing to learn after it, and is dropped in either case.
+    A document whose prompt alone is that long has nothing to learn, and is dropped even if truncation is allowed.
     """
     if document.flaw:
         return document.flaw

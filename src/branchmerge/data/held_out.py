@@ -1,4 +1,4 @@
-"""Trajectories that no branch of a study trains on: the same ones in every branch, some of each domain."""
+"""Trajectories of each domain that no branch of a study trains on; the same ones in every branch."""
 
 import hashlib
 import json
@@ -14,17 +14,18 @@ from branchmerge.trajectories import sources
 from branchmerge.trajectories.schema import Message, Trajectory
 from branchmerge.trajectories.selection import select
 
-if TYPE_CHECKING:  # takes a second, which what only counts rows need not wait
+if TYPE_CHECKING:  # the import takes a second, and counting rows does not need it
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
 class HeldOut:
-    """What is validated on, by part of the corpus."""
+    """The held-out trajectories of a study."""
 
     documents: dict[str, list[Document]] = field(default_factory=dict)
+    """Documents to validate on, by part of the corpus"""
     prompts: set[tuple[str, ...]] = field(default_factory=set)
-    """What all of them ask (`_asked`); other answers to the same prompts are not trained on either."""
+    """Their normalised prompts (`_asked`); other answers to the same prompts are not trained on either."""
 
     def removed_from(self, rows: Sequence[Trajectory]) -> list[Trajectory]:
         """The rows that may be trained on."""
@@ -39,7 +40,7 @@ def other_sources(config: TrainConfig) -> dict[str, SourceConfig]:
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """What holding out adds to the description of a branch's data; nothing where nothing is held out."""
+    """The part of a branch's data description that concerns held-out rows; empty if none are held out."""
     if not config.data.validation_rows:
         return {}
     others = {part: {**sources.described(source), "path": ""} for part, source in other_sources(config).items()}
@@ -47,7 +48,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_count(config: TrainConfig, own: Mapping[str, list[Trajectory]]) -> None:
-    """Refuse more than there are, before any is graded.
+    """Refuse a `data.validation_rows` that exceeds the number of different prompts, before any row is graded.
 
     Args:
         own: as for `hold_out`
@@ -70,8 +71,8 @@ def hold_out(
     """Choose `data.validation_rows` trajectories of every part.
 
     Args:
-        own: the rows that the branch reads anyway.
-        longest: tokens of the longest document that is taken.
+        own: the rows of the branch itself, by part.
+        longest: tokens of the longest document that may be chosen.
     """
     held_out = HeldOut()
     if not config.data.validation_rows:
@@ -84,7 +85,7 @@ def hold_out(
 
 
 def _parts(config: TrainConfig, own: Mapping[str, list[Trajectory]]) -> dict[str, list[Trajectory]]:
-    """What is held out of: the branch's own rows, and those of the other experts."""
+    """All rows to choose from, by part: the branch's own, and those of the other experts."""
     return {**own, **{part: sources.read(source) for part, source in other_sources(config).items()}}
 
 
@@ -95,7 +96,7 @@ def _choose(
     tokenizer: "PreTrainedTokenizerBase",
     longest: int,
 ) -> list[tuple[Trajectory, Document]]:
-    """The first in the order of their prompts' hashes that are right, short enough and of different prompts."""
+    """The first rows, ordered by their prompts' hashes, that are correct, short enough and of different prompts."""
     wanted = config.data.validation_rows
     ordered = sorted(rows, key=lambda row: _digest(row.prompt))
     by_prompt: dict[tuple[str, ...], Trajectory] = {}
@@ -104,7 +105,7 @@ def _choose(
     candidates = list(by_prompt.values())
     chosen: list[tuple[Trajectory, Document]] = []
     for start in range(0, len(candidates), wanted):
-        # Graded a few at a time: the rest of another domain's rows is of no use here.
+        # Graded a few at a time, since most rows of another domain are not needed.
         right = select(candidates[start : start + wanted], config.data.verify, progress=False).rows
         documents = zip(right, tokenise(tokenizer, right), strict=True)
         chosen += [(row, document) for row, document in documents if len(document) <= longest and not document.flaw]
@@ -114,13 +115,13 @@ def _choose(
 
 
 def _asked(prompt: Sequence[Message]) -> tuple[str, ...]:
-    """A prompt without what copies of it differ by: white space, and how accented characters are put together."""
+    """A prompt without differences between copies: white space, and the Unicode composition of accented characters."""
     texts = (unicodedata.normalize("NFC", message.content) for message in prompt)
     return tuple(f"{message.role} {' '.join(text.split())}" for message, text in zip(prompt, texts, strict=True))
 
 
 def _digest(prompt: Sequence[Message]) -> bytes:
-    """Of the prompt and not of the id, which may come from the name of a file."""
+    """Hash of the prompt, not of the id, which may come from the name of a file."""
     text = json.dumps([message.as_dict() for message in prompt])
     return hashlib.sha256(text.encode()).digest()
 

@@ -1,4 +1,4 @@
-"""Put documents of uneven length into rows of at most `capacity` tokens, and rows into optimizer steps.
+"""Pack documents of uneven length into rows of at most `capacity` tokens, and rows into optimizer steps.
 
     documents          rows (capacity 10)              steps (2 rows each)
     aaaa bbbbbb ccc    [dddddddd] [bbbbbbaaaa]    ->   step 0: row 1, row 0
@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Row = tuple[int, ...]
-"""The numbers of its documents"""
+"""Indices of its documents"""
 Step = tuple[Row, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole training in order."""
+    """All optimizer steps of a training, in order."""
 
     steps: tuple[Step, ...]
 
@@ -31,10 +31,11 @@ class Plan:
 def pack(lengths: Sequence[int], capacity: int, rng: random.Random) -> list[Row]:
     """Pack all documents once, each into the fullest row that still has room for it.
 
-    Those that are longer than a third of a row come first, the longest before all: they leave room that short ones can
-    fill, not the other way round. Shorter ones come in a random order. By length they would fill rows with their like,
-    and a step of few rows, all long or all short, teaches length and kind of question instead of the domain: the
-    demo's merged model had 0.41 so in place of 0.70 (docs/log.md, 2026-11-27).
+    Documents longer than a third of a row are placed first, by decreasing length, since short ones can fill the room
+    that they leave, and not the reverse. Shorter ones are placed in random order: sorted by length, they would share
+    rows with documents of the same length, and a step of few rows, all long or all short, teaches length and kind of
+    question instead of the domain. With sorting the demo's merged model scored 0.41 instead of 0.70 (docs/log.md,
+    2026-11-27).
 
     Args:
         lengths: tokens of each document, each at most `capacity`.
@@ -62,14 +63,14 @@ def pack(lengths: Sequence[int], capacity: int, rng: random.Random) -> list[Row]
 
 
 def first_documents(lengths: Sequence[int], capacity: int, rows: int, seed: int) -> list[int]:
-    """The documents of the first `rows` rows of a plan, in their own order."""
+    """Indices of the documents in the first `rows` rows of a plan, ascending."""
     return sorted(number for row in pack(lengths, capacity, random.Random(f"{seed}/0"))[:rows] for number in row)
 
 
 def make_plan(
     lengths: Sequence[int], capacity: int, global_batch: int, epochs: int, max_steps: int | None, seed: int
 ) -> Plan:
-    """Pack every epoch anew, cut the rows of all epochs into steps of `global_batch`; only the last may be smaller."""
+    """Pack each epoch separately, and cut all rows into steps of `global_batch`; only the last step may be smaller."""
     rows: list[Row] = []
     for epoch in range(epochs):
         rows += pack(lengths, capacity, random.Random(f"{seed}/{epoch}"))

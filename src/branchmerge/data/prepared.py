@@ -1,12 +1,13 @@
-"""A branch's documents on disk: prepared once by the first process, read by all of them and by the run that goes on.
+"""A branch's documents on disk: prepared once by the first process, read by all processes and by resumed runs.
 
     checkpoints/<domain>-<fingerprint of the work>/corpus/
-        tokens.int32  the documents one after the other: those to train on, then those held out
-        corpus.json   id, tokens and prompt of each, the account of the rows, versions; SHA-256 of tokens and documents
+        tokens.int32  the concatenated documents: those to train on, then those held out
+        corpus.json   id, length and prompt length of each, the account of the rows, versions; SHA-256 of tokens and of
+                      documents
 
-The tokens are mapped, not read, so that the processes of a node hold them in memory once. And graders are asked once: a
-program close to its time limit may pass today and fail tomorrow, or on another core; rows that come and go with that
-would give every process a training of its own, and a checkpoint another plan than the one that it was made under.
+The tokens are memory-mapped, so that the processes of a node share one copy. Rows are graded only once: a program close
+to its time limit may pass today and fail tomorrow, or on another core. With rows that vary so, each process would train
+on different data, and a resumed run would follow another plan than its checkpoint was made under.
 """
 
 import hashlib
@@ -35,13 +36,13 @@ FORMAT = 1
 
 
 def prepared(config: TrainConfig, start: Path, folder: Path, begun: bool, account: dict[str, Any]) -> Corpus:
-    """What the branch trains on; all processes call this together.
+    """The corpus that the branch trains on; all processes call this together.
 
     Args:
-        start: checkpoint whose tokenizer it is
-        folder: where it is kept, for this very work alone
-        begun: there are checkpoints that were made with what is kept, so it stays also where versions have changed
-        account: `data_account` as planned, which the result will be known by
+        start: checkpoint whose tokenizer is used
+        folder: where the corpus is kept; specific to this work
+        begun: checkpoints have been made with the kept corpus, so it is used even if versions have changed
+        account: `data_account` as planned, which identifies the result
     """
     ranks.by_first(lambda: _prepare(config, start, folder, begun, account))
     ranks.check_seen(folder / CORPUS, "give an outputs= (or out=) on a disk that all nodes share")
@@ -60,18 +61,18 @@ def _prepare(config: TrainConfig, start: Path, folder: Path, begun: bool, accoun
     try:
         write(prepare(config, rows, tokenizer, backbone.context_length(start)), folder)
     finally:
-        end_workers()  # 50 MB each, through all of the training
+        end_workers()  # which would keep 50 MB each during the whole training
 
 
 def _check_unchanged(config: TrainConfig, account: dict[str, Any]) -> None:
-    """Refuse rows of a file that is still being written: the result would be known by others."""
+    """Refuse files that changed since this run began: the manifest would identify other contents than were read."""
     for name, entry in data_account(config)["sources"].items():
         if entry["sha256"] != account["sources"][name]["sha256"]:
             raise UserError(f"{entry['path']}: has changed since this run began; run it again when the file is whole")
 
 
 def write(corpus: Corpus, folder: Path) -> None:
-    """Whole or not at all; raises UserError where there is no room."""
+    """Write the corpus to `folder` completely or not at all; raises UserError if the disk is full."""
     documents = [*corpus.documents, *(one for part in corpus.held_out.values() for one in part)]
     partial = folder.with_name(f".{folder.name}.partial")
     with whole_or_gone(partial, folder):
@@ -96,7 +97,7 @@ def write(corpus: Corpus, folder: Path) -> None:
 
 
 def read(config: TrainConfig, folder: Path) -> Corpus:
-    """What `write` wrote there for this configuration."""
+    """The corpus that `write` put into `folder`, with the plan of this configuration."""
     facts = _facts(folder)
     tokens = np.asarray(np.memmap(folder / TOKENS, dtype="<i4", mode="r"))
     borders = accumulate((length for _, length, _ in facts["documents"]), initial=0)
@@ -115,12 +116,12 @@ def read(config: TrainConfig, folder: Path) -> Corpus:
 
 
 def _kept(folder: Path) -> dict[str, Any] | None:
-    """The facts of what an earlier run wrote there; None where there is nothing, or nothing whole."""
+    """The facts of a corpus that an earlier run wrote there; None if there is none, or it is damaged."""
     if not folder.exists():
         return None
     try:
         facts = _facts(folder)
-        documents = facts.get("documents_sha256")  # which was not always written
+        documents = facts.get("documents_sha256")  # missing in older files
         whole = facts["sha256"] == file_sha256(folder / TOKENS) and documents in (None, _of_documents(facts))
         if facts["format"] == FORMAT and whole:
             return facts
@@ -131,7 +132,7 @@ def _kept(folder: Path) -> dict[str, Any] | None:
 
 
 def _versions() -> dict[str, str]:
-    """Of all that which rows are kept, and their tokens, depend on besides settings and files."""
+    """Versions of the packages and graders that rows and tokens depend on, besides settings and files."""
     return {**package_versions(), "graders": str(GRADING)}
 
 

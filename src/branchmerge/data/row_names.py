@@ -1,20 +1,20 @@
-"""The rows that an error came with: the error itself tells them, also where a worker of the DataLoader raised it."""
+"""Name the rows that caused an error in a note of the error, even if it was raised in a worker of the DataLoader."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 ROWS = "on the rows "
-"""What a note begins with"""
+"""Prefix of a note"""
 
 
 def on_rows(ids: Sequence[str]) -> str:
-    """Their names for a message, empty where there are none."""
+    """The rows' names for a message, empty if there are none."""
     return ROWS + ", ".join(ids) if ids else ""
 
 
 @contextmanager
 def naming(ids: Sequence[str]) -> Iterator[None]:
-    """Add a note of these rows, as they are when it is raised, to an error of the block."""
+    """Add a note of these rows to an error in the block; `ids` is read when the error is raised."""
     try:
         yield
     except Exception as error:
@@ -24,9 +24,9 @@ def naming(ids: Sequence[str]) -> Iterator[None]:
 
 
 def rows_named(error: BaseException) -> str:
-    """The note that `naming` added, empty where there is none.
+    """The note that `naming` added, empty if there is none.
 
-    Of a worker's error the main process has only the printed traceback, as its text; notes are lines of it.
+    For an error in a worker, the main process has only the printed traceback, as the message; notes are lines of it.
     """
     lines = [*str(error).splitlines(), *getattr(error, "__notes__", ())]
     return next((line for line in reversed(lines) if line.startswith(ROWS)), "")

@@ -3,9 +3,9 @@
     |---------------- prompt, not learned ----------------|------------- response, learned -------------|
     <|im_start|>user\\nWhat is 12 x 7?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n...\\boxed{84}<|im_end|>
 
-The response is appended to the rendered prompt rather than rendered as a turn: templates of reasoning models cut the
-<think> part out of assistant turns (R1-Distill's does), which would drop the very thing to be learned. Prompt and
-response are tokenised apart, as they are at generation time.
+The response is appended to the rendered prompt rather than rendered as a turn: templates of reasoning models remove the
+<think> part of assistant turns (R1-Distill's does), the very part to be learned. Prompt and response are tokenised
+separately, as in generation.
 """
 
 import os
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE = "<think>", "</think>"
 OPENED = re.compile(r"<think>\s*$")
-"""At the end of a prompt: the template has opened the reasoning"""
+"""Matches at the end of a prompt whose template opens the reasoning"""
 NO_REASONING = "\n</think>\n\n"
-"""What closes it at once, for a response that has none"""
+"""Closes the reasoning at once, for a response without any"""
 TODAY = date(2024, 7, 26)
-"""For templates that tell the date (Llama 3's default), so that the same configuration always gives the same tokens"""
+"""For templates that print the date (Llama 3's default), so that the same configuration always gives the same tokens"""
 PART = 256
-"""Trajectories that a tokenizer gets at once, to work on with all cores"""
+"""Trajectories tokenised in one call, which uses all cores"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,22 +42,22 @@ class Document:
 
     id: str
     tokens: NDArray[np.integer]
-    """A tenth of what Python's own numbers would take: a study has hundreds of millions."""
+    """An array, as a study has hundreds of millions of tokens, and Python's integers take ten times as much memory."""
     prompt_len: int
     framed: bool = False
-    """Whether a text of it holds a token of the conversation's frame, as one about chat templates does"""
+    """Whether a text in it contains a special token of the template's turns, as a text about chat templates may"""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def ends_early(self) -> bool:
-        """Whether the end-of-sequence token, its last, stands in the middle of what is learned, too."""
+        """Whether the end-of-sequence token, its last one, also occurs earlier among the learned tokens."""
         return bool((self.tokens[self.prompt_len : -1] == self.tokens[-1]).any())
 
     @property
     def flaw(self) -> str:
-        """Why it is not to be learned; empty where it is."""
+        """Why the document must not be trained on; empty if it may be."""
         if self.ends_early:
             return "ends_early"
         if self.framed:
@@ -66,7 +66,7 @@ class Document:
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message]) -> str:
-    """The text the student continues: the conversation so far and the opening of the assistant's turn."""
+    """The text that the student continues: the conversation so far, and the beginning of the assistant's turn."""
     conversation = [message.as_dict() for message in prompt]
     return str(
         tokenizer.apply_chat_template(
@@ -76,16 +76,16 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Message
 
 
 def opening(prompt: str) -> str:
-    """What a rendered prompt opened for the response: a <think> and the white space after it, or nothing."""
+    """The end of a rendered prompt that opens the reasoning: <think> and the white space after it; else empty."""
     found = OPENED.search(prompt)
     return found[0] if found else ""
 
 
 def tokenise(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Trajectory]) -> Iterator[Document]:
-    """Token ids of each trajectory, ended by the end-of-sequence token.
+    """Tokenise each trajectory, followed by the end-of-sequence token.
 
     Raises:
-        UserError: the template refuses a conversation, or a text is none; it names the trajectory
+        UserError: the template refuses a conversation, or a text is not valid; it names the trajectory
     """
     for start in range(0, len(trajectories), PART):
         part = trajectories[start : start + PART]
@@ -93,8 +93,8 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Trajec
             yield from _tokenise(tokenizer, part)
         except MemoryError:
             raise
-        except Exception:  # a template may compute, and so fail, in any way
-            for trajectory in part:  # which one it is
+        except Exception:  # templates are programs, and may raise any error
+            for trajectory in part:  # find the one that fails
                 _check(tokenizer, trajectory)
             raise
 
@@ -116,10 +116,10 @@ def _tokenise(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Traje
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", trajectory: Trajectory) -> tuple[str, str]:
-    """Prompt and response as the student would see them: one <think>, and one end."""
+    """Prompt and response as text, with a single <think> between them, and without the end-of-sequence token."""
     prompt = render_prompt(tokenizer, trajectory.prompt)
     response = trajectory.response
-    if response.rstrip().endswith(tokenizer.eos_token):  # as templates write, and a line break after it
+    if response.rstrip().endswith(tokenizer.eos_token):  # templates write it, some with a line break
         response = response.rstrip().removesuffix(tokenizer.eos_token)
     opened = opening(prompt)
     if not opened:
@@ -132,9 +132,9 @@ def _render(tokenizer: "PreTrainedTokenizerBase", trajectory: Trajectory) -> tup
 
 
 def _frame(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """The special tokens around turns and texts. In a row's own text they would begin or end a turn that is none.
+    """Matches the special tokens that delimit turns and texts: in a row's own text, one would begin or end a turn.
 
-    Not all special tokens: rows may have some on purpose, as for tools.
+    Other special tokens are allowed: rows may contain some on purpose, such as those for tools.
     """
     around = render_prompt(tokenizer, [Message("user", "?")])
     special = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
@@ -144,14 +144,14 @@ def _frame(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
-    # Said either way, lest it warn where a process is forked later; no forked one of ours tokenises.
+    # Set explicitly, or tokenizers warns when a process is forked later; no forked process of this project tokenises.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     return ids
 
 
 def check_prompts(tokenizer: "PreTrainedTokenizerBase", trajectories: Sequence[Trajectory]) -> None:
-    """Refuse what the chat template does, as a system prompt may be; raises UserError that names the trajectory."""
+    """Raise a UserError that names the trajectory if the chat template refuses a prompt, such as a system prompt."""
     for trajectory in trajectories:
         with _named(trajectory):
             render_prompt(tokenizer, trajectory.prompt)
@@ -168,7 +168,7 @@ def _named(trajectory: Trajectory) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # a template may compute, and so fail, in any way
+    except Exception as error:  # templates are programs, and may raise any error
         raise UserError(
             f"{trajectory.id}: cannot be written by the backbone's chat template and tokenizer"
             f" ({type(error).__name__}: {error}); mend or drop that row, or take another backbone"

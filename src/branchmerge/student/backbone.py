@@ -14,21 +14,24 @@ from branchmerge.files import file_sha256
 from branchmerge.student.export import TOKENIZER_FILES
 from branchmerge.study import MANIFEST, Manifest, Study, is_done, locked, publish, read_manifest
 
-if TYPE_CHECKING:  # imported where a model is loaded: merging only needs to find the folder
+if TYPE_CHECKING:  # imported only where a model is loaded: merging only needs to find the folder
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GGUF = "gguf:"
 OTHER_FORMATS = ["original/*", "onnx/*", "consolidated*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite"]
-"""The same weights once more, which some repositories of the hub carry"""
+"""Copies of the weights in other formats, in some repositories of the hub"""
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def locate(config: CommonConfig, domain: str | None = None) -> Path:
     """Folder of the checkpoint that `domain` starts from (None: the study's backbone).
 
-    It is, in this order: `backbone.path`; what the study's warm-up made (not for the warm-up itself);
-    `backbone.pretrained`. Raises UserError where that is missing or no checkpoint.
+    The first that is set of: `backbone.path`; the result of the study's warm-up (except for the warm-up itself);
+    `backbone.pretrained`.
+
+    Raises:
+        UserError: it is missing, or not a checkpoint
     """
     backbone = config.backbone
     if backbone.path is not None:
@@ -51,7 +54,7 @@ def locate(config: CommonConfig, domain: str | None = None) -> Path:
 
 
 def find(config: CommonConfig) -> Path | None:
-    """Folder of the study's backbone where it lies ready; None otherwise. Imports and downloads nothing."""
+    """Folder of the study's backbone if it is on this machine, else None; converts and downloads nothing."""
     backbone = config.backbone
     if backbone.path is None and config.study.warmup:
         folder = Study(config).backbone
@@ -75,7 +78,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _resolve(config: CommonConfig, name: str) -> Path:
-    """A folder as it is; gguf:<package> is imported once; a hub name is downloaded into the hub's cache."""
+    """The folder of `name`: a path as it is, gguf:<package> converted once, a hub name downloaded into its cache."""
     if name.startswith(GGUF):
         return import_gguf(config, name.removeprefix(GGUF))
     folder = Path(name).expanduser()
@@ -93,7 +96,7 @@ def _resolve(config: CommonConfig, name: str) -> Path:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Refuse a folder that is no Hugging Face checkpoint with safetensors weights."""
+    """Refuse a folder that is not a Hugging Face checkpoint with safetensors weights."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a Hugging Face checkpoint")
     if (folder / "adapter_config.json").is_file():
@@ -118,7 +121,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Refuse a tokenizer that cannot render a conversation, end an answer, or that the model is too small for."""
+    """Refuse a tokenizer without chat template or end-of-sequence token, or with more tokens than the model has."""
     if not tokenizer.chat_template:
         raise UserError(
             f"{folder}: its tokenizer has no chat template; use an instruct model or add chat_template.jinja"
@@ -135,7 +138,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
 
 
 def context_length(folder: Path) -> int | None:
-    """Longest document that the model was made for, in tokens; None where its config does not say."""
+    """Longest document that the model was made for, in tokens; None if its config does not say."""
     shape = _of_text(read_config(folder))
     lengths = (
         shape.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -144,23 +147,23 @@ def context_length(folder: Path) -> int | None:
 
 
 def identity(folder: Path) -> dict[str, str]:
-    """What an expert takes from its backbone besides the weights: SHA-256 of shape, tokenizer and chat template."""
+    """SHA-256 of what an expert inherits from its backbone besides the weights: config, tokenizer, chat template."""
     files = ("config.json", *TOKENIZER_FILES)
     return {name: file_sha256(folder / name) for name in files if (folder / name).is_file()}
 
 
 def _of_text(shape: dict[str, Any]) -> dict[str, Any]:
-    """Of a model that also sees, the config of the part that reads."""
+    """The text part of a multimodal model's config; any other config as it is."""
     text: dict[str, Any] = shape.get("text_config") or shape
     return text
 
 
 def check_heads(shape: dict[str, Any], size: int) -> None:
-    """Refuse a model whose heads cannot be dealt out to the devices that share a row.
+    """Refuse a model whose heads cannot be divided among the devices that share a row.
 
     Args:
         shape: the model's config.json
-        size: how many devices
+        size: number of devices that share a row
     """
     if not can_share(shape, size):
         heads, pairs = _heads(shape)
@@ -171,10 +174,10 @@ def check_heads(shape: dict[str, Any], size: int) -> None:
 
 
 def check_rows(shape: dict[str, Any], seq_len: int) -> None:
-    """Refuse rows whose length would change the documents in them.
+    """Refuse packed rows so long that the model would treat the documents in them differently.
 
-    That is of models whose attention is cut into chunks (Llama 4), as packed attention cuts none, and of those whose
-    rotary positions depend on the length of what they are given (dynamic, longrope).
+    This concerns models that attend within chunks (Llama 4), which packed attention does not support, and models whose
+    rotary positions depend on the length of the input (dynamic, longrope).
 
     Args:
         shape: the model's config.json
@@ -198,35 +201,35 @@ def check_rows(shape: dict[str, Any], seq_len: int) -> None:
 
 
 def can_share(shape: dict[str, Any], size: int) -> bool:
-    """Whether the heads of a model can be dealt out to so many devices."""
+    """Whether the heads of a model can be divided among `size` devices."""
     return size == 1 or all(count is not None and count % size == 0 for count in _heads(shape))
 
 
 def _heads(shape: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Of queries, and of keys and values; None where the model's config names them otherwise."""
+    """Number of heads of queries, and of keys and values; None if the model's config names them differently."""
     shape = _of_text(shape)
     heads = shape.get("num_attention_heads")
     return heads, shape.get("num_key_value_heads") or heads
 
 
 def head_shape(shape: dict[str, Any]) -> tuple[int, int, int] | None:
-    """Number of heads of queries and of keys, and their size, of a model's config.json; None where it is not told."""
+    """Number of heads of queries and of keys, and their size, by a model's config.json; None if it does not say."""
     heads, pairs = _heads(shape)
-    if "qk_rope_head_dim" in _of_text(shape):  # of queries; values have another size
+    if "qk_rope_head_dim" in _of_text(shape):  # heads of queries and of values differ in size
         return None
     size = _of_text(shape).get("head_dim") or (heads and _of_text(shape).get("hidden_size", 0) // heads)
     return (heads, pairs, size) if heads and pairs and size else None
 
 
 def score_limits(shape: dict[str, Any]) -> tuple[int | None, float | None]:
-    """Tokens that any layer looks back over, and the cap of scores (Gemma 2), of a model's config.json."""
+    """The sliding window in tokens, and the cap of scores (Gemma 2), by a model's config.json; None for no limit."""
     shape = _of_text(shape)
     window = None if shape.get("use_sliding_window") is False else shape.get("sliding_window")
     return window, shape.get("attn_logit_softcapping")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json; raises UserError where it is broken."""
+    """A checkpoint's config.json; raises UserError if it is broken."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -238,14 +241,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def shape_of(config: CommonConfig, checkpoint: Path | None) -> dict[str, Any]:
-    """Of the checkpoint where it is here, else of conf/backbone, which knows nothing of backbone.path; or empty."""
+    """The checkpoint's config.json if there is one, else backbone.shape; empty if backbone.path is not here."""
     if checkpoint is not None:
         return read_config(checkpoint)
     return dict(config.backbone.shape) if config.backbone.path is None else {}
 
 
 def import_gguf(config: CommonConfig, package: str) -> Path:
-    """Turn the GGUF file of an installed package into a plain checkpoint, once; returns its folder below outputs/."""
+    """Convert the GGUF file of an installed package into a checkpoint below outputs/, once; returns its folder."""
     backbone = config.backbone
     folder = Study(config).pretrained(backbone.name)
     found = importlib.util.find_spec(package)
@@ -261,7 +264,7 @@ def import_gguf(config: CommonConfig, package: str) -> Path:
     planned = Manifest("pretrained", backbone.name, asdict(backbone), work)
     with locked(folder):
         if not is_done(folder, planned, overwrite=False):
-            from branchmerge.student.gguf_file import convert  # and transformers, where there is something to convert
+            from branchmerge.student.gguf_file import convert  # imports transformers, so only if needed
 
             print(f"{folder}: taking the model out of {package}'s {files[0].name}, once", flush=True)
             with publish(folder, planned) as partial:
@@ -270,10 +273,10 @@ def import_gguf(config: CommonConfig, package: str) -> Path:
 
 
 def load_model(folder: Path, dtype: "torch.dtype", attn: str | None = "sdpa") -> "PreTrainedModel":
-    """Load a causal LM onto the CPU; raises UserError where the checkpoint lacks some of its weights.
+    """Load a causal LM onto the CPU; raises UserError if the checkpoint lacks some of its weights.
 
     Args:
-        attn: transformers' name of an attention; None: its choice for this kind of model
+        attn: transformers' name of an attention; None: transformers' choice for this kind of model
     """
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -287,7 +290,7 @@ def load_model(folder: Path, dtype: "torch.dtype", attn: str | None = "sdpa") ->
 
 
 def check_whole(folder: Path, missing: list[str]) -> None:
-    """Refuse a checkpoint that lacks weights, which transformers would draw at random."""
+    """Refuse a checkpoint that lacks weights, which transformers would initialise at random."""
     if missing:
         raise UserError(
             f"{folder}: its files lack {len(missing)} of the model's weights, such as {missing[0]}; copy or download it"
@@ -297,12 +300,12 @@ def check_whole(folder: Path, missing: list[str]) -> None:
 
 @contextmanager
 def loading(folder: Path) -> Iterator[None]:
-    """What transformers says of a checkpoint that it cannot load, in a line."""
+    """Turn errors of transformers on a checkpoint that it cannot load into a UserError of one line."""
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # of many libraries: missing and cut files, unknown kinds, other shapes
+    except Exception as error:  # from many libraries: missing or truncated files, unknown kinds of models, other shapes
         if "attention implementation" in str(error) or "packed_sdpa" in str(error):
             raise UserError(
                 f"{folder}: this kind of model cannot train on packed rows, as transformers lets nobody give it an"

@@ -1,9 +1,10 @@
 """A row on several devices: each holds a part of its tokens, and inside attention some heads of all its tokens.
 
-All of a decoder but attention works token by token. Around attention heads are exchanged for tokens, all with all,
-and back (DeepSpeed's Ulysses, arXiv 2309.14509); so attention sees whole documents, and is that of one device.
+Every part of a decoder except attention works token by token. Before attention, an all-to-all exchanges tokens for
+heads, and another one after it does the reverse (DeepSpeed's Ulysses, arXiv 2309.14509); so attention gets whole
+documents, and is computed as on one device.
 
-Shapes: C devices of a group, T tokens of a row, t of them here, H heads, G key/value heads, E head size.
+Shapes: C devices of a group, T tokens of a row, t of them on this device, H heads, G key/value heads, E head size.
 """
 
 from collections.abc import Sequence
@@ -20,24 +21,24 @@ from branchmerge.student import ranks
 
 @dataclass(frozen=True)
 class ContextGroup:
-    """The devices that share a row, this one among them: neighbours by rank, so on one node where they fit there."""
+    """The devices that share rows with this one: neighbours by rank, so on one node if the group fits there."""
 
     group: dist.ProcessGroup
     rank: int
-    """Of this device in the group"""
+    """Rank of this device in the group"""
     size: int
     """C"""
 
     @classmethod
     def join(cls, size: int) -> "ContextGroup | None":
-        """Called by all processes together; None where a row stays on one device."""
+        """The group of this process, called by all processes together; None if a row stays on one device."""
         if size == 1:
             return None
         group, _ = dist.new_subgroups(size)
         return cls(group, dist.get_rank(group), size)
 
     def cut(self, batch: Batch) -> Batch:
-        """This device's tokens of a row; where documents begin and end stays that of the whole row."""
+        """This device's tokens of a row; the boundaries of documents stay those of the whole row."""
         tokens = batch.input_ids.shape[1]
         bounds = [tokens * i // self.size for i in range(self.size + 1)]
         here = slice(bounds[self.rank], bounds[self.rank + 1])
@@ -54,17 +55,17 @@ class ContextGroup:
 
 @dataclass(frozen=True)
 class RowParts:
-    """How a row's tokens lie on the devices of a group."""
+    """How the tokens of a row are split over the devices of a group."""
 
     group: dist.ProcessGroup
     tokens: tuple[int, ...]
-    """Of each device"""
+    """Number of tokens on each device"""
     rank: int
 
     def some_heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """[1, H, t, E] and twice [1, G, t, E] -> [1, H/C, T, E] and twice [1, G/C, T, E]."""
         devices = len(self.tokens)
-        # [C, t, heads of each, E]: what every device gets
+        # [C, t, heads of a device, E]: what is sent to each device
         wanted = [heads[0].unflatten(0, (devices, -1)).transpose(1, 2) for heads in (query, key, value)]
         given = torch.cat(wanted, dim=2)
         here = [self.tokens[self.rank]] * devices
@@ -78,15 +79,15 @@ class RowParts:
         return got.unflatten(0, (len(self.tokens), here)).transpose(0, 1).flatten(1, 2)[None]
 
     def _exchange(self, given: Tensor, cut: Sequence[int], got: Sequence[int]) -> Tensor:
-        """Device i gets cut[i] of the tokens here and sends got[i] of its own: [sum(cut), ...] -> [sum(got), ...]."""
-        # Not by torch's own function around it, which gives a tensor that waits when it is used: handed to a compiled
-        # function, such as FlexAttention, it loses its gradient (torch 2.12 and 2.13).
+        """Send cut[i] tokens to device i and receive got[i] from it: [sum(cut), ...] -> [sum(got), ...]."""
+        # torch's public wrapper returns a tensor that waits on its first use: passed to a compiled function, such as
+        # FlexAttention, it loses its gradient (torch 2.12 and 2.13).
         exchange, wait = torch.ops._c10d_functional_autograd.all_to_all_single, torch.ops._c10d_functional.wait_tensor
         tensor: Tensor = wait(exchange(given.contiguous(), list(got), list(cut), self.group.group_name))
         return tensor
 
 
 def rows_of(context: ContextGroup | None) -> tuple[int, int]:
-    """Which share of a step's rows this process trains on, and how many shares there are."""
+    """Index of the share of a step's rows that this process trains on, and the number of shares."""
     size = context.size if context else 1
     return ranks.rank() // size, ranks.world() // size

@@ -1,5 +1,5 @@
-"""Start the processes of branches: torchrun for those on several devices of this machine, for each member of a multirun
-a process of its own, so that what ends one (its memory is full, its CUDA context lost) ends no other.
+"""Start the processes of branches: by torchrun for a branch on several devices of this machine, and a separate process
+for each member of a multirun, so that what ends one (out of memory, a lost CUDA context) does not end the others.
 """
 
 import argparse
@@ -26,30 +26,30 @@ from branchmerge.errors import UserError
 from branchmerge.student import ranks
 
 SECONDS_TO_END = 600
-"""For processes that are told to end, to save a checkpoint, before they are killed."""
+"""Time for processes to save a checkpoint after SIGTERM, before they are killed"""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A training that is to be started."""
+    """A training to be started."""
 
     config: TrainConfig
     program: str
     """The path of train.py"""
     arguments: list[str]
-    """Its arguments, as they stand for this member of a multirun"""
+    """Arguments of train.py for this member of a multirun"""
 
 
 def is_needed(config: TrainConfig) -> bool:
-    """Whether this process should start those of the training, and is none of them."""
+    """Whether this process should start the training's processes, rather than be one of them."""
     return (config.trainer.sharded or is_member()) and not ranks.is_one_of_several()
 
 
 def this_branch(config: TrainConfig, program: str) -> Branch:
-    """The one that Hydra runs now, in `program` or in a process that a launcher of Hydra's started for it.
+    """The branch that Hydra runs now, in `program` or in a process that a launcher of Hydra's started for it.
 
-    Started again it is a single run, whatever said that these are several, with this member's number and folder, which
-    its settings may name.
+    It is started again as a single run, even if `hydra.mode` or flags asked for a multirun, with the job number and
+    folder of this member, which its settings may refer to.
     """
     said = HydraConfig.get().overrides
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -67,12 +67,12 @@ def this_branch(config: TrainConfig, program: str) -> Branch:
 
 
 def launch(branches: Sequence[Branch]) -> None:
-    """Train them, side by side as far as `trainer.gpus_per_job` says; returns when all have ended.
+    """Train the branches, in parallel as far as `trainer.gpus_per_job` allows; returns when all have ended.
 
     Raises:
-        UserError: more than one node is asked for, fewer devices are here than a branch takes, or as many cannot share
-            its rows
-        SystemExit: a branch failed, after the others have run; or this process was told to end
+        UserError: more than one node is requested, this machine has fewer devices than a branch takes, or its devices
+            cannot be divided into the groups that the trainer asks for
+        SystemExit: a branch failed, after the others have run; or this process got a signal to end
     """
     trainers = [branch.config.trainer for branch in branches]
     if (nodes := max(trainer.num_nodes for trainer in trainers)) > 1:
@@ -114,7 +114,7 @@ def launch(branches: Sequence[Branch]) -> None:
 
 
 def _processes(config: TrainConfig) -> int:
-    """How many a branch takes on this machine."""
+    """Number of processes that a branch takes on this machine."""
     trainer = config.trainer
     if not trainer.sharded:
         return 1
@@ -128,7 +128,7 @@ def _processes(config: TrainConfig) -> int:
 
 
 def _places(config: TrainConfig) -> list[Sequence[int] | None]:
-    """Sets of GPUs on which branches may train side by side; None: whatever is there."""
+    """Sets of GPUs on which branches may train in parallel; None for a set: whatever GPUs there are."""
     size = config.trainer.gpus_per_job
     if size is None:
         return [None]
@@ -141,19 +141,19 @@ def _places(config: TrainConfig) -> list[Sequence[int] | None]:
 
 
 class _Running:
-    """What this process has started."""
+    """The processes that this one has started."""
 
     def __init__(self) -> None:
         self.told_to_end = 0
-        """The signal that said so"""
+        """Number of the signal to end that this process got; 0 for none"""
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
     def run(self, branch: Branch, processes: int, place: Sequence[int] | None, side_by_side: int) -> int:
-        """Start one and wait for its end; returns its exit status.
+        """Start a branch and wait for its end; returns its exit status.
 
         Args:
-            side_by_side: branches that share this machine's cores
+            side_by_side: number of branches that share this machine's cores
         """
         command = [sys.executable, branch.program, *branch.arguments]
         environment = dict(os.environ)
@@ -172,10 +172,10 @@ class _Running:
         with self._lock:
             if self.told_to_end:
                 return ranks.PREEMPTED
-            # In a process group of its own, as Ctrl-C in a terminal goes to all of one, and would not let it save.
+            # In its own process group: Ctrl-C in a terminal goes to all of a group, and would not let the child save.
             child = subprocess.Popen(command, env=environment, preexec_fn=machine.end_with_parent, process_group=0)
             self._children.add(child)
-        if self.told_to_end:  # while it was being started
+        if self.told_to_end:  # a signal came while the child was being started
             child.send_signal(signal.SIGTERM)
         status = child.wait()
         with self._lock:
@@ -183,7 +183,7 @@ class _Running:
         return status
 
     def end(self, number: int, _: Any) -> None:
-        """Tell them to save and end; a second Ctrl-C does not wait for it."""
+        """Signal the children to save and end; a second Ctrl-C kills them at once."""
         at_once = number == self.told_to_end == signal.SIGINT
         if number == signal.SIGINT and not at_once:
             ranks.say("\ninterrupted: waiting until the processes have saved; once more to end them at once")
@@ -194,9 +194,9 @@ class _Running:
 
 @contextmanager
 def _running() -> Iterator[_Running]:
-    """While it lasts, SIGTERM and Ctrl-C go on to the children."""
+    """Inside, SIGTERM and Ctrl-C are passed on to the children."""
     running = _Running()
-    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # by what a script starts in the background
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as in processes that a script starts in background
     numbers = (signal.SIGTERM,) if ignored else (signal.SIGTERM, signal.SIGINT)
     former = {number: signal.signal(number, running.end) for number in numbers}
     try:

@@ -1,6 +1,7 @@
-"""The processes of one training: which one this is, and what they tell each other.
+"""The processes of one training: which one this is, and how they communicate.
 
-A training on several devices is one process a device, started by torchrun or Slurm; alone, everything here is trivial.
+A training on several devices is one process per device, started by torchrun or Slurm. In a single process, all
+functions here are trivial.
 """
 
 import os
@@ -21,30 +22,30 @@ from branchmerge import machine
 from branchmerge.errors import UserError
 from branchmerge.files import writing
 
-if TYPE_CHECKING:  # takes ten seconds, which a process that only starts others need not wait
+if TYPE_CHECKING:  # the import takes ten seconds, and a process that only starts others does not need it
     from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 T = TypeVar("T")
 
 PREEMPTED = 128 + signal.SIGTERM
-"""Exit status of a training that was told to end and did so in good order."""
+"""Exit status of a training that ended cleanly on a signal"""
 INTERACTIVE = ("bash", "interactive")
-"""Names that Slurm gives to jobs of a shell, as Lightning takes them."""
+"""Names of Slurm jobs that are an interactive shell, as in Lightning"""
 SLURMS_OWN = 0xFFFFFFF0
-"""Numbers of steps from here on are Slurm's: a job's script, its interactive shell."""
+"""First of the step numbers that Slurm reserves for itself: a job's script, its interactive shell"""
 PATIENCE = timedelta(days=7)
-"""How long the others wait for the first process: it may wait for another run, or grade and tokenise for hours."""
+"""How long processes wait for the first one, which may wait for another run, or grade and tokenise for hours"""
 HANGING = timedelta(minutes=30)
-"""How long they wait for each other in training. That one has died is seen at once, as what started it tells."""
+"""How long processes wait for each other in training; a death is noticed at once, by what started them."""
 _patient: dist.ProcessGroup | None = None
-"""All processes, over gloo, for what the first one does alone; None: as all talk otherwise"""
+"""A gloo group of all processes with PATIENCE, for work that the first one does alone; None: the default group"""
 
 
 def is_one_of_several() -> bool:
     """Whether torchrun or srun started this process.
 
-    Only srun sets the step: a script that sbatch runs is alone, whatever the job has room for; so is what is typed into
-    an interactive step, and the one task of a step.
+    Under Slurm, only srun starts several: a script that sbatch runs is a single process, however many tasks the job has
+    room for; so is a command in an interactive step, and the only task of a step.
     """
     step = int(os.environ.get("SLURM_STEP_ID", SLURMS_OWN))
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
@@ -53,7 +54,7 @@ def is_one_of_several() -> bool:
 
 
 def environment() -> "ClusterEnvironment | None":
-    """What started this process as one of several; None where nothing did."""
+    """Lightning's interface to what started this process as one of several; None for a single process."""
     if not is_one_of_several():
         return None
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -63,12 +64,12 @@ def environment() -> "ClusterEnvironment | None":
         return TorchElasticEnvironment()
     try:
         return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
-    except RuntimeError as error:  # it knows variables that it cannot serve, and says what to set instead
+    except RuntimeError as error:  # variables that it does not support; it says what to set instead
         raise UserError(str(error)) from error
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes of this training; returns when all are there."""
+    """Join the process group of this training; returns when all processes have joined."""
     found = environment()
     if found is None or dist.is_initialized():
         return
@@ -84,7 +85,7 @@ def join(device: torch.device) -> None:
 
 
 def leave(_: object = None) -> None:
-    """The end of what `join` began; without it a process may end while another still waits for it."""
+    """Leave the process group; without this, a process may exit while another still waits for it."""
     global _patient
     _patient = None
     if dist.is_initialized():
@@ -96,7 +97,7 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -106,16 +107,16 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """Print once. A reader that has gone, or a full disk that it is written to, ends no training."""
+    """Print in the first process only. A closed pipe or a full disk on the other end does not end a training."""
     if is_first():
         with suppress(OSError):
             print(text, flush=True)
 
 
 def is_first_to_tell(mistake: str) -> bool:
-    """Whether no other process that the same torchrun started has told it: they mostly make a mistake together.
+    """Whether this is the first process of the same torchrun to report a mistake, which most processes make together.
 
-    By torchrun's own store, as the processes may not have met yet.
+    Uses torchrun's own store, as the processes may not have joined a group yet.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
@@ -124,18 +125,18 @@ def is_first_to_tell(mistake: str) -> bool:
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))  # type: ignore[attr-defined]
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
         return store.add(f"branchmerge/{attempt}/{mistake}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):  # torchrun is about to end, or another program set its variables
+    except (KeyError, ValueError, RuntimeError):  # torchrun is ending, or its variables are another program's
         return True
 
 
 def wait() -> None:
-    """Until all have come so far."""
+    """Wait until all processes have called this."""
     if world() > 1:
         dist.barrier(group=_patient)
 
 
 def by_first(work: Callable[[], T]) -> T:
-    """Have the first process do something; all get what it returned, or raise what it raised."""
+    """Call `work` in the first process; all processes return its result, or raise its error."""
     if world() == 1:
         return work()
     told: list[Any] = [None, None]
@@ -156,7 +157,7 @@ def by_first(work: Callable[[], T]) -> T:
 
 
 def _sendable(error: Exception) -> Exception:
-    """Of many kinds of errors only the words can travel; by the number all know a full disk (`files.writing`)."""
+    """The error, or one like it that can be pickled; an OSError keeps its number, which `files.writing` reads."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, OSError) and error.errno is not None:
@@ -165,7 +166,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 def check_shared(folder: Path) -> None:
-    """Refuse a folder that is another one for some of the processes, as on a disk of each node's own."""
+    """Refuse a folder that is not the same one for all processes, as on a local disk of each node."""
     if world() == 1:
         return
     probe = folder / by_first(lambda: _new_file(folder))
@@ -177,14 +178,14 @@ def check_shared(folder: Path) -> None:
 
 
 def check_seen(path: Path, remedy: str) -> None:
-    """Refuse what some of the processes do not see."""
+    """Refuse a path that some of the processes do not see."""
     blind = sorted({host for host, sees in from_all((socket.gethostname(), _appears(path))) if not sees})
     if blind:
         raise UserError(f"{path}: is there for the first process, but not on {', '.join(blind)}; {remedy}")
 
 
 def _new_file(folder: Path) -> str:
-    """Its name."""
+    """Create a file with a unique name in `folder`; returns the name."""
     file = folder / f".seen-by-all-{uuid4().hex}"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +194,7 @@ def _new_file(folder: Path) -> str:
 
 
 def _appears(path: Path, seconds: float = 10) -> bool:
-    """Whether it is there; shared disks may tell of a new file late."""
+    """Whether the path exists, perhaps after some seconds: shared disks may show a new file late."""
     end = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > end:
@@ -203,7 +204,7 @@ def _appears(path: Path, seconds: float = 10) -> bool:
 
 
 def from_all(value: T) -> list[T]:
-    """Everyone's value, by rank."""
+    """The value of every process, by rank."""
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()

@@ -49,10 +49,10 @@ from branchmerge.trajectories.sources import check_files, unpinned
 
 
 def train(config: TrainConfig) -> Path:
-    """Train the branch that `config` describes and publish its checkpoint; finished work is not done again.
+    """Train the branch that `config` describes and publish its checkpoint; finished work is not repeated.
 
-    Where this process is one of several (torchrun, Slurm), all of them call this together; the first one prints, holds
-    the lock and publishes. They stay joined (`ranks.leave`).
+    If this process is one of several (torchrun, Slurm), all of them call this together; the first one prints, holds the
+    lock and publishes. They stay in the process group until `ranks.leave`.
 
     Returns:
         The folder of the expert (or of the backbone, for domain=warmup).
@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> Path:
     folder = places.result(config)
     if folder.resolve() == start.resolve():
         raise UserError(f"out={folder}: is the model that the branch starts from; give another out=")
-    ranks.by_first(lambda: check_files(config))  # a mistake is told before another run is waited for
+    ranks.by_first(lambda: check_files(config))  # report a mistake before waiting for another run
     for name in unpinned(config):
         ranks.say(
             f"warning: {name}: a dataset of the hub without a revision may change from run to run without a word; set"
@@ -80,11 +80,13 @@ def train(config: TrainConfig) -> Path:
         ranks.by_first(lambda: stack.enter_context(locked(folder)))
         known = ranks.by_first(lambda: _known_weights(start))
         parent = Parent(str(start), known or agreement.weights_sha256(start))
-        planned = ranks.by_first(lambda: _plan_manifest(config, parent, precision))  # rows may change while it waits
+        planned = ranks.by_first(
+            lambda: _plan_manifest(config, parent, precision)
+        )  # not before the lock: files of rows may change while waiting for it
         ranks.by_first(lambda: _check_redo(config, folder))
         if ranks.by_first(lambda: is_done(folder, planned, config.overwrite)) and not config.redo:
             ranks.say(f"{folder}: done already")
-            _saved(config, planned).remove()  # a run that was killed after publishing left them
+            _saved(config, planned).remove()  # left by a run that was killed after publishing
             return folder
         ranks.say(f"{folder}: training domain {config.domain.name} from {start}")
         saved = _saved(config, planned)
@@ -108,7 +110,7 @@ def train(config: TrainConfig) -> Path:
             check_finite(student.model, f"{folder}: after training")
             planned.weights_sha256 = export(student.model, start, partial, getattr(torch, config.export_dtype))
         saved.remove()
-        ranks.wait()  # until it is published
+        ranks.wait()  # until the first process has published
         loss = "not finite" if facts["last_loss"] is None else f"{facts['last_loss']:.3f}"
         ranks.say(
             f"{folder}: {facts['steps']} steps, {facts['tokens']} tokens, {facts['seconds']:.0f} s,"
@@ -119,20 +121,20 @@ def train(config: TrainConfig) -> Path:
 
 @contextmanager
 def _helping(folder: Path) -> Iterator[Path]:
-    """What `publish` is to the first process: that the disk is full all tell in the same line, and so only once."""
+    """What `publish` is for the first process. All word a full disk alike, so that the error is printed only once."""
     with writing(folder):
         yield folder
 
 
 def _check_redo(config: TrainConfig, folder: Path) -> None:
-    """debug= replaces what such runs made, and nothing else."""
+    """Refuse to replace a finished result, except one that was itself made with debug=."""
     found = read_manifest(folder) if config.redo else None
     if found is not None and not found.config.get("redo"):
         raise UserError(f"out={folder}: holds a finished result, which debug= would replace; give another out=")
 
 
 def _device(config: TrainConfig) -> torch.device:
-    """The one that this process trains on."""
+    """The device that this process trains on."""
     device = machine.device_of(config.trainer.accelerator)
     found = ranks.environment() if config.trainer.sharded else None
     if device.type != "cuda" or found is None:
@@ -147,7 +149,7 @@ def _device(config: TrainConfig) -> torch.device:
 
 
 def _rows_of_each(config: TrainConfig, shares: int) -> int:
-    """Of a step, for every device or group of devices; some get a row to wait with where they do not come out even."""
+    """Rows of a step for each device (or group of devices), rounded up: with a remainder, some get an idle row."""
     rows = config.optim.global_batch
     most = -(-rows // shares)
     if rows % shares:
@@ -159,7 +161,7 @@ def _rows_of_each(config: TrainConfig, shares: int) -> int:
 
 
 def _check_processes(config: TrainConfig) -> None:
-    """Refuse what the number of processes does not allow."""
+    """Refuse a configuration that does not fit the number of processes."""
     world, nodes = ranks.world(), config.trainer.num_nodes
     if not config.trainer.sharded and world > 1:
         raise UserError(f"{world} processes were started for a training on one device; use trainer=fsdp")
@@ -181,12 +183,12 @@ def _fit(
     saved: CheckpointFolder,
     ending: Ending,
 ) -> tuple[Student, dict[str, Any]]:
-    """Load the backbone, train it over the plan, return it with the facts for the manifest.
+    """Load the backbone, train it over the plan, and return it with the facts for the manifest.
 
-    Goes on from the last checkpoint that is whole.
+    Continues from the newest checkpoint that is whole.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "The `srun` command")  # torchrun starts them as well
+    warnings.filterwarnings("ignore", "The `srun` command")  # torchrun starts processes as well
     seed_everything(config.seed, workers=True, verbose=False)
     steps = len(corpus.plan.steps)
     begin = saved.newest()
@@ -204,7 +206,7 @@ def _fit(
         loggers = during.enter_context(loggers_of(config, logs, first_step)) if ranks.is_first() else False
         trainer = Trainer(
             **_devices(config, device, precision),
-            max_epochs=1,  # the plan holds all epochs, one after the other
+            max_epochs=1,  # the plan contains all epochs, in order
             accumulate_grad_batches=_rows_of_each(config, shares),
             gradient_clip_val=config.optim.grad_clip or None,
             logger=loggers,
@@ -227,12 +229,12 @@ def _fit(
         try:
             trainer.fit(student, datamodule=data)
         except SystemExit as end:
-            if isinstance(end.__context__, KeyboardInterrupt):  # of which the Trainer makes a 1, without a word
+            if isinstance(end.__context__, KeyboardInterrupt):  # the Trainer turns it into a silent exit status of 1
                 raise KeyboardInterrupt from end
             raise
     seconds = resume.seconds
     student.tell_if_broken_at_the_end()
-    last_loss = float(trainer.callback_metrics["loss"])  # not finite where that step was left out
+    last_loss = float(trainer.callback_metrics["loss"])  # not finite if that step was skipped
     facts = {
         "steps": trainer.global_step, "skipped_steps": student.skipped,
         "tokens": corpus.tokens, "supervised_tokens": corpus.supervised,
@@ -246,7 +248,7 @@ def _fit(
 def _student(
     config: TrainConfig, start: Path, compute: torch.dtype, attn: str, steps: int, context: ContextGroup | None
 ) -> Student:
-    """The student, with its weights where one device holds it, else still without."""
+    """The student; its weights are loaded already if it is on one device, and later if it is sharded."""
     trainer, spread = config.trainer, None
     with backbone.loading(start):
         model = empty_model(start, attn) if trainer.sharded else backbone.load_model(start, torch.float32, attn)
@@ -269,12 +271,12 @@ def _student(
 
 
 def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[str, Any]:
-    """What the Trainer is told of the machine."""
+    """The Trainer's arguments about devices and precision."""
     accelerator = "gpu" if device.type == "cuda" else "cpu"
     if not config.trainer.sharded:
         return {"accelerator": accelerator, "devices": 1, "precision": precision}
     nodes = config.trainer.num_nodes
-    # The precision of products is FSDP's affair: autocast on top of it would do it twice.
+    # FSDP sets the dtype of the products; autocast on top of it would cast twice.
     return {
         "accelerator": accelerator, "devices": ranks.world() // nodes, "num_nodes": nodes, "precision": "32-true",
         "strategy": Spread(ranks.world()), "plugins": [ranks.environment()],
@@ -282,7 +284,7 @@ def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[
 
 
 def _tell(corpus: Corpus) -> None:
-    """Say what became of the rows, before the long work starts."""
+    """Print how many rows were kept and dropped, before the long work starts."""
     for name, entry in corpus.account["sources"].items():
         dropped = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items()) or "none"
         ranks.say(
@@ -297,42 +299,42 @@ def _saved(config: TrainConfig, planned: Manifest) -> CheckpointFolder:
 
 
 def _precision(asked: str, device: torch.device) -> str:
-    """Weights stay float32; `auto` computes in bfloat16 where the device is faster at it."""
+    """Lightning's name of the precision, with float32 weights; `auto` is bf16-mixed if the device is faster at it."""
     if asked != "auto":
         return asked
     return "bf16-mixed" if machine.computes_bf16(device) else "32-true"
 
 
 def _attention(config: TrainConfig, shape: dict[str, Any], device: torch.device, compute: torch.dtype) -> str:
-    """The one that is asked for and works here; before any row is graded."""
+    """Name of the attention that is configured and works on this device; chosen before any row is graded."""
     attn = attention.implementation(config.backbone.attn, device, compute, config.trainer.context_parallel > 1)
     return trials.choose_attention(attn, shape, device, compute)
 
 
 def _compute(precision: str) -> torch.dtype:
-    """Of the matrix products."""
+    """dtype of the matrix products."""
     return torch.bfloat16 if precision == "bf16-mixed" else torch.float32
 
 
 def _products(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Where bfloat16 products would be slow because the CPU has none, they are made of float32 ones."""
+    """A context that computes bfloat16 products in float32 on a CPU without instructions for bfloat16, if needed."""
     slow = precision == "bf16-mixed" and device.type == "cpu" and not machine.computes_bf16(device)
     return products_in_float32() if slow else nullcontext()
 
 
 def _optim(config: TrainConfig) -> dict[str, Any]:
-    """What of it decides the result; AdamW, the only one at first, goes without saying."""
+    """The optimizer's settings that decide the result, without `adamw`, as in manifests from before that setting."""
     return {key: value for key, value in asdict(config.optim).items() if (key, value) != ("optimizer", "adamw")}
 
 
 def _known_weights(start: Path) -> str:
-    """Fingerprint of the backbone's weights where its manifest tells it, for work that may be done already."""
+    """Fingerprint of the backbone's weights by its manifest, or ""; spares hashing them if the work is done already."""
     manifest = read_manifest(start)
     return manifest.weights_sha256 if manifest else ""
 
 
 def _plan_manifest(config: TrainConfig, parent: Parent, precision: str) -> Manifest:
-    """The manifest as far as it is known before the work; `work` leaves out paths and what cannot change the result."""
+    """The manifest before training; its `work` leaves out paths and settings that cannot change the result."""
     account = data_account(config)
     apart = ("path", "format", "workers", "limit", "validation_rows", "packed_rows")
     data = {key: value for key, value in asdict(config.data).items() if key not in apart}

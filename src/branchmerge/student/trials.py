@@ -1,9 +1,9 @@
-"""What is tried on a few tokens before training: that documents of a row stay apart, and that attention is told what it
-may see; which attention and which way to the loss are right.
+"""Trials on a few tokens before training: whether the documents of a row are independent, whether attention gets the
+model's masks, and which attention and which loss are correct.
 
-There are hundreds of kinds of models. Some mix tokens elsewhere than in attention, some scale, cap or shift their
-logits; tried, none of them needs to be known here. All processes of a sharded student do this together, between two
-steps (`between_steps.untouched`).
+There are hundreds of kinds of models. Some mix tokens outside attention, some scale, cap or shift their logits; with
+trials, the code need not know them. All processes of a sharded student run the trials together, inside
+`between_steps.untouched`.
 """
 
 import warnings
@@ -25,29 +25,31 @@ from branchmerge.student.attention import PACKED_FLASH, PACKED_SDPA, PackedRowEr
 from branchmerge.student.loss import Loss, PackedLoss, fused_loss, inputs, summed_loss
 
 TOKENS = 16
-"""Of a document"""
+"""Length of a document of the trials"""
 LOUD = 100.0
-"""A final hidden state so much larger has logits beyond any cap, and far from those that are scaled."""
+"""Factor of the final hidden states: so large that any cap or scaling of the logits changes the loss"""
 
 
 def check_apart(packed: PackedLoss, device: torch.device, compute: torch.dtype = torch.float32) -> None:
     """Refuse a model in which a document of a packed row depends on the one before it.
 
-    The same document comes after two different ones, and first in a row whose tokens the model numbers itself. Layers
-    that mix tokens by a convolution or a state, and know no `cu_seq_lens`, would train without an error, and wrongly;
-    so would models that take no `position_ids` (BART), or count them from another number (RoBERTa).
+    Compares the hidden states of one document after two different ones, and as the first of a row for which the model
+    makes its own position ids. Without this check, layers that mix tokens by a convolution or a state, and ignore
+    `cu_seq_lens`, would train wrongly without an error; so would models that take no `position_ids` (BART), or start
+    them at another number (RoBERTa).
 
     Args:
-        device: that computes; weights may lie elsewhere
-        compute: dtype of the matrix products, which says how near the two can be
+        device: the device that computes; weights may be elsewhere
+        compute: dtype of the matrix products, which decides the tolerance
 
     Raises:
-        UserError: with the relative difference of the hidden states; or its attention is not told of documents
+        UserError: the hidden states differ (with their relative difference), or the layers do not pass the boundaries
+            of documents on to their attention
     """
     try:
         rows = [_row(packed, device, first, 3) for first in (1, 2)]
         after = [packed.compute(_second_document, row, whole=False) for row in rows]
-        # Rows of one size, so that both are computed alike; whole, so that no device has a part of the first only.
+        # Rows of equal size, for the same kernels; not split, so that every device has all of the first document.
         first = packed.compute(_first_document, _row(packed, device, 3, 1))
         second = packed.compute(_second_document, rows[0])
     except PackedRowError as error:
@@ -65,10 +67,10 @@ def check_apart(packed: PackedLoss, device: torch.device, compute: torch.dtype =
 
 
 def check_masks(packed: PackedLoss, device: torch.device) -> None:
-    """Refuse a model of which only transformers' mask says what a token sees, since a packed row has no mask.
+    """Refuse a model that limits or extends attention only by transformers' mask, since a packed row has no mask.
 
-    That is a window that no layer tells its attention (Qwen2-MoE), or tokens that see the ones after them (a Gemma 3
-    that was made to embed). Such a model would train without an error, and as another one than it is.
+    That is a window that no layer passes to its attention (Qwen2-MoE), or tokens that attend to later ones (a Gemma 3
+    for embeddings). Such a model would train without an error, but with another attention than its own.
     """
     config = packed.model.config.get_text_config()
     with _what_attention_is_told(config._attn_implementation) as told, torch.compiler.set_stance("force_eager"):
@@ -89,11 +91,11 @@ def check_masks(packed: PackedLoss, device: torch.device) -> None:
 def choose_loss(
     packed: PackedLoss, device: torch.device, compute: torch.dtype = torch.float32, fused: bool = False
 ) -> None:
-    """Take the chunked loss where it gives this model's loss, else `summed_loss`, with a warning.
+    """Set the chunked loss if it equals `summed_loss` for this model, else `summed_loss`, with a warning.
 
     Args:
         device, compute: as for `check_apart`
-        fused: take `fused_loss` where it gives the same as the chunked one, else warn.
+        fused: set `fused_loss` if it is correct as well, else warn.
     """
     tolerance = _tolerance(compute)
     row = _row(packed, device, 1)
@@ -110,15 +112,15 @@ def choose_loss(
 
 
 def choose_attention(attn: str, shape: dict[str, Any], device: torch.device, compute: torch.dtype) -> str:
-    """FlashAttention of a package where its kernels give what the formula gives, else torch's own, with a warning.
+    """Keep a package's FlashAttention if its kernels agree with the formula, else take torch's own, with a warning.
 
-    Version 4 has no stable release yet and is made for few sizes of heads; others are compiled by their users.
+    Version 4 has no stable release yet and supports few head sizes; users compile the other versions themselves.
 
     Args:
-        attn: what `attention.implementation` found
+        attn: the result of `attention.implementation`
         shape: the model's config.json
     """
-    version = next((number for number, name in PACKED_FLASH.items() if name == attn), None)  # not all nodes have it
+    version = next((number for number, name in PACKED_FLASH.items() if name == attn), None)  # may differ between nodes
     why = max(ranks.from_all("" if version is None else _why_not_flash(version, shape, device, compute)))
     if why:
         _warn(f"torch's own attention is taken: {why}")
@@ -140,16 +142,16 @@ def _why_not_flash(version: int, shape: dict[str, Any], device: torch.device, co
     if not flash.takes(version, q, v, None, None):
         return f"{name} is not made for heads of {size}"
     window, softcap = backbone.score_limits(shape)
-    # Some layers have them and some not; so small that a trial sees whether they are heeded.
+    # Layers may have each limit or not; the values are so small that ignoring one fails the trial.
     limits = product({None, window and 50}, {None, softcap and 1.0})
     try:
         tried = (limit for limit in limits if flash.takes(version, q, v, *limit))
         off = float(torch.stack([_off(version, weights, (q, k, v), lengths, *limit) for limit in tried]).max())
-    except torch.AcceleratorError as error:  # after which this process can do nothing more there
+    except torch.AcceleratorError as error:  # this process cannot use the device any more
         raise UserError(
             f"{name} fails on this device for heads of {size} ({error}); run again with backbone.attn=sdpa"
         ) from error
-    except Exception as error:  # whatever a kernel, its compiler or another version of the package may raise
+    except Exception as error:  # of any kind, from a kernel, its compiler or another version of the package
         return f"{name}: {type(error).__name__}: {error}".splitlines()[0]
     return "" if off <= _tolerance(compute) else f"{name} is off by {off:.2g} for heads of {size}"
 
@@ -162,7 +164,7 @@ def _off(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """The largest relative error of FlashAttention's result and gradients, by the formula in float32: a scalar."""
+    """The largest relative error of FlashAttention's result and gradients against the formula in float32: a scalar."""
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=weights.device)
 
     def by_kernels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ def _off(
 
     found = _with_gradients(by_kernels, weights, *rows)
     if weights.is_cuda:
-        torch.cuda.synchronize(weights.device)  # errors of kernels are told late
+        torch.cuda.synchronize(weights.device)  # kernels report errors asynchronously
     expected = _with_gradients(by_documents, *(tensor.float() for tensor in (weights, *rows)))
     return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)]).max()
 
@@ -196,7 +198,7 @@ def _tolerance(compute: torch.dtype) -> float:
 
 
 def _bias(model: PreTrainedModel) -> str:
-    """What of the head is more than a matrix though nothing of it shows while it is zero."""
+    """Why the head is more than a matrix where a trial may not show it: a bias, which may still be zero."""
     return "" if getattr(model.get_output_embeddings(), "bias", None) is None else "it has a bias"
 
 
@@ -207,7 +209,7 @@ def _why_not_fused(packed: PackedLoss, row: Batch, device: torch.device, compute
 
 
 def _difference(packed: PackedLoss, loss: Loss, row: Batch, tolerance: float) -> str:
-    """In what a loss differs from `summed_loss` where logits are large, on any device; empty where it does not."""
+    """How a loss differs from `summed_loss` for large logits, on any device; empty if it does not."""
     why = _difference_here(packed, loss, row, tolerance)
     return max(ranks.from_all(why))
 
@@ -217,9 +219,9 @@ def _difference_here(packed: PackedLoss, loss: Loss, row: Batch, tolerance: floa
         expected = packed.compute(summed_loss, row, whole=False)
         try:
             found = packed.compute(loss, row, whole=False)
-        except torch.AcceleratorError:  # after which this process can do nothing more on its device
+        except torch.AcceleratorError:  # this process cannot use its device any more
             raise
-        except Exception as error:  # a head of another kind, or Triton, whose errors have a base of their own
+        except Exception as error:  # of any kind, from another kind of head or from Triton
             return f"{type(error).__name__}: {error}"
     same = torch.isclose(found, expected, rtol=tolerance, equal_nan=True)
     return "" if same else f"{found.item():.6g} for {expected.item():.6g}"
@@ -227,7 +229,7 @@ def _difference_here(packed: PackedLoss, loss: Loss, row: Batch, tolerance: floa
 
 @contextmanager
 def _amplified(model: PreTrainedModel) -> Iterator[None]:
-    """What goes into the output head, LOUD times as large."""
+    """Inside, the output head gets hidden states LOUD times as large."""
 
     def louder(_: nn.Module, __: Any, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state * LOUD
@@ -241,13 +243,13 @@ def _amplified(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """How far hidden states are from others, relative; none, as on devices that have other parts of a row, are not."""
+    """Mean relative distance of hidden states; 0 without any, as on a device with another part of the row."""
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean()) if found.numel() else 0.0
 
 
 @contextmanager
 def _what_attention_is_told(implementation: str) -> Iterator[list[tuple[bool, int | None]]]:
-    """Inside, of each call of an attention: whether it is causal, and its window."""
+    """Inside, records each call of an attention: whether it is causal, and its window."""
     attend = AttentionInterface()[implementation]
     told: list[tuple[bool, int | None]] = []
 
@@ -269,18 +271,18 @@ def _hidden(model: PreTrainedModel, batch: Batch, **changed: Any) -> Tensor:
 
 
 def _first_document(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Its hidden states as transformers gives them to who passes no positions: [TOKENS, hidden size]."""
+    """Hidden states of the first document, with the model's own position ids: [TOKENS, hidden size]."""
     return _hidden(model, batch, position_ids=None)[:TOKENS].float()
 
 
 def _second_document(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Hidden states of those of its tokens that are on this device: [up to TOKENS, hidden size]."""
+    """Hidden states of the second document's tokens on this device: [up to TOKENS, hidden size]."""
     begin = sum(batch.parts.tokens[: batch.parts.rank]) if batch.parts else 0
     return _hidden(model, batch)[max(0, TOKENS - begin) :].float()
 
 
 def _row(packed: PackedLoss, device: torch.device, *seeds: int) -> Batch:
-    """Documents of TOKENS tokens, one for each seed; none begins with 0, which as padding would have no number."""
+    """A row of documents of TOKENS tokens, one for each seed; none begins with 0, as padding would have no position."""
     vocabulary = int(packed.model.config.get_text_config().vocab_size)
     documents = [Document("trial", np.arange(1, TOKENS + 1) * 31 * seed % vocabulary, 1) for seed in seeds]
     return make_batch(documents, len(seeds) * (TOKENS - 1)).to(device)
