@@ -1,8 +1,8 @@
-"""What a training step computes, and what the card could: their ratio over time is the model FLOPs utilisation (MFU).
+"""Count the FLOPs of a training step; divided by its seconds and the card's peak, they are the model FLOPs utilisation.
 
-A matrix of n weights takes 2n FLOPs a token forwards and 4n backwards. Attention takes, for a pair of tokens of which
-one sees the other, 4 FLOPs for each of the heads' numbers forwards and 8 backwards. What activation checkpointing
-computes anew does not count.
+A matrix of n weights takes 2n FLOPs per token in the forward pass and 4n in the backward pass. Attention takes, for
+each pair of tokens of which one attends to the other, and each of heads x head size, 4 FLOPs in the forward pass and 8
+in the backward pass. FLOPs that activation checkpointing repeats are not counted.
 """
 
 from collections.abc import Collection
@@ -31,41 +31,43 @@ PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-"""Dense bfloat16 FLOP/s by the card's name, from the makers' data sheets; the first name that fits counts."""
+"""Dense bfloat16 FLOP/s by name of the card, from the makers' data sheets; the first name that matches counts."""
 
 FULL, WINDOWED = "full_attention", "sliding_attention"
 """Kinds of layers, in transformers' words"""
 
 
 def peak_of(card: str) -> float | None:
-    """FLOP/s of a card as torch names it; None where it is not known."""
+    """Peak FLOP/s of a card by torch's name of it; None if it is not known."""
     words = card.replace("-", " ").split()
     return next((peak for name, peak in PEAKS.items() if set(name.split()) <= set(words)), None)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What of a model decides its FLOPs."""
+    """The sizes of a model that decide its FLOPs."""
 
     matrices: int
-    """Weights that every token is multiplied with"""
+    """Weights of matrices that every token is multiplied with"""
     head: int
-    """Weights of the output head, which only learned tokens meet"""
+    """Weights of the output head, which only learned tokens are multiplied with"""
     attended: int
-    """Layers x heads x head size, of layers whose tokens see all before them in their document"""
+    """Layers x heads x head size, of layers whose tokens attend to all before them in their document"""
     windowed: int = 0
-    """The same of layers whose tokens see `window` of them, themselves included"""
+    """Likewise of layers whose tokens attend to the last `window` tokens, themselves included"""
     window: int = 0
 
     @staticmethod
     def of(model: "PreTrainedModel") -> "Shapes | None":
-        """None for a model that is more than matrices and attention, alike but for a window: experts, states."""
+        """The sizes of a model; None if it has more than matrices and attention, as experts or states, or if its layers
+        differ in more than a window.
+        """
         if any(parameter.ndim > 2 for parameter in model.parameters()):
             return None
         config = model.config.get_text_config()
         try:
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        except (AttributeError, RuntimeError):  # not told, or not the same in all layers (Gemma 4)
+        except (AttributeError, RuntimeError):  # not in the config, or not the same in all layers (Gemma 4)
             return None
         window: int = getattr(config, "sliding_window", None) or 0
         kinds = getattr(config, "layer_types", None) or [WINDOWED if window else FULL] * config.num_hidden_layers
@@ -75,7 +77,7 @@ class Shapes:
         heads = config.num_attention_heads * size
         head: Any = model.get_output_embeddings().weight
         embedding: Any = model.get_input_embeddings().weight
-        apart = {id(head): head.numel(), id(embedding): embedding.numel()}  # one where they are tied
+        apart = {id(head): head.numel(), id(embedding): embedding.numel()}  # a single entry if they are tied
         matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
         return Shapes(
             matrices=matrices - sum(apart.values()),
@@ -86,7 +88,7 @@ class Shapes:
         )
 
     def flops(self, tokens: int, learned: int, documents: Collection[tuple[int, float]]) -> float:
-        """Forwards and backwards; attention stays inside documents.
+        """FLOPs of forward and backward pass, with attention inside documents.
 
         Args:
             documents: lengths, each with the number of documents that have it
@@ -98,15 +100,15 @@ class Shapes:
         )
 
     def flops_of(self, batch: "Batch") -> float:
-        """Of a packed row."""
+        """FLOPs of a packed row."""
         return self.flops(sum(batch.lengths), batch.supervised, [(length, 1) for length in batch.lengths])
 
 
 def pairs(length: int, window: int | None = None) -> float:
-    """Pairs of tokens of a document of which one sees the other: each token and those before it, itself too.
+    """Number of pairs of tokens in a document of which one attends to the other: each token and those up to itself.
 
     Args:
-        window: how many each sees at most
+        window: largest number of tokens that each attends to
     """
     within = length if window is None else min(length, window)
     return within * (within + 1) / 2 + (length - within) * within

@@ -1,6 +1,6 @@
-"""The memory of a training step on one device, asked for before anything runs; what was simulated once is kept.
+"""Predict the memory of a training step on one device before anything runs; simulations are cached on disk.
 
-What simulates is `simulation.py`, in a process of its own; nothing here loads torch.
+`simulation.py` simulates, in a separate process; this module does not import torch.
 """
 
 import hashlib
@@ -21,24 +21,24 @@ from branchmerge.files import write_json
 KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits")
 SHARES = ("weights", "gradients", "optimizer")
 EIGHT_BIT = (1 + 4 / 256) / 4
-"""Bytes of torchao's 8-bit moments for one of float32's: a byte a number, and a float32 scale for 256 of them"""
+"""Size of torchao's 8-bit moments relative to float32: a byte per number, and a float32 scale for 256 of them"""
 WEIGHT, MOMENTS = 4, 8
-"""Bytes of a parameter in training, and in a checkpoint of it"""
+"""Bytes of a parameter and of its moments, in training and in a checkpoint of it"""
 DECIDING = (
     "attention.py", "autocast.py", "chunked_loss.py", "context_parallel.py", "flops.py", "loss.py", "memory_log.py",
     "sharding.py", "simulation.py", "stored.py",
 )  # fmt: skip
-"""Files beside this one that a simulation runs."""
+"""Files beside this one whose code a simulation runs"""
 
 
 def bytes_of_training(config: TrainConfig) -> float:
-    """Of a parameter, in a checkpoint of a branch in training."""
+    """Bytes per parameter in a checkpoint of a branch in training."""
     return WEIGHT + MOMENTS * (EIGHT_BIT if config.optim.optimizer == "adamw_8bit" else 1)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the memory of a step on one device."""
+    """Everything that decides the memory of a step on one device."""
 
     shape: dict[str, Any]
     """The model's config.json"""
@@ -47,25 +47,25 @@ class Setting:
     seq_len: int
     """Tokens of a packed row"""
     rows: int = 1
-    """Packed rows of one device in a step, one after the other; with `context` those of which it has a part"""
+    """Packed rows of one device in a step, one after the other; with `context`, rows of which it has a part"""
     sharded: bool = True
-    """FSDP2; else one device under autocast"""
+    """By FSDP2; else one device with autocast"""
     replicate: int = 1
     context: int = 1
     """Devices that share a row"""
     cpu_offload: bool = False
     checkpointing: bool = False
-    """Activations are computed again in the backward pass."""
+    """Recompute activations in the backward pass"""
     bf16: bool = True
-    """bfloat16 products; else float32"""
+    """Matrix products in bfloat16; else in float32"""
     eight_bit: bool = False
-    """AdamW's moments in 8 bits; reckoned from the simulation of those in float32"""
+    """AdamW's moments in 8 bits; computed from the simulation with moments in float32"""
     gpu: bool = True
     """Attention and the chunks of the loss as on a GPU; else as on a CPU"""
 
     @property
     def device(self) -> str:
-        """In words"""
+        """Name of one device in messages"""
         return "GPU" if self.gpu else "process"
 
     @property
@@ -75,23 +75,23 @@ class Setting:
 
 @dataclass
 class Memory:
-    """Bytes on one device at the moment when it holds most."""
+    """Bytes on one device at the peak of a step."""
 
     weights: int
-    """Its share, in float32; so are the next two."""
+    """The device's share, in float32; likewise the next two"""
     gradients: int
     optimizer: int
     """AdamW's moments"""
     gathered: int
-    """Layers put together out of all shares, their gradients before they are cut again, and what is sent."""
+    """Layers gathered from all shares, their gradients before they are scattered, and communication buffers"""
     activations: int
     logits: int
-    """Of a chunk of tokens, and the head's gradient"""
+    """Logits of a chunk of tokens, and the head's gradient"""
     shares: dict[str, int] = field(default_factory=dict)
-    """Weights, gradients and moments of a device, whether or not all are there at that moment, and wherever they lie"""
+    """Weights, gradients and moments of a device, even if not all are allocated at the peak, on GPU or CPU"""
     parameters: int = 0
     work: dict[str, int] = field(default_factory=dict)
-    """`flops.Shapes` of the model; empty where it is more than matrices and attention"""
+    """`flops.Shapes` of the model; empty if it is more than matrices and attention"""
 
     @property
     def total(self) -> int:
@@ -99,7 +99,7 @@ class Memory:
 
 
 def forecast(settings: Sequence[Setting], folder: Path) -> list[Memory]:
-    """The memory of each setting; what is not in `folder` yet is simulated and put there."""
+    """The memory of each setting; simulates those that are not in `folder` yet, and saves them there."""
     simulated = [replace(setting, eight_bit=False) for setting in settings]
     places = [folder / f"{_key(setting)}.json" for setting in simulated]
     missing = {place: setting for place, setting in zip(places, simulated, strict=True) if not place.is_file()}
@@ -111,13 +111,13 @@ def forecast(settings: Sequence[Setting], folder: Path) -> list[Memory]:
 
 
 def _in_8_bits(memory: Memory) -> Memory:
-    """The moments are there throughout a step, so its peak stays where it is."""
+    """The memory with moments in 8 bits; as moments are allocated throughout a step, its peak stays where it is."""
     shares = {**memory.shares, "optimizer": round(EIGHT_BIT * memory.shares["optimizer"])}
     return replace(memory, optimizer=round(EIGHT_BIT * memory.optimizer), shares=shares)
 
 
 def _key(setting: Setting) -> str:
-    """Changes with whatever may change the answer."""
+    """A hash of everything that may change the result: the setting, the code and the versions of packages."""
     here = Path(__file__).parent
     files = {name: hashlib.sha256((here / name).read_bytes()).hexdigest() for name in DECIDING}
     packages = {name: version(name) for name in ("torch", "transformers")}
@@ -126,7 +126,7 @@ def _key(setting: Setting) -> str:
 
 
 def _simulate(missing: dict[Path, Setting]) -> None:
-    """One process for all; each answer is kept as soon as it is there."""
+    """Simulate all settings in one process; each result is saved as soon as it arrives."""
     command = [sys.executable, "-m", "branchmerge.student.simulation"]
     with (
         TemporaryFile("w+") as traces,

@@ -1,7 +1,7 @@
-"""Every piece of memory that tensors take and give back while something runs, with what it was taken for.
+"""Log every allocation and release of tensors' memory while code runs, with the phase in which it was allocated.
 
-Made for fake tensors, which have sizes and no contents. Pieces are sorted into kinds afterwards, since only then is it
-known which of them were, say, gradients.
+Made for fake tensors, which have sizes and no contents. Pieces of memory are assigned to kinds (such as gradients)
+afterwards, when it is known what they were used for.
 """
 
 import weakref
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 BLOCK = 512
-"""CUDA's allocator hands out multiples of so many bytes."""
+"""torch's CUDA allocator rounds sizes up to multiples of this many bytes."""
 FSDP_OPERATIONS = {"fsdp", "c10d", "_c10d_functional"}
 
 
@@ -25,37 +25,37 @@ class Piece:
     """One storage."""
 
     phase: str
-    """What was going on when it was made."""
+    """The phase in which it was allocated"""
     gathered: bool = False
-    """FSDP put it together out of shares, or cuts it into some."""
+    """Whether FSDP gathers it from shares, or scatters it into shares"""
     size: int = 0
-    """Bytes now"""
+    """Its current size in bytes"""
 
 
 class MemoryLog(TorchDispatchMode):
-    """Log while the mode is on."""
+    """Logs while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = ""
         self.events: list[tuple[int, Piece]] = []
-        """Bytes taken (or, below zero, given back) and by which piece, in order."""
+        """Changes in order: bytes allocated (negative: released), and the piece"""
         self._pieces: dict[int, Piece] = {}
 
     def pieces(self, tensors: Iterable[Tensor]) -> set[Piece]:
-        """The pieces that hold these tensors' values."""
+        """The pieces of memory of these tensors, or of their local shards."""
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
         return {self._seen(tensor) for tensor in local}
 
     def begin(self, held: Iterable[Piece]) -> None:
-        """Forget what happened so far, except that these pieces are there."""
+        """Restart the log, with these pieces as already allocated."""
         self.events = [(piece.size, piece) for piece in held]
 
     def __enter__(self) -> "MemoryLog":
         log, original = self, torch.UntypedStorage.resize_
         self._original_resize = original
 
-        # FSDP lets go of a gathered weight by making its storage empty, which no operation tells of.
+        # FSDP frees a gathered weight by resizing its storage to 0, which no operation reports.
         def resize(storage: torch.UntypedStorage, size: int) -> None:
             original(storage, size)
             if (piece := log._pieces.get(id(storage))) is not None:
@@ -71,8 +71,8 @@ class MemoryLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes again with the local tensors
-        if func is torch.ops.aten.nonzero.default:  # how many places count is not known: all of them, which is most
+            return NotImplemented  # DTensor calls this again with the local tensors
+        if func is torch.ops.aten.nonzero.default:  # the number of results is unknown: assume the maximum, all
             return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
         result = func(*args, **(kwargs or {}))
         by_fsdp = func.namespace in FSDP_OPERATIONS
@@ -111,7 +111,7 @@ def _of_logsumexp(x: Tensor, *_: Any) -> int:
 
 
 def _of_attention_backward(_: Tensor, query: Tensor, key: Tensor, *__: Any) -> int:
-    """FlashAttention 2: the query's gradient in float32; where heads share keys, keys' and values' for every head."""
+    """FlashAttention 2: the query's gradient in float32; if heads share keys, gradients of keys and values per head."""
     shared = query.shape[1] != key.shape[1]
     return query.numel() * 4 + (2 * query.numel() * query.element_size() if shared else 0)
 
@@ -120,17 +120,17 @@ SCRATCH: dict[str, Callable[..., int]] = {
     "aten::logsumexp": _of_logsumexp,
     "torch_attn::_varlen_attn_backward": _of_attention_backward,
 }
-"""Bytes that an operation's CUDA kernel takes for itself while it runs, which no tensor of ours tells."""
+"""Bytes that an operation's CUDA kernel allocates temporarily, which no fake tensor shows"""
 
 
 def peak(
     events: Sequence[tuple[int, Piece]], marks: Sequence[int], kind: Callable[[Piece], str], elsewhere: Collection[str]
 ) -> list[dict[str, int]]:
-    """Bytes of each kind at the moment when all kinds together take most, in each of the spans that end at `marks`.
+    """Bytes of each kind at the moment of the largest total, for each of the spans that end at `marks`.
 
     Args:
-        marks: numbers of events, rising
-        elsewhere: kinds that lie in another memory: told, and not counted
+        marks: indices of events, ascending
+        elsewhere: kinds that are in another memory: reported, but not counted in the total
     """
     spans: list[dict[str, int]] = [{} for _ in marks]
     now: dict[str, int] = {}

@@ -1,6 +1,6 @@
-"""What a branch will take, told before it is paid for: `python train.py plan=true ...`.
+"""Predict the memory, time and cost of a branch before it is trained: `python train.py plan=true ...`.
 
-No weights, no downloads, no GPU: memory by simulation (`forecast.py`), work by counting (`workload.py`).
+Needs no weights, downloads or GPU: memory is simulated (`forecast.py`), work is counted (`workload.py`).
 """
 
 import math
@@ -20,18 +20,18 @@ from branchmerge.student.workload import Workload, workload
 
 GIB = 2**30
 GPUS_OF_A_NODE = 8
-"""Where neither trainer.devices nor this machine tells"""
+"""Assumed if trainer.devices is not set"""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train, and what it takes."""
+    """One way to train, and the memory and time that it takes."""
 
     setting: Setting
     memory: Memory
     fits: bool
     hours: float | None
-    """None where the work is not known"""
+    """None if the work is not known"""
 
     @property
     def gpu_hours(self) -> float | None:
@@ -40,9 +40,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Advice:
-    """What makes a branch fit, in words for the command line."""
+    """A change that makes a branch fit."""
 
     change: str
+    """As words for the command line"""
     option: Option
 
 
@@ -58,7 +59,7 @@ class Plan:
 
 
 def make_plan(config: TrainConfig) -> Plan:
-    """Answer for the configuration as it is, for other numbers of devices and for other lengths."""
+    """Plan the configuration as it is, with other numbers of devices, and with other lengths of rows."""
     config = replace(config, planning=replace(config.planning, tflops=_tflops(config.planning)))
     folder = Path(config.outputs).expanduser() / "plans"
     checkpoint = backbone.find(config)
@@ -81,7 +82,7 @@ def make_plan(config: TrainConfig) -> Plan:
 
 
 def _tflops(card: PlanningConfig) -> float:
-    """In 1e12 FLOPs a second."""
+    """The card's speed in TFLOP/s."""
     if card.tflops is not None:
         return card.tflops
     peak = peak_of(card.card)
@@ -94,7 +95,7 @@ def _tflops(card: PlanningConfig) -> float:
 
 
 def _shape(config: TrainConfig, checkpoint: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The model's config: the checkpoint's where one is here, else the one in conf/backbone."""
+    """The model's config (the checkpoint's if it is on this machine, else that of conf/backbone), and notes on it."""
     shape = backbone.shape_of(config, checkpoint)
     if shape:
         source = f"backbone.shape of {config.backbone.name}" if checkpoint is None else f"that of {checkpoint}"
@@ -106,15 +107,15 @@ def _shape(config: TrainConfig, checkpoint: Path | None) -> tuple[dict[str, Any]
             " no shape; set backbone.path=/folder/of/a/model or backbone.shape"
         )
     if Path(path).expanduser().is_dir():
-        backbone.check_checkpoint(Path(path).expanduser())  # which tells what the folder lacks
+        backbone.check_checkpoint(Path(path).expanduser())  # raises an error that says what the folder lacks
     raise UserError(f"plan=true: backbone.path={path} is not on this machine; give a folder, or download the model")
 
 
 def _world(config: TrainConfig) -> tuple[int, list[str]]:
-    """Number of devices, and what was assumed for it."""
+    """Number of devices, and notes on what was assumed for it."""
     trainer = config.trainer
     if not trainer.sharded:
-        check_trainer(trainer)  # several devices without a part of the model each are no machine to plan for
+        check_trainer(trainer)  # refuses several devices without sharding
         return 1, []
     of_a_node = trainer.gpus_per_job or trainer.devices
     if of_a_node is not None:
@@ -146,17 +147,17 @@ def _setting(config: TrainConfig, shape: dict[str, Any], world: int) -> Setting:
 
 
 def _rows(config: TrainConfig, world: int, context: int) -> int:
-    """Packed rows of a device in a step; the last devices may have fewer."""
+    """Packed rows of a device in a step, rounded up; the last devices may have fewer."""
     return math.ceil(config.optim.global_batch / (world // context))
 
 
 def _can_be_cut(setting: Setting, world: int) -> bool:
-    """Whether so many devices make groups that share a row, and whole sets."""
+    """Whether `world` devices divide into groups that share a row, and into replicas."""
     return world % setting.context == 0 and world % setting.replicate == 0
 
 
 def _on(setting: Setting, world: int, config: TrainConfig) -> Setting:
-    """The same on other devices."""
+    """The setting on another number of devices."""
     replicate = setting.replicate if world % setting.replicate == 0 else 1
     context = setting.context if world % setting.context == 0 else 1
     sharded = world > 1 or setting.sharded
@@ -168,7 +169,7 @@ def _on(setting: Setting, world: int, config: TrainConfig) -> Setting:
 
 
 def _options(settings: Iterable[Setting], config: TrainConfig, work: Workload | None, folder: Path) -> list[Option]:
-    # Memory does not depend on how many rows there are once there are two.
+    # From two rows on, memory does not depend on the number of rows.
     settings = list(settings)
     memories = forecast([replace(setting, rows=min(setting.rows, 2)) for setting in settings], folder)
     return [
@@ -182,7 +183,7 @@ def fits(memory: Memory, card: PlanningConfig) -> bool:
 
 
 def hours(setting: Setting, memory: Memory, config: TrainConfig, work: Workload | None) -> float | None:
-    """All devices wait for the one with the most rows of a step."""
+    """Hours of training; in each step, all devices wait for the one with the most rows. None if the work is unknown."""
     if work is None or not memory.work:
         return None
     row = work.flops(memory.work) / work.rows
@@ -198,7 +199,7 @@ def _advice(
     work: Workload | None,
     folder: Path,
 ) -> list[Advice]:
-    """Single changes that make it fit; where none does, the same together with recomputed activations."""
+    """Single changes that make the branch fit; if there are none, those that do so with recomputed activations."""
 
     def tried(base: Setting, prefix: str) -> list[Advice]:
         return [
@@ -221,7 +222,7 @@ def _advice(
 def _changes(
     config: TrainConfig, base: Setting, worlds: list[int], lengths: list[int]
 ) -> list[tuple[Callable[[Setting], str], list[Setting]]]:
-    """Every knob: how it is said, and its settings, the mildest first."""
+    """For each option that may help: a function that words a change, and the changed settings, mildest first."""
     more = [_on(base, world, config) for world in worlds if world > base.world and _can_be_cut(base, world)]
     shorter = [replace(base, seq_len=length) for length in reversed(lengths) if length < base.seq_len]
     knobs: list[tuple[Callable[[Setting], str], list[Setting]]] = []
@@ -241,7 +242,7 @@ def _changes(
         for size in (2, 4, 8)
         if size > base.context and base.world % size == 0 and backbone.can_share(base.shape, size)
     ]
-    if config.backbone.attn in ("auto", "sdpa"):  # flash-attn knows nothing of shared rows
+    if config.backbone.attn in ("auto", "sdpa"):  # flash-attn does not support shared rows
         knobs.append((lambda setting: f"trainer.context_parallel={setting.context}", shared))
     knobs.append((lambda setting: f"{setting.world} {setting.devices} ({_launch(config, setting.world)})", more))
     knobs.append((lambda setting: f"data.seq_len={setting.seq_len}", shorter))
@@ -249,7 +250,7 @@ def _changes(
 
 
 def _launch(config: TrainConfig, world: int) -> str:
-    """Not trainer=fsdp, in whose place another may be, with a trainer.accelerator that must stay."""
+    """Options for `world` devices; not trainer=fsdp, which would replace the trainer group that is set, accelerator too."""
     a_node = config.trainer.devices or GPUS_OF_A_NODE
     if world % a_node:
         a_node = GPUS_OF_A_NODE if world % GPUS_OF_A_NODE == 0 else world
@@ -258,7 +259,7 @@ def _launch(config: TrainConfig, world: int) -> str:
 
 
 def _notes(config: TrainConfig, asked: Setting, worlds: list[int], work: Workload | None) -> list[str]:
-    """What the numbers rest on."""
+    """Notes on the assumptions behind the numbers."""
     notes = []
     try:
         check_trainer(config.trainer)

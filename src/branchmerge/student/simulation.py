@@ -1,13 +1,13 @@
-"""One training step with tensors that have sizes and no contents: the memory that it takes, before it is paid for.
+"""Simulate one training step with fake tensors, which have sizes and no contents, to predict its memory.
 
-The step is the one that trains: `sharding.shard`, `PackedLoss`, the clipping, AdamW. Its processes are one that
-believes in all the others (torch's "fake" process group), so this runs in a process of its own:
+The step runs the code of a training: `sharding.shard`, `PackedLoss`, gradient clipping, AdamW. One process stands for
+all, by torch's "fake" process group; therefore the simulation is a separate program:
 
     echo '[{"shape": {...}, "world": 32, "seq_len": 16384}]' | python -m branchmerge.student.simulation
 
-prints a line of JSON for each setting. The tensors say that they are on a CPU, since a torch without CUDA has no
-others, but attention and the chunks of the loss are those of `Setting.gpu`. What is not simulated: torch.compile (it
-needs less), streams, the allocator's gaps, and with `cpu_offload` a layer's share on its way to the GPU.
+prints a line of JSON for each setting. The fake tensors are on the CPU, as a torch without CUDA supports no other
+device, but attention and the chunks of the loss are chosen by `Setting.gpu`. Not simulated: torch.compile (which needs
+less memory), streams, gaps in the allocator, and with `cpu_offload` a layer's share on its way to the GPU.
 
 Shapes: H heads, G key/value heads, T tokens, E head size.
 """
@@ -45,16 +45,19 @@ from branchmerge.student.sharding import Sharding, check_shardable, give_memory,
 from branchmerge.student.stored import empty_model
 
 FEW, MORE = 4, 6
-"""Layers of the two models that a deeper one is reckoned from."""
+"""Numbers of layers of the two models from which a deeper one is extrapolated"""
 Span = dict[str, int]
-"""Bytes of each kind at the peak of a part of the step"""
+"""Bytes of each kind of memory at the peak of one part of the step"""
 
 
 def simulate(setting: Setting, whole: bool = False) -> Memory:
     """The memory of a step.
 
-    Layers of one size take memory alike, so every moment of a step takes an amount that is linear in their number: a
-    deep model is reckoned from the peaks of two shallow ones, part of the step by part (`whole`: it is not).
+    If all layers have the same shapes, memory at any moment of a step is linear in their number. So a deep model is
+    extrapolated from the peaks of two shallow ones, separately for each part of the step.
+
+    Args:
+        whole: simulate all layers, without extrapolation
     """
     model = _model(setting)
     depth = len(layers(model))
@@ -78,14 +81,14 @@ def simulate(setting: Setting, whole: bool = False) -> Memory:
 
 
 def _reckon(few: Span, more: Span, depth: int) -> Span:
-    """The line through FEW and MORE layers."""
+    """Extrapolate linearly from FEW and MORE layers to `depth`."""
     kinds = sorted({*few, *more})
     steps = (depth - FEW) / (MORE - FEW)
     return {kind: round(few.get(kind, 0) + steps * (more.get(kind, 0) - few.get(kind, 0))) for kind in kinds}
 
 
 def _model(setting: Setting, depth: int | None = None) -> PreTrainedModel:
-    """Without memory, with some of its layers where `depth` says how many."""
+    """The model on the meta device; with only `depth` of its layers if that is given."""
     shape = dict(setting.shape)
     if depth is not None:
         shape["num_hidden_layers"] = depth
@@ -101,9 +104,9 @@ def _model(setting: Setting, depth: int | None = None) -> PreTrainedModel:
 
 
 def _spans(setting: Setting, model: PreTrainedModel) -> tuple[list[Span], Span]:
-    """The peaks of the parts of a step, and what a device holds of weights, gradients and moments."""
+    """The peaks of the parts of a step, and the bytes of weights, gradients and moments on a device."""
     chunked_loss.CHUNK = chunked_loss.DEVICE_CHUNK if setting.gpu else CPU_CHUNK
-    replaced: Any = attention  # which would take these tensors for a CPU's
+    replaced: Any = attention  # chooses by device, and fake tensors are on the CPU
     replaced._attend = _as_on_a_gpu if setting.gpu else _as_on_a_cpu
     products: Any = nullcontext()
     if setting.sharded:
@@ -128,13 +131,13 @@ CPU_CHUNK = chunked_loss.CHUNK
 
 
 def _step(setting: Setting, packed: PackedLoss, products: Any, log: MemoryLog) -> tuple[list[Span], Span]:
-    """A later step of a training, when AdamW has its moments, and its last row, when there are gradients of others."""
+    """Simulate the last row of a later step, when AdamW's moments and gradients of earlier rows take memory."""
     give_memory(packed.model, torch.device("cpu"))
     parameters = list(packed.parameters())
     optimizer = AdamW(parameters, lr=1e-5, fused=True)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    _update(parameters, optimizer)  # after which DTensor knows the shapes, which it finds out with whole tensors
+    _update(parameters, optimizer)  # so that DTensor has inferred the shapes, for which it makes whole tensors
     of = {
         "weights": log.pieces([*parameters, *packed.buffers()]),
         "optimizer": log.pieces(t for state in optimizer.state.values() for t in state.values()),
@@ -152,7 +155,10 @@ def _step(setting: Setting, packed: PackedLoss, products: Any, log: MemoryLog) -
         loss = packed(batch)
     (loss / setting.seq_len).backward()
     begins, ends = marks[-1], len(log.events)
-    marks += [(begins + ends) // 2, ends]  # nothing is highest amid the backward pass but at one of its ends
+    marks += [
+        (begins + ends) // 2,
+        ends,
+    ]  # a span for each end of the backward pass: its peak is at one of them
     of["gradients"] |= log.pieces(p.grad for p in parameters if p.grad is not None)
     _update(parameters, optimizer)
     marks.append(len(log.events))
@@ -177,7 +183,7 @@ def _kind_of(known: dict[Piece, str]) -> Callable[[Piece], str]:
 
 
 def _watch(model: PreTrainedModel, log: MemoryLog, marks: list[int]) -> None:
-    """From the last layer to the loss, and back again to the last layer, memory is the logits'."""
+    """Attribute memory to the logits from the last layer's output to the return of its gradient."""
 
     def loss_begins(_: nn.Module, __: Any, output: Any) -> None:
         marks.append(len(log.events))
@@ -192,7 +198,7 @@ def _watch(model: PreTrainedModel, log: MemoryLog, marks: list[int]) -> None:
 
 
 def _row(tokens: int) -> Batch:
-    """A row whose every token is learned, one document; the memory does not depend on how many they are."""
+    """A row of one document whose tokens are all learned; memory does not depend on the number of documents."""
     ids = torch.zeros((1, tokens), dtype=torch.int64)
     bounds = torch.zeros(2, dtype=torch.int32)
     return Batch(ids, ids.clone(), torch.arange(tokens), ids.clone(), bounds, (tokens,), tokens, [])
@@ -201,7 +207,7 @@ def _row(tokens: int) -> Batch:
 def _as_on_a_gpu(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, **_: Any
 ) -> Tensor:
-    """FlashAttention as `attention.packed_sdpa` calls it there; it keeps its result, and a number a head and token.
+    """FlashAttention, as on a GPU; it saves its result, and one number for each head and token.
 
     [1, H, T, E] and [1, G, T, E] -> [1, T, H, E].
     """
@@ -209,14 +215,14 @@ def _as_on_a_gpu(
 
 
 def _as_on_a_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None, **_: Any) -> Tensor:
-    """As `attention.packed_sdpa` does it there, for one document."""
+    """SDPA of one document, as on a CPU."""
     grouped = key.shape[1] != query.shape[1]
     attend = partial(scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=grouped)
     return torch.cat([attention._document(attend, query, key, value)], dim=2).transpose(1, 2).contiguous()
 
 
 def _answer(setting: Setting) -> dict[str, Any]:
-    """The memory of a step, or why there is none; there are many kinds of models."""
+    """The memory of a step, or the error: some kinds of models cannot be simulated."""
     try:
         return asdict(simulate(setting))
     except Exception as error:

@@ -1,6 +1,6 @@
-"""How much a branch trains on: steps, tokens, and the lengths of the documents inside which they see each other.
+"""How much a branch trains on: steps, tokens, and the lengths of the documents that attention is computed in.
 
-Read from the rows where they, and the tokenizer, are on this machine; else reckoned from what the study expects.
+Counted from the rows if they and the tokenizer are on this machine, else estimated from `study.expected`.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from branchmerge.versions import package_versions
 
 @dataclass(frozen=True)
 class Workload:
-    """Of a whole branch."""
+    """The work of a whole branch."""
 
     steps: int
     rows: int
@@ -30,21 +30,21 @@ class Workload:
     tokens: int
     learned: int
     documents: list[tuple[int, float]]
-    """Their lengths, each with the number of documents that have it, over all epochs"""
+    """Lengths of documents, each with the number of documents that have it, over all epochs"""
     said: str
-    """Where these numbers are from"""
+    """Where these numbers are from, in words"""
 
     def flops(self, work: dict[str, int]) -> float:
-        """Of the whole branch by a model whose `Shapes` are these."""
+        """FLOPs of the whole branch for a model with these `Shapes`."""
         return Shapes(**work).flops(self.tokens, self.learned, self.documents)
 
 
 def workload(config: TrainConfig, checkpoint: Path | None, folder: Path) -> Workload | None:
-    """None where nothing is known.
+    """The workload of a branch; None if nothing is known about it.
 
     Args:
-        checkpoint: the backbone, where it is on this machine
-        folder: what was counted once is kept here
+        checkpoint: the backbone, if it is on this machine
+        folder: where counts are cached
     """
     others = held_out.other_sources(config) if config.data.validation_rows else {}
     read = [*sources.of_branch(config).values(), *others.values()]
@@ -54,7 +54,7 @@ def workload(config: TrainConfig, checkpoint: Path | None, folder: Path) -> Work
 
 
 def _counted(config: TrainConfig, checkpoint: Path, folder: Path) -> Workload:
-    """What training itself would do, by its own functions."""
+    """The workload of the rows on this machine, by the functions that training itself uses."""
     rows = [sources.described(source) for source in sources.of_branch(config).values()]
     facts = [
         rows, held_out.identity(config), asdict(config.data), asdict(config.optim), config.seed,
@@ -81,7 +81,7 @@ def _counted(config: TrainConfig, checkpoint: Path, folder: Path) -> Workload:
 
 
 def _expected(config: TrainConfig) -> Workload | None:
-    """Rows are taken as full, documents as of one length, all their tokens as learned, and limits as reached."""
+    """An estimate that assumes full rows, documents of one length, only learned tokens, and limits that are reached."""
     expected, capacity, optim = config.study.expected, config.data.seq_len, config.optim
     read = sources.of_branch(config)
     if any(name not in expected for name in read):
