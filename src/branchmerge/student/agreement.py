@@ -1,4 +1,4 @@
-"""That all nodes train from the same backbone, and from the weights that its manifest names."""
+"""Check that all nodes train from the same backbone, and from the weights that its manifest names."""
 
 import socket
 from pathlib import Path
@@ -10,16 +10,16 @@ from branchmerge.study import fingerprint
 
 
 def check_alike(start: Path, precision: str) -> None:
-    """Refuse nodes that would do different work: by copies of the backbone, or by what their devices are fast at."""
+    """Refuse nodes with different copies of the backbone, or whose devices would train in different precisions."""
     facts = {"trainer.precision": precision, **backbone.identity(start)}
     _check_same(start, ranks.from_all((socket.gethostname(), facts)), "set trainer.precision")
 
 
 def weights_sha256(start: Path) -> str:
-    """Fingerprint of the backbone's weights, as in manifests; the processes of each node read its files together.
+    """Fingerprint of the backbone's weights, as in manifests; the processes of a node share the reading of files.
 
     Raises:
-        UserError: another node has other files, or cannot read one
+        UserError: the files differ between nodes, or a node cannot read one
     """
     host = socket.gethostname()
     neighbours = [rank for rank, name in enumerate(ranks.from_all(host)) if name == host]
@@ -33,7 +33,7 @@ def weights_sha256(start: Path) -> str:
 
 
 def check_fingerprint(start: Path, expected: str) -> None:
-    """Refuse weights that are not those of the manifest beside them."""
+    """Refuse weights whose fingerprint is not the one in the manifest beside them."""
     found = weights_sha256(start)
     if found != expected:
         raise UserError(
@@ -44,7 +44,7 @@ def check_fingerprint(start: Path, expected: str) -> None:
 
 
 def _check_same(start: Path, facts: list[tuple[str, dict[str, str]]], remedy: str) -> None:
-    """`facts`: of nodes, by name; those of the first process come first."""
+    """`facts`: (host, facts of the host), those of the first process first."""
     (_, first), *others = facts
     for host, theirs in others:
         unlike = sorted(name for name in {*first, *theirs} if first.get(name) != theirs.get(name))
@@ -56,7 +56,7 @@ def _check_same(start: Path, facts: list[tuple[str, dict[str, str]]], remedy: st
 
 
 def _sha256(path: Path) -> str:
-    """Or why there is none, which another node's differs from."""
+    """SHA-256 of a file, or why it cannot be read: a text that differs from other nodes' digests."""
     try:
         return file_sha256(path)
     except OSError as error:

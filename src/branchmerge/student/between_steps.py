@@ -1,4 +1,4 @@
-"""Callbacks that look at the student between two optimizer steps and leave no trace in it."""
+"""Callbacks that run between two optimizer steps and do not affect the training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,12 +12,12 @@ from branchmerge.student.ending import ToldToEndError
 
 
 class BetweenSteps(Callback):
-    """Calls `between_steps` once before the first step of a run, after every step, and so after the last one."""
+    """Calls `between_steps` once before the first step of a run, and once after each step, including the last."""
 
     _seen: int | None = None
 
     def between_steps(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """`step` optimizer steps are done, and logged. ToldToEndError may leave it, in all processes or in none."""
+        """Called after `step` optimizer steps, when logged; may raise ToldToEndError, in all processes or none."""
         raise NotImplementedError
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
@@ -35,15 +35,15 @@ class BetweenSteps(Callback):
 
 
 def is_due(step: int, every: int | None, last: int) -> bool:
-    """Whether something is done after `step` steps: before the first, after every `every`, after the last."""
+    """Whether an action is due after `step` steps: before the first, every `every` steps, and after the last."""
     return step in (0, last) or (every is not None and step % every == 0)
 
 
 @contextmanager
 def untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """The student in evaluation mode, without gradients, in the precision of the training.
+    """Inside, the student is in evaluation mode, without gradients, in the precision of the training.
 
-    Modes and random generators are put back afterwards, so what comes next is computed as if nothing had been here.
+    Modes and random generators are restored afterwards, so the training continues as if nothing had happened.
     """
     modes = {part: part.training for part in module.modules()}
     module.eval()
@@ -55,5 +55,5 @@ def untouched(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         for part, training in modes.items():
             part.training = training
         for part in modes:
-            if isinstance(part, FSDPModule):  # without a backward pass the root's weights would stay whole
+            if isinstance(part, FSDPModule):  # without a backward pass, the root's weights would stay gathered
                 part.reshard()

@@ -1,8 +1,8 @@
 """bfloat16 matrix products at float32's speed, on a CPU without instructions for them.
 
-There torch multiplies bfloat16 number by number, about ten times slower than float32. Since a product of bfloat16
-matrices is summed up in float32 and rounded once, the fast product of float32 copies, rounded, is the same but for the
-order of summing. A copy costs little beside a product.
+On such a CPU torch multiplies bfloat16 one number at a time, about ten times slower than float32. A product of bfloat16
+matrices is accumulated in float32 and rounded once; so the fast product of float32 copies, rounded, is the same except
+for the order of summation. Copies are cheap compared with products.
 """
 
 import warnings
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu_backward")
-"""What training calls with bfloat16 on a CPU and is slow there; attention's forward is not."""
+"""Operators of a training that are slow with bfloat16 on such a CPU; attention's forward pass is not."""
 
 
 @contextmanager
 def products_in_float32() -> Iterator[None]:
-    """Inside, this process's bfloat16 `PRODUCTS` on the CPU are those of float32 copies; gradients too."""
+    """Inside, this process computes bfloat16 `PRODUCTS` on the CPU with float32 copies; in backward passes too."""
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
@@ -51,5 +51,5 @@ def _wide(value: Any) -> Any:
 
 
 def _narrow(result: Any) -> Any:
-    """A product, or each of several."""
+    """The result, or each of several results, in bfloat16."""
     return result.bfloat16() if isinstance(result, Tensor) else tuple(each.bfloat16() for each in result)

@@ -1,12 +1,12 @@
-"""What torch.compile is told before anything is compiled."""
+"""Settings of torch.compile."""
 
 import torch
 
 
 def allow_many_compilations() -> None:
-    """So many that nothing runs uncompiled without a word, as from the ninth version of a function on.
+    """Raise torch's limit of 8 compiled versions per function, beyond which it would silently run uncompiled.
 
-    Versions differ in whether gradients are wanted (validation, samples and trials want none), in the kind of a model's
-    layer, and in short rows.
+    Versions differ in whether gradients are needed (not in validation, samples and trials), in the kind of a model's
+    layer, and for short rows.
     """
     torch._dynamo.config.recompile_limit = 64

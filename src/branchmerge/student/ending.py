@@ -1,4 +1,4 @@
-"""What tells a training to end: SIGTERM, as from a scheduler that wants the machine back, and Ctrl-C."""
+"""Signals that end a training: SIGTERM, as from a scheduler that needs the machine, and Ctrl-C."""
 
 import signal
 import threading
@@ -9,24 +9,24 @@ from branchmerge.student import ranks
 
 
 class ToldToEndError(Exception):
-    """Leaves what is done between two steps; the next run does it again."""
+    """Interrupts work between two steps because a signal to end came; the next run repeats that work."""
 
 
 class Ending:
-    """From `listen` on such a signal is noted, for others to end the training when nothing is lost by it.
+    """From `listen` on, records a signal to end, so that callbacks can end the training at a point that loses nothing.
 
-    One that came too late for them ends the program where this context ends, with the status that the signal has.
+    If it comes too late for them, the program exits with the signal's status at the end of this context.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        """The one that came"""
+        """Number of the signal that came"""
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            # Of several processes, whoever started them gets Ctrl-C too, and tells them in its way. What a script
-            # started in the background ignores it, and goes on to do so.
+            # With several processes, Ctrl-C also goes to the program that started them, which signals them itself. A
+            # process that a script started in the background ignores Ctrl-C, and must continue to do so.
             alone = ranks.world() == 1 and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
             numbers = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGTERM,)
             self._former = {number: signal.getsignal(number) for number in numbers}
@@ -37,11 +37,11 @@ class Ending:
             signal.signal(number, self._take_note)
 
     def told(self) -> bool:
-        """Whether any process was; all of them ask this together."""
+        """Whether any process got a signal to end; all processes call this together."""
         return ranks.summed(self.signal is not None) != [0]
 
     def check(self, steps_left: int) -> None:
-        """Raise ToldToEndError where one was; after the last step there is no run that would do it again."""
+        """Raise ToldToEndError if any process was told to end; not after the last step, which no run would repeat."""
         if steps_left and self.told():
             raise ToldToEndError
 
@@ -55,11 +55,11 @@ class Ending:
 
     @property
     def status(self) -> int:
-        """To end with; perhaps another process was told."""
+        """Exit status of this process; SIGTERM's if another process got the signal."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
-        """Whoever presses Ctrl-C twice does not want to wait."""
+        """Record the signal; a second Ctrl-C then has its usual effect."""
         self.signal = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._former[signal.SIGINT])

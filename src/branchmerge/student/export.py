@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json", "generation_config.json",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
-"""What a model is used with; of one that also sees, how it gets images too"""
+"""Files that are copied from the backbone: tokenizer, chat template, generation config and preprocessors of images"""
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -30,8 +30,8 @@ def export(
 ) -> str:
     """Save the weights in `dtype`, with the backbone's tokenizer and chat template.
 
-    All processes of a sharded student call this together, and the first one writes; a tensor at a time is whole. Where
-    it cannot, all raise its error.
+    All processes of a sharded student call this together. The first one writes, with one tensor gathered at a time; if
+    it fails, all raise its error.
 
     Returns:
         The fingerprint of the weights' files (`study.weights_sha256`)
@@ -48,7 +48,7 @@ def export(
             copy_tokenizer(backbone, out)
             return sha256
         finally:
-            _exhaust(wholes)  # of which the others have a share
+            _exhaust(wholes)  # even after an error: the other processes take part in gathering each tensor
 
     if not ranks.is_first():
         _exhaust(wholes)
@@ -56,17 +56,16 @@ def export(
 
 
 def write_config(backbone: Path, out: Path, architecture: str, dtype: "torch.dtype") -> None:
-    """The backbone's config.json with what changed, and not as this transformers would write it.
+    """Write the backbone's config.json with the changed entries, and not as the installed transformers would write it.
 
-    Its version 5 writes rope_theta by another name, without which version 4, and what builds on it, silently takes
-    10,000.
+    transformers 5 writes rope_theta under another name; version 4, and what builds on it, would silently use 10,000.
     """
     config = json.loads((backbone / "config.json").read_text())
     config.pop("quantization_config", None)
     name = str(dtype).removeprefix("torch.")
     config |= {"architectures": [architecture], "dtype": name, "torch_dtype": name}
     for part in config.values():
-        if isinstance(part, dict):  # the text part of a model that also sees
+        if isinstance(part, dict):  # the text part of a multimodal model
             part |= {key: name for key in ("dtype", "torch_dtype") if key in part}
     write_json(out / "config.json", config)
 
@@ -78,7 +77,7 @@ def _write(
     dtype: "torch.dtype",
     max_shard_bytes: int,
 ) -> str:
-    """The weights' files; returns their fingerprint."""
+    """Write the weights' files; returns their fingerprint."""
     import torch
 
     from branchmerge.merge.arrays import as_array
@@ -96,12 +95,12 @@ def _exhaust(wholes: "Iterator[torch.Tensor]") -> None:
     import torch
 
     for whole in wholes:
-        if whole.is_cuda:  # else all gathers are asked for at once, and NCCL counts from then on how long each takes
+        if whole.is_cuda:  # without waiting, all gathers would be queued at once, and NCCL's timeout runs from then on
             torch.cuda.synchronize(whole.device)
 
 
 def check_room(backbone: Path, out: Path, dtype: "torch.dtype") -> None:
-    """Refuse a place whose disk has no room for an expert, before it is trained."""
+    """Refuse a disk without room for the expert, before it is trained."""
     needed = dtype.itemsize * numbers_in(backbone)
     free = shutil.disk_usage(out.parent).free
     if free < needed:
@@ -112,7 +111,7 @@ def check_room(backbone: Path, out: Path, dtype: "torch.dtype") -> None:
 
 
 def numbers_in(checkpoint: Path) -> int:
-    """Of its weights' files, all together; raises UserError where one cannot be read."""
+    """Number of weights in a checkpoint's files; raises UserError if a file cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     from branchmerge.merge.shards import weight_files
@@ -128,7 +127,7 @@ def numbers_in(checkpoint: Path) -> int:
 
 
 def weights_of(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
-    """All weights of a checkpoint by their names; one that two layers share only once, by the name of the first."""
+    """All weights of a checkpoint by name; a weight that two layers share is listed once, by the first one's name."""
     seen: set[int] = set()
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -140,21 +139,21 @@ def weights_of(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
 
 
 def as_stored(model: "PreTrainedModel", weights: "dict[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
-    """By the names of checkpoints, as merges and vLLM know them: what transformers joins in memory is apart."""
+    """The weights as checkpoints store them, for merges and vLLM: those that transformers joins in memory are split."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, weights) if joins_weights(model) else weights
 
 
 def joins_weights(model: "PreTrainedModel") -> bool:
-    """Whether transformers makes weights of this kind of model of several in the checkpoint."""
+    """Whether transformers joins several weights of the checkpoint into one for this kind of model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def check_finite(model: "PreTrainedModel", where: str) -> None:
-    """Raises UserError where a weight is no number; all processes of a sharded student call this together."""
+    """Raise UserError if a weight is not finite; all processes of a sharded student call this together."""
     import torch
     from torch.distributed.tensor import DTensor
 
@@ -171,14 +170,14 @@ def check_finite(model: "PreTrainedModel", where: str) -> None:
 
 
 def _whole(tensor: "torch.Tensor") -> "torch.Tensor":
-    """A weight put together from everyone's share."""
+    """The full weight, gathered from the shares of all processes."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def copy_tokenizer(source: Path, out: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation config byte for byte; returns the names of what was there."""
+    """Copy tokenizer, chat template and generation config byte for byte; returns the names of the copied files."""
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in names:
         shutil.copyfile(source / name, out / name)

@@ -1,4 +1,4 @@
-"""Turn a GGUF file into a plain checkpoint, by transformers' own loader."""
+"""Convert a GGUF file to a Hugging Face checkpoint, by transformers' own loader."""
 
 import functools
 from collections.abc import Iterator
@@ -16,29 +16,29 @@ from branchmerge.student.backbone import read_config
 
 
 def convert(file: Path, out: Path) -> None:
-    """Dequantise it into safetensors, tokenizer and chat template."""
+    """Write the dequantised weights as safetensors, the config, tokenizer and chat template into `out`."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     with read_once():
         config = AutoConfig.from_pretrained(**source)
         loaded = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    # A model that came from GGUF refuses to be saved: a fresh one of the same shape takes its weights over.
+    # transformers refuses to save a model loaded from GGUF; a fresh one of the same shape takes over its weights.
     del loaded.config.quantization_config
     with torch.device("meta"):
         fresh = type(loaded)(loaded.config)
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    shape = read_config(out)  # with the name that transformers 4 knows it by
+    shape = read_config(out)  # rope_theta under the name that transformers 4 reads
     write_json(out / "config.json", {**shape, "rope_theta": shape["rope_parameters"]["rope_theta"]})
 
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """While it is held, transformers reads a GGUF file once and fast, and makes a table of weights' names once.
+    """Inside, transformers reads a GGUF file only once, and faster, and builds the table of weights' names only once.
 
-    It reads the whole file anew for config, weights and tokenizer, and makes the same table for every module: for a
-    model of 135M parameters two thirds of 20 s.
+    Otherwise it reads the whole file for each of config, weights and tokenizer, and builds the same table for every
+    module: two thirds of 20 s for a model of 135M parameters.
     """
     usual = {"GGUFReader": gguf.GGUFReader, "get_tensor_name_map": gguf.get_tensor_name_map}
     quick = {
@@ -53,7 +53,7 @@ def read_once() -> Iterator[None]:
 
 
 class PlainReader(gguf.GGUFReader):
-    """A reader whose slices are plain arrays: numpy.memmap's, of which it makes a million, take four times as long."""
+    """A reader that slices a plain array: slices of numpy.memmap, a million of them, take four times as long."""
 
     @property  # type: ignore[override]
     def data(self) -> np.ndarray:

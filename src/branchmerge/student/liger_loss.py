@@ -1,4 +1,4 @@
-"""The cross-entropy of chunked_loss.py by liger-kernel's fused Triton kernel: an optional way on CUDA.
+"""The cross-entropy of chunked_loss.py by liger-kernel's fused Triton kernel: an option on CUDA.
 
 Source: Liger Kernel (arXiv 2410.10989). Shapes: N rows, H hidden size, V vocabulary.
 """
@@ -15,14 +15,14 @@ from branchmerge.student.chunked_loss import summed_cross_entropy
 
 PACKAGE = "liger-kernel"
 ROWS, WORDS, WIDTH = 67, 4096, 64
-"""Of the trials: rows, and where something else is tried, the most words and hidden size"""
+"""Sizes of the trials: rows, and the largest vocabulary and hidden size of a trial that tests the other one"""
 SHARE = 1 / 103
-"""The loss's gradient in the trials: as in training it is not 1, with which a kernel is passed over."""
+"""The gradient of the loss in the trials: as in training not 1, for which a kernel would be skipped"""
 
 
 def liger_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """As `summed_cross_entropy`; the head's gradient is summed in float32, too, then rounded to the products' dtype."""
-    if not len(hidden):  # which its kernel divides by
+    """Like `summed_cross_entropy`; the head's gradient is summed in float32 too, and rounded to the products' dtype."""
+    if not len(hidden):  # liger's kernel divides by it
         return summed_cross_entropy(hidden, head, labels)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -35,16 +35,16 @@ def liger_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 
 def why_not(hidden_size: int, vocabulary: int, device: torch.device, dtype: torch.dtype, tolerance: float) -> str:
-    """Why the kernels cannot be used here, by trials against `summed_cross_entropy`; empty where they can.
+    """Why the kernels cannot be used here, by trials against `summed_cross_entropy`; empty if they can.
 
-    One trial has the hidden size, the other the vocabulary: both at once would take gigabytes. The rows are cut
-    unevenly where the kernels take more than one at a time.
+    One trial has the model's hidden size, the other its vocabulary, since both at once would take gigabytes. Where the
+    kernels process several rows at a time, the number of rows makes chunks of unequal size.
 
     Args:
         tolerance: relative, of the loss and of the gradients' norm
 
     Raises:
-        UserError: the device is lost by it
+        UserError: a trial made the device unusable
     """
     shapes = dict.fromkeys(((hidden_size, min(vocabulary, WORDS)), (min(hidden_size, WIDTH), vocabulary)))
     return next(filter(None, (_why_not(*shape, device, dtype, tolerance) for shape in shapes)), "")
@@ -58,14 +58,14 @@ def _why_not(hidden_size: int, words: int, device: torch.device, dtype: torch.dt
     try:
         found = _with_gradients(liger_cross_entropy, hidden, head, labels)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # errors of kernels are told late
+            torch.cuda.synchronize(device)  # kernels report errors asynchronously
     except ImportError as error:
         if find_spec("liger_kernel") is None:
             return f"{PACKAGE} is not installed here (pip install {PACKAGE})"
         return f"{PACKAGE} cannot be imported here: {error}"
-    except torch.AcceleratorError as error:  # after which this process can do nothing more there
+    except torch.AcceleratorError as error:  # this process cannot use the device any more
         raise UserError(f"{PACKAGE} fails on this device ({error}); run again with backbone.loss=chunked") from error
-    except Exception as error:  # a compiler, a driver, another version of Triton: whatever it is, training goes on
+    except Exception as error:  # of any kind (compiler, driver, another Triton); training goes on
         return f"{PACKAGE} fails here: {type(error).__name__}: {error}"
     expected = _with_gradients(summed_cross_entropy, hidden, head, labels)
     for name, one, other in zip(("loss", "hidden gradient", "head gradient"), found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""torchrun, for the processes of one machine, as train.py starts it: it tells its end in a line, not in a traceback.
+"""torchrun for the processes of one machine, as train.py starts it; reports failures in one line, without traceback.
 
 python -m branchmerge.student.local_processes --standalone --nproc-per-node=8 train.py ...
 """
@@ -15,13 +15,13 @@ from torch.distributed.run import main
 from branchmerge.machine import signal_name
 
 SECONDS_AFTER_DEATH = 30
-"""For the others when a process dies: they mostly wait for it in vain."""
+"""Time for the other processes to end when one has died; most of them wait for it in vain."""
 
 
 def give_time() -> None:
-    """To processes that are told to end: what TORCH_ELASTIC_SHUTDOWN_TIMEOUT says, which torch before 2.12 ignores.
+    """Give processes TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds to end after a signal, which torch before 2.12 ignores.
 
-    Not to those that end because another died, which torch tells no signal for.
+    After the death of a process, the others get only SECONDS_AFTER_DEATH; torch passes no signal in that case.
     """
     usual = PContext.close
 
@@ -35,7 +35,7 @@ def give_time() -> None:
 
 
 def told(failed: ChildFailedError) -> str:
-    """Which process failed first, and how."""
+    """Which process failed first and how, in words."""
     rank, failure = failed.get_first_failure()
     if failure.exitcode >= 0:
         return f"rank {rank} ended with status {failure.exitcode}"
@@ -45,7 +45,7 @@ def told(failed: ChildFailedError) -> str:
 if __name__ == "__main__":
     give_time()
     try:
-        with TemporaryDirectory(prefix="branchmerge-torchrun-") as folder:  # its own would stay
+        with TemporaryDirectory(prefix="branchmerge-torchrun-") as folder:  # torchrun's own folder would stay
             main(["--log-dir", folder, *sys.argv[1:]])
     except SignalException as end:
         sys.exit(128 + end.sigval)

@@ -1,4 +1,4 @@
-"""Training curves: a CSV file always, W&B, TensorBoard or MLflow beside it on request."""
+"""Training curves: always a CSV file; in addition W&B, TensorBoard or MLflow if configured."""
 
 import csv
 import io
@@ -26,17 +26,17 @@ RUN_ID, MLFLOW_RUN_ID = "wandb-run.txt", "mlflow-run.txt"
 WORK = "work.txt"
 KEPT = "metrics.csv.kept"
 TOLD = (METRICS, KEPT, RUN_ID, MLFLOW_RUN_ID, SAMPLES)
-"""What a run that goes on reads"""
+"""Files that a resumed run reads"""
 PAUSE = 300.0
-"""Seconds after which a tracker that failed is tried again"""
+"""Seconds after which a failed tracker is tried again"""
 
 
 @contextmanager
 def loggers_of(config: TrainConfig, folder: Path, first_step: int = 0) -> Iterator[list[Logger]]:
-    """The loggers of a branch, while it trains; the CSV file is `<folder>/metrics.csv`.
+    """The loggers of a branch while it trains; the CSV file is `<folder>/metrics.csv`.
 
     Args:
-        first_step: where this run goes on; what an earlier one told of the steps before stays.
+        first_step: the step at which this run resumes; logs of an earlier run are kept up to there.
     """
     failed = True
     try:
@@ -47,15 +47,15 @@ def loggers_of(config: TrainConfig, folder: Path, first_step: int = 0) -> Iterat
             import wandb
 
             try:
-                wandb.finish(exit_code=int(failed))  # else the next branch of this process would go into the same run
+                wandb.finish(exit_code=int(failed))  # or the next branch in this process would log to the same run
             except Exception as error:
                 ranks.say(f"warning: W&B: {_said(error)}")
 
 
 def claim(folder: Path, work: str) -> None:
-    """Make a folder of logs that of a work; what runs of another told there goes, so that none goes on with it.
+    """Assign a folder of logs to a work: remove logs of another work, so that no run continues them.
 
-    So does what killed runs left half-written (`write_text`).
+    Also removes what killed runs left half-written (`write_text`).
     """
     for left in folder.glob(".*.partial-*"):
         left.unlink(missing_ok=True)
@@ -74,7 +74,7 @@ def _make(config: TrainConfig, folder: Path, first_step: int) -> list[Logger]:
         return [curve]
     try:
         tracker = make(config, folder, first_step)
-        _ = tracker.experiment  # type: ignore[attr-defined]  # which begins it, so that what is wrong with it is seen
+        _ = tracker.experiment  # type: ignore[attr-defined]  # starts it, so that its errors show now
     except Exception as error:
         if not first_step:
             raise UserError(f"logger={kind}: cannot be begun ({_said(error)}); mend that, or leave it out") from error
@@ -84,9 +84,10 @@ def _make(config: TrainConfig, folder: Path, first_step: int) -> list[Logger]:
 
 
 def _curve(folder: Path, first_step: int) -> CSVLogger:
-    """The CSV file, with its rows of the steps before.
+    """The logger of the CSV file, with its rows of earlier steps.
 
-    Lightning's writer begins by removing the file, so they lie beside it meanwhile: a kill at any moment loses none.
+    Lightning's writer starts by removing the file, so the rows are kept beside it until then: a kill at any moment
+    loses none.
     """
     path, kept = folder / METRICS, folder / KEPT
     rows = _rows_before(kept if kept.is_file() else path, first_step)
@@ -94,7 +95,7 @@ def _curve(folder: Path, first_step: int) -> CSVLogger:
     _write_rows(kept, columns, rows)
     curve = _Curve(folder, name="", version="", flush_logs_every_n_steps=1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory")  # other logs lie there too, and stay
+        warnings.filterwarnings("ignore", "Experiment logs directory")  # warns of other logs there, which are intended
         writer = curve.experiment
     if rows:
         writer.metrics_keys = columns
@@ -105,7 +106,7 @@ def _curve(folder: Path, first_step: int) -> CSVLogger:
 
 
 class _Curve(CSVLogger):
-    """A full disk does not end a training: the rows wait in memory until there is room."""
+    """A CSV logger whose rows wait in memory while the disk is full, so that the training continues."""
 
     _told = False
 
@@ -118,17 +119,17 @@ class _Curve(CSVLogger):
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
-            with suppress(OSError):  # as where nothing can be changed any more
+            with suppress(OSError):  # the disk may be read-only by now
                 if size is None:
-                    path.unlink()  # to an empty file Lightning's writer would add rows without their header
+                    path.unlink()  # Lightning's writer would append rows to an empty file without a header
                 else:
-                    os.truncate(path, size)  # no half of a row
+                    os.truncate(path, size)  # removes a partial row
             if not self._told:
                 ranks.say(f"warning: {path}: cannot be written ({error.strerror}); training goes on")
             self._told = True
 
     def _make_columns(self, path: Path) -> None:
-        """For new metrics; Lightning's writer would empty the file for that, and a kill then would lose it."""
+        """Add columns for new metrics; Lightning's writer would empty the file first, and a kill then would lose it."""
         writer = self.experiment
         columns = sorted({*writer.metrics_keys, *(name for row in writer.metrics for name in row)})
         if path.is_file() and columns != writer.metrics_keys:
@@ -139,7 +140,7 @@ class _Curve(CSVLogger):
 
 
 def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
-    """Whole or not at all."""
+    """Write the CSV file, completely or not at all."""
     said = io.StringIO()
     table = csv.DictWriter(said, columns)
     table.writeheader()
@@ -148,7 +149,7 @@ def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, str
 
 
 def _lenient(logger: Logger) -> Logger:
-    """A tracker that fails, as its server is away or its disk full, ends no training: the CSV file has the curve."""
+    """Make a tracker's failures (server unreachable, disk full) not end the training; the CSV file has the curve."""
     failed_at = -math.inf
 
     def guarded(name: str, call: Callable[..., None]) -> Callable[..., None]:
@@ -158,7 +159,7 @@ def _lenient(logger: Logger) -> Logger:
                 return
             try:
                 call(*given, **named)
-            except Exception as error:  # of whatever library
+            except Exception as error:  # from any library
                 if failed_at == -math.inf:
                     ranks.say(
                         f"warning: {type(logger).__name__}: {_said(error)}; training goes on, with rows left out there"
@@ -178,13 +179,13 @@ def _said(error: Exception) -> str:
 
 
 def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
-    """Of a curve; a line that was cut off is left out, and a damaged curve begins anew."""
+    """Rows of a CSV file before a step; without a truncated last line, and none if the file is damaged."""
     if not path.is_file():
         return []
     try:
         whole = path.read_text()
         rows = csv.DictReader(whole[: whole.rfind("\n") + 1].splitlines())
-        # Validation has rows of its own, which leave the columns of training empty, and the other way round.
+        # Validation has separate rows, in which the columns of training are empty, and vice versa.
         kept = [{name: value for name, value in row.items() if value} for row in rows]
         return [row for row in kept if _step_of(row) < step]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
@@ -193,14 +194,14 @@ def _rows_before(path: Path, step: int) -> list[dict[str, str]]:
 
 
 def _step_of(row: dict[str, str]) -> float:
-    """Raises ValueError where it is no row of numbers."""
+    """The step of a row; raises ValueError if a value is not a number."""
     return {name: float(value) for name, value in row.items()}["step"]
 
 
 def _wandb(config: TrainConfig, folder: Path, first_step: int) -> Logger:
-    """W&B, offline without a key, so that it never asks, and where it cannot be reached.
+    """W&B; offline without a key, so that it never prompts, and if its server cannot be reached.
 
-    `wandb sync` uploads an offline run later. A training that goes on does so in the same run.
+    `wandb sync` uploads an offline run later. A resumed training continues the same run.
     """
     from wandb.errors import Error as WandbError
 
@@ -208,20 +209,20 @@ def _wandb(config: TrainConfig, folder: Path, first_step: int) -> Logger:
     run = kept.read_text() if first_step and kept.is_file() else secrets.token_hex(4)
     write_text(kept, run)
     if not os.environ.get("WANDB_MODE", "offline"):
-        del os.environ["WANDB_MODE"]  # W&B takes no empty one
+        del os.environ["WANDB_MODE"]  # W&B does not accept an empty value
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
     try:
         return _wandb_run(config, folder, run, mode)
     except WandbError as error:
         said = " ".join(str(error).split())
         ranks.say(f"warning: W&B: {said}; the curve is kept in {folder}/wandb, for wandb sync to upload later")
-        run = secrets.token_hex(4)  # the other one is taken by what failed
+        run = secrets.token_hex(4)  # the failed run has taken the other id
         write_text(kept, run)
         return _wandb_run(config, folder, run, "offline")
 
 
 def _wandb_run(config: TrainConfig, folder: Path, run: str, mode: str) -> Logger:
-    """Begun at once, so that what is wrong with it is seen."""
+    """A W&B logger, started at once so that its errors show now."""
     from lightning.pytorch.loggers import WandbLogger
 
     logger = WandbLogger(
@@ -230,9 +231,9 @@ def _wandb_run(config: TrainConfig, folder: Path, run: str, mode: str) -> Logger
         name=f"{config.study.name}-{config.domain.name}",
         version=run,
         save_dir=folder,
-        mode=mode,  # and no `offline=`, which Lightning puts into the environment for all that comes after
+        mode=mode,  # not `offline=`, which Lightning would set in the environment for all later runs
     )
-    _ = logger.experiment  # which begins it
+    _ = logger.experiment  # starts it
     return logger
 
 
@@ -247,16 +248,16 @@ def _has_wandb_key() -> bool:
 
 
 def _tensorboard(_: TrainConfig, folder: Path, first_step: int) -> Logger:
-    """TensorBoard, which shows nothing of what earlier runs told from `purge_step` on."""
+    """TensorBoard, which hides values of earlier runs from `purge_step` on."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
     return TensorBoardLogger(folder, name="", version="tensorboard", purge_step=first_step)
 
 
 def _mlflow(config: TrainConfig, folder: Path, first_step: int) -> Logger:
-    """MLflow: to a server if one is named, else into `<folder>/mlflow.db`, which `mlflow ui` reads.
+    """MLflow: to a server if one is configured, else into `<folder>/mlflow.db`, which `mlflow ui` reads.
 
-    A training that goes on does so in the same run.
+    A resumed training continues the same run.
     """
     from lightning.pytorch.loggers import MLFlowLogger
 

@@ -1,4 +1,4 @@
-"""AdamW and the learning rate over the steps."""
+"""AdamW and the schedule of the learning rate."""
 
 import math
 from typing import Any
@@ -11,10 +11,10 @@ from branchmerge.config import OptimConfig
 
 
 def lr_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
-    """Learning rate of a step (counted from 0) as a share of the peak.
+    """Learning rate of a step (counted from 0) as a fraction of the peak.
 
-    Linear from 1/w to 1 over the w = ceil(warmup_ratio * total_steps) first steps, then constant, or half a cosine
-    that reaches 0 just after the last step.
+    Linear from 1/w to 1 over the first w = ceil(warmup_ratio * total_steps) steps, then constant, or half a cosine that
+    reaches 0 just after the last step.
     """
     warmup = math.ceil(warmup_ratio * total_steps)
     if step < warmup:
@@ -39,8 +39,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig, total_steps: int) -> t
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
-    """Fused: one pass over the weights instead of one a term; several times as fast on CPUs too
-    (benchmarks/fused_adamw.py). With moments in 8 bits: torchao's.
+    """torch's fused AdamW, or torchao's with moments in 8 bits.
+
+    Fused is one pass over the weights instead of one per term, several times as fast, on CPUs too
+    (benchmarks/fused_adamw.py).
     """
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.betas[0], config.betas[1]), "eps": config.eps}
     if config.optimizer == "adamw":

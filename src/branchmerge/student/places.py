@@ -1,4 +1,4 @@
-"""Where the files of a branch lie."""
+"""Locations of the files of a branch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from branchmerge.study import Study, place
 
 
 def result(config: TrainConfig) -> Path:
-    """The expert, or the backbone that a study makes itself."""
+    """Folder of the expert, or of the backbone that the study's warm-up makes."""
     if config.out is not None:
         return place(config.out)
     study = Study(config)
@@ -21,21 +21,21 @@ def result(config: TrainConfig) -> Path:
 
 
 def logs(config: TrainConfig) -> Path:
-    """Training curves."""
+    """Folder of the training curves."""
     if config.out is not None:
         return _beside(config.out, "logs")
     return Study(config).logs("train", config.domain.name)
 
 
 def checkpoints(config: TrainConfig) -> Path:
-    """Checkpoints while it is in training."""
+    """Folder of the checkpoints of a branch in training."""
     if config.out is not None:
         return _beside(config.out, "checkpoints")
     return Study(config).checkpoints
 
 
 def check_members(members: Sequence[DictConfig]) -> None:
-    """Refuse a multirun in which two branches would make the same result: that of the second would be told late."""
+    """Refuse a multirun in which two branches would write the same result; otherwise the second would fail late."""
     made: dict[Path, list[str]] = {}
     for member in members:
         branch: Any = member  # composed, not yet typed
@@ -43,7 +43,7 @@ def check_members(members: Sequence[DictConfig]) -> None:
             if "domain" not in branch or branch.plan or branch.redo:
                 continue
             folder = result(branch)
-        except OmegaConfBaseException:  # what it lacks is told when its turn comes
+        except OmegaConfBaseException:  # missing values are reported when this member is run
             continue
         said = [str(override) for override in branch.hydra.overrides.task]
         if folder in made:

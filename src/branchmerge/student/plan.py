@@ -250,7 +250,7 @@ def _changes(
 
 
 def _launch(config: TrainConfig, world: int) -> str:
-    """Options for `world` devices; not trainer=fsdp, which would replace the trainer group that is set, accelerator too."""
+    """Options for `world` devices; not trainer=fsdp, which may replace another group and its trainer.accelerator."""
     a_node = config.trainer.devices or GPUS_OF_A_NODE
     if world % a_node:
         a_node = GPUS_OF_A_NODE if world % GPUS_OF_A_NODE == 0 else world

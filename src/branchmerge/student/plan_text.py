@@ -1,4 +1,4 @@
-"""A plan in words and tables."""
+"""Format a plan as text and tables."""
 
 import io
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ WIDTH = 200
 
 
 def told(plan: Plan) -> str:
-    """All of it; the tables are Markdown."""
+    """The plan as text, with tables in Markdown."""
     config, asked = plan.config, plan.asked
     card = config.planning
     verdict = "fits" if asked.fits else "DOES NOT FIT"

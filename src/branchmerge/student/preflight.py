@@ -1,4 +1,4 @@
-"""What is wrong with a branch, found before its processes are started or minutes go into its backbone."""
+"""Check a branch before its processes are started, or minutes are spent on its backbone."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from branchmerge.trajectories.sources import read_branch
 
 
 def check_branch(config: TrainConfig) -> None:
-    """Raise the UserErrors of a branch that show without its backbone; reads all its rows."""
+    """Raise UserError for mistakes that can be found without the backbone's weights; reads all rows of the branch."""
     check_packages(config)
     folder = places.result(config)
     with writing(folder):
@@ -24,6 +24,6 @@ def check_branch(config: TrainConfig) -> None:
 
 
 def check_shape(config: TrainConfig, shape: dict[str, Any]) -> None:
-    """Refuse a model that cannot train so, by its config.json."""
+    """Refuse a model whose config.json does not fit the settings of the training."""
     backbone.check_heads(shape, config.trainer.context_parallel)
     backbone.check_rows(shape, config.data.seq_len)

@@ -1,4 +1,4 @@
-"""How far a branch is: a bar in a terminal, a line now and then in a log."""
+"""Progress of a branch: a bar in a terminal, a line at intervals in a log."""
 
 import time
 from contextlib import suppress
@@ -20,14 +20,14 @@ INTERVAL = 30.0
 
 
 class _Screen(Console):
-    """A reader that has gone ends no training."""
+    """A console whose closed pipe does not end the training."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 class StepProgress(BetweenSteps):
-    """Tells optimizer steps, loss, tokens/s and time left; on CUDA also memory and MFU. The first process tells."""
+    """Prints optimizer steps, loss, tokens/s and time left, on CUDA also memory and MFU; in the first process only."""
 
     def __init__(self, name: str, console: Console | None = None, interval: float = INTERVAL) -> None:
         self.name = name
@@ -41,7 +41,7 @@ class StepProgress(BetweenSteps):
         self._first, self._began, self._told = trainer.global_step, time.monotonic(), 0.0
         self._shapes = Shapes.of(module.model) if module.device.type == "cuda" else None
         if module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(module.device)  # of a branch before it in this process
+            torch.cuda.reset_peak_memory_stats(module.device)  # perhaps of an earlier branch in this process
         if ranks.is_first() and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[said]}"),
@@ -71,7 +71,7 @@ class StepProgress(BetweenSteps):
         now = time.monotonic()
         if step in (self._first + 1, module.total_steps) or now - self._told >= self.interval:
             self._told = now
-            with suppress(OSError):  # as of a full disk
+            with suppress(OSError):  # such as a full disk
                 self.console.print(f"{self.name}: {said}", highlight=False, markup=False)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -99,6 +99,6 @@ class StepProgress(BetweenSteps):
 
 
 def utilisation(flops_per_second: float, card: str) -> str:
-    """Share of the card's bfloat16 peak; n/a where the model or the card is not known."""
+    """Percentage of the card's bfloat16 peak; n/a if FLOPs of the model or the peak of the card are not known."""
     peak = peak_of(card)
     return f"{flops_per_second / peak:.0%}" if peak and flops_per_second else "n/a"

@@ -1,4 +1,4 @@
-"""What the student answers while it trains: one prompt, greedily, every so many steps, into samples.jsonl."""
+"""Samples of the student during training: its greedy answers to one prompt, at regular steps, in samples.jsonl."""
 
 import json
 import math
@@ -30,7 +30,7 @@ SAMPLES = "samples.jsonl"
 class Samples(BetweenSteps):
     """Writes {"step", "id", "text"} lines: before the first step, every `every` steps, and after the last one.
 
-    A run that goes on from a checkpoint keeps the lines of the steps before.
+    A run that resumes from a checkpoint keeps the lines of earlier steps.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Samples(BetweenSteps):
     ) -> None:
         """
         Args:
-            document: the one whose prompt is answered.
-            tokens: of the longest answer.
+            document: its prompt is answered.
+            tokens: length limit of an answer.
         """
         self.tokenizer = tokenizer
         self.document = document
@@ -70,7 +70,7 @@ class Samples(BetweenSteps):
         self._add({"step": step, "id": self.document.id, "text": self.tokenizer.decode(answer)})
 
     def _add(self, row: dict[str, Any]) -> None:
-        """A line, whole or not at all: the next one would be added to half of it, and lost with it."""
+        """Append a line completely or not at all: the next one would be appended to a partial one, and lost with it."""
         size = self.path.stat().st_size if self.path.is_file() else 0
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -78,21 +78,21 @@ class Samples(BetweenSteps):
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
-            with suppress(OSError):  # as where nothing can be changed any more
+            with suppress(OSError):  # the disk may be read-only by now
                 os.truncate(self.path, size)
             ranks.say(f"warning: {self.path}: cannot be written ({error.strerror}); training goes on")
 
     def _lines_before(self, step: int) -> list[str]:
-        """Of an earlier run; a line that was cut off or damaged is left out."""
+        """Lines of an earlier run before a step, without truncated or damaged ones."""
         if not step or not self.path.is_file():
             return []
-        # Not by splitlines, which knows more ends of lines than JSON's.
+        # Not splitlines(), which also splits at characters that may occur within a line of JSON.
         *lines, _ = self.path.read_bytes().split(b"\n")
         return [line.decode() + "\n" for line in lines if _step_of(line) < step]
 
 
 def _step_of(line: bytes) -> float:
-    """Infinite where it is no sample."""
+    """The step of a line; infinite if it is not a sample."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -100,11 +100,10 @@ def _step_of(line: bytes) -> float:
 
 
 def greedy(student: Student, document: Document, longest: int, end: int, check: Callable[[], None]) -> list[int]:
-    """The likeliest token after a document's prompt, and so on; computed as in training, without a cache.
+    """Greedy decoding after a document's prompt, with the forward pass of training, without a cache.
 
-    `check` is called before each token.
-
-    All processes of a sharded student do this together, and take the first one's tokens.
+    `check` is called before each token. All processes of a sharded student call this together, and use the first one's
+    tokens.
     """
     prompt = document.tokens[: document.prompt_len].tolist()
     answer: list[int] = []

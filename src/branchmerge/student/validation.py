@@ -1,4 +1,4 @@
-"""The loss on held-out trajectories of every domain, so that what a branch forgets is seen while it trains."""
+"""Validation loss on held-out trajectories of every domain, which shows what a branch forgets while it trains."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +22,10 @@ Rows = list[list[Document]]
 
 
 class Validation(BetweenSteps):
-    """Logs `val_loss/<part>`: the mean over the learned tokens of a part's held-out trajectories.
+    """Logs `val_loss/<part>`: the mean loss over the learned tokens of a part's held-out trajectories.
 
-    Before the first step, every so many steps, and after the last one. A value at step n is of the weights after n
-    steps.
+    Runs before the first step, every `every` steps, and after the last one. A value at step n is that of the weights
+    after n steps.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class Validation(BetweenSteps):
 
 
 def packed(documents: Sequence[Document], capacity: int) -> Rows:
-    """Always the same rows for the same documents."""
+    """The documents in packed rows; the same documents always give the same rows."""
     rows = pack([len(document) for document in documents], capacity, random.Random(0))
     return [[documents[number] for number in row] for row in rows]
 
 
 def mean_loss(student: Student, rows: Rows, check: Callable[[], None]) -> float:
-    """Over all learned tokens of the rows, which are dealt out to all processes; `check` is called before each row."""
+    """Mean loss over all learned tokens of the rows, which the processes share; `check` is called before each row."""
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     in_work: list[str] = []
     with naming(in_work):
         for batch in share(rows, *rows_of(student.packed.context)):
             check()
-            # A GPU's errors come late: of which row is not known.
+            # A GPU reports errors asynchronously, so any row so far may be the cause.
             in_work[:] = batch.ids if student.device.type == "cpu" else [*in_work, *batch.ids]
             total += student.packed(batch.to(student.device)).double()
         own = float(total)
@@ -70,7 +70,7 @@ def mean_loss(student: Student, rows: Rows, check: Callable[[], None]) -> float:
 
 
 def share(rows: Rows, rank: int, world: int) -> list[Batch]:
-    """One process's rows; all get as many, the last ones idle rows: a sharded forward pass takes all of them."""
+    """One process's rows. All processes get the same number, with idle rows at the end: a forward pass needs all."""
     places = range(rank, -(-len(rows) // world) * world, world)
     return [
         _made(rows[place], make_batch) if place < len(rows) else _made(rows[0], make_idle_batch) for place in places

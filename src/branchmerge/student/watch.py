@@ -1,4 +1,4 @@
-"""Everything that is seen of a branch while it trains, as callbacks of its Trainer."""
+"""The callbacks that show how a branch trains: validation, samples and progress."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ def watchers(config: TrainConfig, corpus: Corpus, start: Path, logs: Path, endin
 
     Args:
         start: the checkpoint that the branch starts from, for its tokenizer.
-        ending: cuts short what is done between steps.
+        ending: interrupts work between steps when a signal to end comes.
     """
     trainer = config.trainer
     found: list[Callback] = []
@@ -36,6 +36,6 @@ def watchers(config: TrainConfig, corpus: Corpus, start: Path, logs: Path, endin
 
 
 def _sampled(corpus: Corpus) -> Document:
-    """A held-out document of the branch's own data, or the first that it trains on."""
+    """The first held-out document of the branch's own data, else the first document that it trains on."""
     own = [document for part in corpus.account["sources"] for document in corpus.held_out.get(part, [])]
     return (own or corpus.documents)[0]
