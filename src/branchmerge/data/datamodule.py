@@ -108,25 +108,25 @@ class TrajectoryData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         steps = self.corpus.plan.steps[self.first_step :]
         rows = PackedRows(self.corpus.documents, steps, self.rank, self.world)
-        init, workers, pinned = _heed_its_process_alone, self.workers, self.pinned
+        init, workers, pinned = _ignore_signals_but_parents, self.workers, self.pinned
         return DataLoader(rows, batch_size=None, num_workers=workers, worker_init_fn=init, pin_memory=pinned)
 
 
-def _heed_its_process_alone(_: int) -> None:
-    """Make a worker ignore all signals to end but its own process's.
+def _ignore_signals_but_parents(_: int) -> None:
+    """Make a DataLoader worker ignore all signals to end but those of its parent process.
 
-    A terminal and Slurm signal both, but the process may need more rows before it saves. Its own SIGTERM must count:
+    A terminal and Slurm signal both, but the parent may need more rows before it saves. Its own SIGTERM must count:
     Python sends it at exit to workers that an error has left running, and waits for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    its_process = multiprocessing.parent_process()
-    assert its_process is not None
-    Thread(target=_end_when_told_by, args=(its_process.pid,), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    Thread(target=_exit_on_sigterm_of, args=(parent.pid,), daemon=True).start()
 
 
-def _end_when_told_by(process: int | None) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+def _exit_on_sigterm_of(parent: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 

@@ -139,20 +139,20 @@ def by_first(work: Callable[[], T]) -> T:
     """Call `work` in the first process; all processes return its result, or raise its error."""
     if world() == 1:
         return work()
-    told: list[Any] = [None, None]
+    answer: list[Any] = [None, None]
     own: Exception | None = None
     if is_first():
         try:
-            told[0] = work()
+            answer[0] = work()
         except Exception as error:
             own = error
-            told[1] = _sendable(error)
-    dist.broadcast_object_list(told, group=_patient)
+            answer[1] = _sendable(error)
+    dist.broadcast_object_list(answer, group=_patient)
     if own is not None:
         raise own
-    if told[1] is not None:
-        raise told[1]
-    result: T = told[0]
+    if answer[1] is not None:
+        raise answer[1]
+    result: T = answer[0]
     return result
 
 

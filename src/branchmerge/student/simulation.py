@@ -66,8 +66,8 @@ def simulate(setting: Setting, whole: bool = False) -> Memory:
         spans, shares = _spans(setting, model)
     else:
         few, more = (_spans(setting, _model(setting, count)) for count in (FEW, MORE))
-        spans = [_reckon(a, b, depth) for a, b in zip(few[0], more[0], strict=True)]
-        shares = _reckon(few[1], more[1], depth)
+        spans = [_extrapolate(a, b, depth) for a, b in zip(few[0], more[0], strict=True)]
+        shares = _extrapolate(few[1], more[1], depth)
     elsewhere = SHARES if setting.cpu_offload else ()
     here = [{kind: span.get(kind, 0) for kind in KINDS if kind not in elsewhere} for span in spans]
     most = max(here, key=lambda span: sum(span.values()))
@@ -80,7 +80,7 @@ def simulate(setting: Setting, whole: bool = False) -> Memory:
     )
 
 
-def _reckon(few: Span, more: Span, depth: int) -> Span:
+def _extrapolate(few: Span, more: Span, depth: int) -> Span:
     """Extrapolate linearly from FEW and MORE layers to `depth`."""
     kinds = sorted({*few, *more})
     steps = (depth - FEW) / (MORE - FEW)

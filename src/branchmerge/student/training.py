@@ -101,7 +101,7 @@ def train(config: TrainConfig) -> Path:
             ranks.by_first(lambda: saved.tell_if_small(bytes_of_training(config) * numbers_in(start)))
         corpus = prepared(config, start, saved.folder / "corpus", ranks.by_first(saved.has_some), planned.data)
         saved.rows = corpus.fingerprint
-        _tell(corpus)
+        _report_rows(corpus)
         ending = stack.enter_context(Ending())
         with publish(folder, planned) if ranks.is_first() else _helping(folder) as partial:
             student, facts = _fit(config, start, device, precision, attn, corpus, saved, ending)
@@ -283,7 +283,7 @@ def _devices(config: TrainConfig, device: torch.device, precision: str) -> dict[
     }  # fmt: skip
 
 
-def _tell(corpus: Corpus) -> None:
+def _report_rows(corpus: Corpus) -> None:
     """Print how many rows were kept and dropped, before the long work starts."""
     for name, entry in corpus.account["sources"].items():
         dropped = ", ".join(f"{count} {reason}" for reason, count in entry["dropped"].items()) or "none"

@@ -73,15 +73,15 @@ def check_masks(packed: PackedLoss, device: torch.device) -> None:
     for embeddings). Such a model would train without an error, but with another attention than its own.
     """
     config = packed.model.config.get_text_config()
-    with _what_attention_is_told(config._attn_implementation) as told, torch.compiler.set_stance("force_eager"):
+    with _calls_of_attention(config._attn_implementation) as calls, torch.compiler.set_stance("force_eager"):
         packed.compute(_hidden, _row(packed, device, 1))
     name = type(packed.model).__name__
-    if not all(is_causal for is_causal, _ in told):
+    if not all(is_causal for is_causal, _ in calls):
         raise UserError(f"{name}: its tokens see the ones after them, which packed rows hide; take a causal model")
     window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     limited = window is not None and "sliding_attention" in kinds and (longest is None or window < longest)
-    if limited and all(window is None for _, window in told):
+    if limited and all(window is None for _, window in calls):
         raise UserError(
             f"{name}: looks back over a window of {window} tokens that its layers do not tell their attention, so it"
             " would train on packed rows without one; take another kind of model"
@@ -248,18 +248,18 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _what_attention_is_told(implementation: str) -> Iterator[list[tuple[bool, int | None]]]:
+def _calls_of_attention(implementation: str) -> Iterator[list[tuple[bool, int | None]]]:
     """Inside, records each call of an attention: whether it is causal, and its window."""
     attend = AttentionInterface()[implementation]
-    told: list[tuple[bool, int | None]] = []
+    calls: list[tuple[bool, int | None]] = []
 
-    def listening(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        told.append((getattr(module, "is_causal", True), kwargs.get("sliding_window")))
+    def recording(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append((getattr(module, "is_causal", True), kwargs.get("sliding_window")))
         return attend(module, *args, **kwargs)
 
-    AttentionInterface.register(implementation, listening)
+    AttentionInterface.register(implementation, recording)
     try:
-        yield told
+        yield calls
     finally:
         AttentionInterface.register(implementation, attend)
 
