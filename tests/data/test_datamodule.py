@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from branchmerge.config import (
     BackboneConfig,
+    BudgetConfig,
     DataConfig,
     DomainConfig,
     OptimConfig,
@@ -95,6 +96,15 @@ def test_a_part_has_all_sources_of_its_name(tmp_path: Path, tokenizer: PreTraine
     config.domain.parts, config.domain.name = ["code"], "code"
     config.study.corpus["code"] = SourceConfig(path="code.jsonl")
     assert list(other_sources(config)) == ["math", "math-more"]
+
+
+def test_a_domain_is_no_source_of_another_one_whose_name_it_begins_with(tmp_path: Path) -> None:
+    config = train_config(tmp_path, [right(1)])
+    config.study.corpus["math-hard"] = SourceConfig(path="hard.jsonl")
+    config.study.budget = {"math": BudgetConfig(), "math-hard": BudgetConfig()}
+    assert list(of_branch(config)) == ["math"]
+    config.domain.parts = ["math", "math-hard"]
+    assert list(of_branch(config)) == ["math", "math-hard"]
 
 
 def test_data_path_replaces_the_corpus(tmp_path: Path) -> None:

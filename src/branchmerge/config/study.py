@@ -75,7 +75,8 @@ class StudyConfig:
     export_dtype: str = field(default="bfloat16", metadata=choice("float32", "bfloat16"))
     """Dtype of the exported weights."""
     corpus: dict[str, SourceConfig] = MISSING
-    """Raw rows by part name. A part may have several sources, read together: `science` and `science-<any name>`."""
+    """Raw rows by part name. A part may have several sources, read together: `science` and `science-<any name>`, unless
+    `budget` has that name, which makes it a domain."""
     budget: dict[str, BudgetConfig] = MISSING
     """Budget by domain name."""
     expected: dict[str, ExpectedConfig] = field(default_factory=dict)

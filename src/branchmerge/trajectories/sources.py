@@ -174,12 +174,16 @@ def of_branch(config: TrainConfig) -> dict[str, SourceConfig]:
 
 
 def of_parts(config: TrainConfig, parts: Sequence[str]) -> dict[str, SourceConfig]:
-    """The sources of parts of the study's corpus by name; of `science`, `science` and `science-...`."""
+    """The sources of parts of the study's corpus by name; of `science`, `science` and `science-...`.
+
+    A name with a budget of its own is a domain, whatever it begins with.
+    """
+    corpus, domains = config.study.corpus, config.study.budget
     return {
         name: at_most(source, config.data.limit)
         for part in parts
-        for name, source in config.study.corpus.items()
-        if name == part or name.startswith(f"{part}-")
+        for name, source in corpus.items()
+        if name == part or (name.startswith(f"{part}-") and name not in domains)
     }
 
 
