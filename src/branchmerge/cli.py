@@ -212,9 +212,12 @@ def one_line(error: BaseException) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         group = group.removeprefix("file://")
         return f"{group}={name}: there is no conf/{group}/{name}.yaml; choose one of {', '.join(sorted(error.options))}"
-    if isinstance(root, ConfigKeyError | ConfigAttributeError) and is_dataclass(root.object_type):
+    if isinstance(root, ConfigKeyError | ConfigAttributeError):
         prefix, _, name = str(root.full_key).rpartition(".")
-        return no_such_key(prefix and f"{prefix}.", name, [item.name for item in fields(root.object_type)])
+        if is_dataclass(root.object_type):
+            return no_such_key(prefix and f"{prefix}.", name, [item.name for item in fields(root.object_type)])
+        if prefix == "operator":  # conf/operator/ has all parameters
+            return no_such_key("operator.", name, [str(key) for key in root.parent_node or ()])
     said = " ".join(str(error).split())
     cause = " ".join(str(root).split() if root is error else str(root).partition("\n")[0].split())
     return said if cause in said else f"{said} ({cause})"

@@ -180,6 +180,12 @@ def test_a_slip_is_told_without_a_way_that_leads_nowhere(override: str, said: st
     assert one_line(caught.value) == said
 
 
+def test_a_slip_in_a_parameter_of_an_operator_is_told_so_too() -> None:
+    with pytest.raises(ConfigCompositionException) as caught:
+        composed("merge", "operator=ties", "operator.densty=0.3")
+    assert one_line(caught.value) == "operator.densty: there is no such key; did you mean operator.density?"
+
+
 @pytest.mark.parametrize("override", ["benchmark.tasks=[]", "models=[]"])
 def test_nothing_to_score_is_refused(override: str) -> None:
     with pytest.raises(UserError, match=r"=\[\]: is empty"):
