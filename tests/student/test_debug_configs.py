@@ -107,7 +107,27 @@ def test_mlflow_has_one_run_for_a_branch_that_goes_on(
     runs = [run.info.run_id for run in client.search_runs([experiment.experiment_id], order_by=["start_time"])]
     steps = [[point.step for point in client.get_metric_history(run, "loss")] for run in runs]
     assert steps == [[0, 2], [0]]
-    assert (tmp_path / MLFLOW_RUN_ID).read_text() == runs[1]
+    assert (tmp_path / MLFLOW_RUN_ID).read_text() == f"{runs[1]} "
+
+
+@pytest.mark.skipif(not HAS_MLFLOW, reason="needs mlflow")
+def test_a_branch_that_goes_on_at_another_mlflow_server_has_a_run_there(tiny_student: Path, tmp_path: Path) -> None:
+    """No server knows the runs of another one."""
+    from mlflow.tracking import MlflowClient
+
+    servers = [f"sqlite:///{tmp_path}/{name}.db" for name in ("one", "two")]
+    for first_step, server in [(0, servers[0]), (2, servers[1]), (3, servers[1])]:
+        settings = branch(tiny_student, tmp_path, "domain=math", "logger=mlflow", f"logger.tracking_uri={server}")
+        with loggers_of(settings, tmp_path / "logs", first_step) as (_, tracker):
+            tracker.log_metrics({"loss": 1.0}, first_step)
+            tracker.finalize("success")
+    found = []
+    for client in map(MlflowClient, servers):
+        experiment = client.get_experiment_by_name(settings.study.name)
+        assert experiment is not None
+        (run,) = client.search_runs([experiment.experiment_id])
+        found.append([point.step for point in client.get_metric_history(run.info.run_id, "loss")])
+    assert found == [[0], [2, 3]]
 
 
 def test_the_demo_composes_with_both(tmp_path: Path) -> None:

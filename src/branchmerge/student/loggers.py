@@ -257,19 +257,20 @@ def _tensorboard(_: TrainConfig, folder: Path, first_step: int) -> Logger:
 def _mlflow(config: TrainConfig, folder: Path, first_step: int) -> Logger:
     """MLflow: to a server if one is configured, else into `<folder>/mlflow.db`, which `mlflow ui` reads.
 
-    A resumed training continues the same run.
+    A training that goes on does so in the same run, if it goes on at the same server.
     """
     from lightning.pytorch.loggers import MLFlowLogger
 
     folder.mkdir(parents=True, exist_ok=True)
-    server = config.logger.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    server = config.logger.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
     kept = folder / MLFLOW_RUN_ID
+    run, _, place = kept.read_text().partition(" ") if first_step and kept.is_file() else ("", "", "")
     logger = MLFlowLogger(
         config.study.name,
         run_name=config.domain.name,
         tracking_uri=server or f"sqlite:///{folder}/mlflow.db",
         artifact_location=None if server else str(folder / "mlflow"),
-        run_id=kept.read_text() if first_step and kept.is_file() else None,
+        run_id=run if run and place == server else None,
     )
-    write_text(kept, str(logger.run_id))  # asking for it begins the run
+    write_text(kept, f"{logger.run_id} {server}")  # asking for it begins the run
     return logger
