@@ -79,6 +79,11 @@ def test_a_link_means_the_folder_that_it_leads_to(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_its_lock() -> None:
+    with pytest.raises(UserError, match="/proc/x: cannot write y there"), locked(Path("/proc/x/y")):
+        pass
+
+
 def test_a_mount_point_is_refused() -> None:
     with pytest.raises(UserError, match="/proc: is a mount point"):
         is_done(Path("/proc"), manifest(), overwrite=False)

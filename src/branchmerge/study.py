@@ -235,8 +235,8 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     """
     lock = FileLock(folder.parent / f".{folder.name}.lock")
     with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             Path(lock.lock_file).touch()  # where no file can be, as in /proc, the lock would wait for ever
         except FileNotFoundError as error:
             raise unwritable(folder, error) from error

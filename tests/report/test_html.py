@@ -12,7 +12,7 @@ from branchmerge import config
 from branchmerge.config_checks import typed
 from branchmerge.errors import UserError
 from branchmerge.evaluation.store import Score, signed, write
-from branchmerge.report import write_report
+from branchmerge.report import report_folder, write_report
 
 KEY: dict[str, Any] = {"sandbox": None, "packages": {}, "sampling": {}, "weights_sha256": "ab12"}
 SAMPLES = [{"id": "q", "messages": [], "response": "204", "accuracy": 1.0, "reason": "", "truncated": 0.0}]
@@ -37,6 +37,11 @@ def fill(path: Path, room: int) -> None:
 
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_report_where_no_folder_can_be_made_is_told_in_a_line() -> None:
+    with pytest.raises(UserError, match="/proc: cannot write x there"):
+        report_folder(config.EvaluateConfig(out="/proc/x"))
 
 
 @pytest.mark.parametrize("room", [0, 8192, 32768])

@@ -11,7 +11,7 @@ from branchmerge.config import EvaluateConfig
 from branchmerge.evaluation import backends, comparison
 from branchmerge.evaluation.comparison import Comparison
 from branchmerge.evaluation.store import Score
-from branchmerge.files import write_text, writing
+from branchmerge.files import unwritable, write_text, writing
 from branchmerge.report import figures, samples, tables
 from branchmerge.study import Study
 
@@ -39,7 +39,10 @@ def report_folder(config: EvaluateConfig) -> Path:
     """
     folder = Path(config.out).expanduser() if config.out is not None else Study(config).report
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # as in /proc, which takes no folders
+            raise unwritable(folder, error) from error
     return folder
 
 
