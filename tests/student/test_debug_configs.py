@@ -107,7 +107,7 @@ def test_mlflow_has_one_run_for_a_branch_that_goes_on(
     runs = [run.info.run_id for run in client.search_runs([experiment.experiment_id], order_by=["start_time"])]
     steps = [[point.step for point in client.get_metric_history(run, "loss")] for run in runs]
     assert steps == [[0, 2], [0]]
-    assert (tmp_path / MLFLOW_RUN_ID).read_text() == f"{runs[1]} "
+    assert (tmp_path / MLFLOW_RUN_ID).read_text() == f"{runs[1]} sqlite:///{tmp_path}/mlflow.db"
 
 
 @pytest.mark.skipif(not HAS_MLFLOW, reason="needs mlflow")

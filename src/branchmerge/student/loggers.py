@@ -262,15 +262,16 @@ def _mlflow(config: TrainConfig, folder: Path, first_step: int) -> Logger:
     from lightning.pytorch.loggers import MLFlowLogger
 
     folder.mkdir(parents=True, exist_ok=True)
-    server = config.logger.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+    server = config.logger.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    place = server or f"sqlite:///{folder}/mlflow.db"
     kept = folder / MLFLOW_RUN_ID
-    run, _, place = kept.read_text().partition(" ") if first_step and kept.is_file() else ("", "", "")
+    run, _, of = kept.read_text().partition(" ") if first_step and kept.is_file() else ("", "", "")
     logger = MLFlowLogger(
         config.study.name,
         run_name=config.domain.name,
-        tracking_uri=server or f"sqlite:///{folder}/mlflow.db",
+        tracking_uri=place,
         artifact_location=None if server else str(folder / "mlflow"),
-        run_id=run if run and place == server else None,
+        run_id=run if run and of == place else None,
     )
-    write_text(kept, f"{logger.run_id} {server}")  # asking for it begins the run
+    write_text(kept, f"{logger.run_id} {place}")  # reading run_id begins the run
     return logger
