@@ -119,6 +119,8 @@ def _ignore_signals_but_parents(_: int) -> None:
     Python sends it at exit to workers that an error has left running, and waits for them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, where nothing tells who sent a signal
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = multiprocessing.parent_process()
     assert parent is not None
