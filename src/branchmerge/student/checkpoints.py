@@ -1,13 +1,13 @@
-"""Checkpoints of a branch in training: each whole or not there, checked before a run goes on from it.
+"""Checkpoints of a branch in training. Each is complete or absent, and is verified before a run resumes from it.
 
     checkpoints/<domain>-<fingerprint of the work>/step-00000040/
         state/            weights and optimizer, as torch.distributed.checkpoint writes them, shard by shard
-        generators-0.pt   states of a process's random number generators
+        generators-0.pt   states of the random number generators of rank 0, and so on
         checkpoint.json   step, seconds trained, SHA-256 of every file; written last
 
-The order of rows is the plan's, so the step alone says which rows come next, also where the next run has another number
-of processes. A branch of other settings or data has another fingerprint and does not see these. Several processes call
-all of this together, and need a folder that all of them see.
+The order of rows is fixed before training, so the step alone determines which rows come next, even if the next run has
+another number of processes. A branch with other settings or data has another fingerprint, so it never sees these
+checkpoints. All processes call these functions together, and need a folder that all of them can see.
 """
 
 import errno
@@ -39,51 +39,55 @@ DONE = "checkpoint.json"
 STEP = "step-{step:08d}"
 STATE, GENERATORS = "state", "generators-{rank}.pt"
 DIGITS = 12
-"""Of a fingerprint in a folder's name"""
+"""Number of hexadecimal digits of the fingerprint in a folder's name"""
 FULL = 1 << 24
-"""A disk with less than so many bytes left was too small for what could not be written."""
+"""If a write fails and fewer bytes than this are free, the disk counts as full."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """How far a branch is."""
+    """How far the training of a branch has got."""
 
     step: int
     """Optimizer steps done"""
     seconds: float
-    """Of training until then"""
+    """Training time until then, over all runs"""
     skipped: int = 0
-    """Steps among them without a finite loss and gradient"""
+    """Steps that were skipped because loss or gradient was not finite"""
     skipped_in_a_row: int = 0
-    """Of those the last ones"""
+    """How many of the most recent steps were skipped without a good one in between"""
     runs: list[dict[str, Any]] = field(default_factory=list)
-    """Those that did them, as the manifest will tell"""
+    """The runs that did these steps, as the manifest lists them"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Position):
-    """A finished one."""
+    """A complete checkpoint on disk."""
 
     folder: Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Record(Position):
+    """The contents of checkpoint.json."""
+
     sha256: dict[str, str]
+    """Digest of each file, by its name relative to the checkpoint"""
     rows: str = ""
+    """Fingerprint of the rows that were trained on"""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Of a part of the work, the same for all processes."""
+    """Outcome of a part of the work, the same on all processes."""
 
     why: str = ""
-    """Empty where it did not fail"""
+    """Empty if it succeeded"""
     lacks_room: bool = False
 
 
 class CheckpointFolder:
-    """The checkpoints of one branch; the caller holds the lock of its result."""
+    """The checkpoints of one branch. The caller holds the lock of the branch's result."""
 
     def __init__(self, root: Path, planned: Manifest, keep_last: int) -> None:
         work = json.dumps(planned.identity(), sort_keys=True)
@@ -92,10 +96,10 @@ class CheckpointFolder:
         self.folder = root / f"{planned.name}-{hashlib.sha256(work.encode()).hexdigest()[:DIGITS]}"
         self.keep_last = keep_last
         self.rows = ""
-        """Fingerprint of the rows that they are made of; none is good for others"""
+        """Fingerprint of the rows of this run; a checkpoint made with other rows is not used"""
 
     def tell_if_small(self, size: float) -> None:
-        """Warn where the disk has no room for as many checkpoints of `size` bytes as lie there at once."""
+        """Warn if the disk has no room for `keep_last + 1` checkpoints of `size` bytes, the most kept at any time."""
         if self.has_some():
             return
         place = next(folder for folder in (self.root.absolute(), *self.root.absolute().parents) if folder.exists())
@@ -108,8 +112,8 @@ class CheckpointFolder:
             )
 
     def tell_of_others(self) -> None:
-        """Say what lies there of branches of this name with other settings or data, which nothing else ever removes."""
-        with suppress(OSError):  # as where another run removes them
+        """Report checkpoints of this branch's name with other settings or data, since nothing else removes them."""
+        with suppress(OSError):  # for example because another run removes them at this moment
             for folder in sorted(self.root.glob(f"{glob.escape(self.name)}-{'[0-9a-f]' * DIGITS}")):
                 if folder != self.folder and any(folder.glob("step-*")):
                     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -122,7 +126,7 @@ class CheckpointFolder:
         return any(self.folder.glob("step-*"))
 
     def newest(self) -> Checkpoint | None:
-        """The last one that is whole; says which are not."""
+        """The most recent complete checkpoint. Warns about each that is not."""
         folders = ranks.by_first(lambda: sorted(self.folder.glob("step-*"), reverse=True))
         for folder in folders:
             found, why = _read(folder, self.rows)
@@ -133,12 +137,12 @@ class CheckpointFolder:
         return None
 
     def write(self, position: Position, save: Callable[[Path], None]) -> bool:
-        """Have `save` fill a folder, and keep it as the checkpoint of that step; older ones are removed after that.
+        """Publish what `save` writes as the checkpoint of that step, then remove those beyond `keep_last`.
 
-        One of them before that, and `save` is called once more, where the disk has no room for as many.
+        If the disk is full, one older checkpoint is removed first and `save` is called a second time.
 
         Returns:
-            Whether it was written; where the disk is full or not ours the last one stays, and a warning is printed.
+            Whether it was written. If not (disk full, no permission), the last one is kept and a warning printed.
         """
         final = self.folder / STEP.format(step=position.step)
         failed = self._put(final, position, save)
@@ -151,14 +155,14 @@ class CheckpointFolder:
         if ranks.is_first():
             there = sorted(self.folder.glob("step-*"))
             last = there.index(final) + 1
-            for folder in [*there[: max(0, last - self.keep_last)], *there[last:]]:  # later ones were passed over
+            for folder in [*there[: max(0, last - self.keep_last)], *there[last:]]:  # later ones were found broken
                 shutil.rmtree(folder)
         return True
 
     def _put(
         self, final: Path, position: Position, save: Callable[[Path], None], spare: Path | None = None
     ) -> _Failure:
-        """One try; nothing of it is left where it fails. `spare` goes first."""
+        """Try once, after removing `spare`; a failed try leaves nothing behind."""
         partial = self.folder / f".{final.name}.partial"
         digests: dict[str, str] = {}
         parts: list[Callable[[], Any]] = [
@@ -176,16 +180,16 @@ class CheckpointFolder:
         return _Failure()
 
     def _spare(self) -> Path | None:
-        """What may go to make room: one that is not whole, else the oldest while the newest is another."""
+        """A checkpoint that may be removed to make room: the newest if it is broken, else the oldest of several."""
         there = ranks.by_first(lambda: sorted(self.folder.glob("step-*")))
-        if there and _read(there[-1], self.rows)[0] is None:  # read again, as it may be all that is left in the end
+        if there and _read(there[-1], self.rows)[0] is None:  # verified again, as it may end up the only one
             return there[-1]
         return there[0] if len(there) > 1 else None
 
     def _try(self, part: Callable[[], Any]) -> _Failure:
-        """Do it in all processes; how it failed where the disk takes it not; raises other errors.
+        """Run `part` on all processes and return how it failed if the disk is the reason; raises any other error.
 
-        What a part asks of the other processes it must ask before anything of it can fail.
+        A part may communicate with the other processes only before anything in it can fail, or they would wait for it.
         """
         why, full, other = "", False, None
         try:
@@ -193,7 +197,7 @@ class CheckpointFolder:
         except (OSError, RuntimeError, CheckpointException) as error:
             why, full = (str(error).strip() or type(error).__name__).splitlines()[-1], _no_room(self.folder, error)
             if not full and not (isinstance(error, OSError) and error.errno in UNWRITABLE):
-                other = error  # no error else is kept: its frames hold the file that torch gave up, and so its room
+                other = error  # a full disk's error is not kept: its frames hold torch's open file, and so its space
         told = ranks.from_all((other is None, full, why))
         if other is not None:
             raise other
@@ -209,26 +213,26 @@ class CheckpointFolder:
         partial.mkdir(parents=True)
 
     def _finish(self, partial: Path, final: Path, record: _Record) -> None:
-        """Write down what it is, and give it its name."""
+        """Write checkpoint.json, flush everything to disk and rename the folder to its final name."""
         if ranks.is_first():
             write_json(partial / DONE, asdict(record))
             for path in (partial / DONE, *filter(Path.is_dir, partial.rglob("*")), partial):
                 sync(path)
-            if final.exists():  # one that was not whole
+            if final.exists():  # a broken one of the same step
                 shutil.rmtree(final)
             partial.rename(final)
-            sync(self.folder)  # before older ones go
+            sync(self.folder)  # before older checkpoints are removed
 
     def remove(self) -> None:
-        """When the branch's result is published."""
+        """Remove all of them, once the branch's result is published."""
         if ranks.is_first():
             shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):  # of other branches
+            with suppress(OSError):  # other branches have checkpoints there
                 self.root.rmdir()
 
 
 def _fingerprints(partial: Path) -> dict[str, str]:
-    """SHA-256 of what was saved, by name, each process of a part of it; all that is on the disk then."""
+    """Flush this process's share of the saved files to disk and return their SHA-256 by name."""
     listed = ranks.by_first(
         lambda: sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
     )
@@ -239,17 +243,17 @@ def _fingerprints(partial: Path) -> dict[str, str]:
 
 
 def _joined(digests: dict[str, str]) -> dict[str, str]:
-    """Everyone's."""
+    """The digests of all processes together."""
     return {name: digest for part in ranks.from_all(digests) for name, digest in part.items()}
 
 
 def _read(folder: Path, rows: str) -> tuple[Checkpoint | None, str]:
-    """Check a checkpoint byte by byte, each process a part of it; the reason where it is not whole."""
+    """Verify a checkpoint byte by byte, each process a share of its files; returns the reason if it cannot be used."""
     record, why = None, ""
     try:
         record = _Record(**json.loads((folder / DONE).read_text()))
-        if folder.name != STEP.format(step=record.step):  # nothing else tells whether these few bytes have changed
-            raise ValueError(f"{DONE} tells of step {record.step}")
+        if folder.name != STEP.format(step=record.step):  # checkpoint.json has no digest of its own
+            raise ValueError(f"{DONE} is of step {record.step}")
         for name in _mine(sorted(record.sha256)):
             if file_sha256(folder / name) != record.sha256[name]:
                 raise ValueError(f"{name} has changed")
@@ -265,22 +269,22 @@ def _read(folder: Path, rows: str) -> tuple[Checkpoint | None, str]:
 
 
 def _mine(names: list[str]) -> list[str]:
-    """This process's part of a list that all have."""
+    """This process's share of a list that all processes have."""
     return names[ranks.rank() :: ranks.world()]
 
 
 def _no_room(folder: Path, error: BaseException) -> bool:
-    """torch's writers tell a full disk in many words, but not in these."""
+    """Whether the disk is full; by its free space too, since torch does not always raise an OSError for that."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return folder.exists() and shutil.disk_usage(folder).free < FULL
 
 
 def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, drawn: dict[str, Any]) -> None:
-    """Write what training needs to go on exactly.
+    """Write everything that an exact resume needs.
 
     Args:
-        drawn: `generators` as the next step finds them
+        drawn: `generators()` as they were before the next step
     """
     weights, moments = _state(model, optimizer)
     with _quiet():
@@ -289,15 +293,15 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, drawn: dict
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Put a checkpoint's weights, moments and generators in place."""
+    """Load a checkpoint's weights, moments and generators."""
     weights, moments = _state(model, optimizer)
     state: dict[str, Any] = {"model": weights, "optimizer": moments}
-    # Partial: weights that no step reached (a vision tower's) have no moments in the file, and keep those of the start.
+    # Partial load: weights that got no gradient (a vision tower's) have no moments in the file and keep zeros.
     with _quiet():
         load(state, checkpoint_id=folder / STATE, planner=DefaultLoadPlanner(allow_partial_load=True))
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     mine = folder / GENERATORS.format(rank=ranks.rank())
-    if not mine.is_file():  # fewer processes wrote it: these draw other numbers, where they draw any
+    if not mine.is_file():  # written by fewer processes; this one continues with its own random numbers
         return
     drawn: dict[str, Any] = torch.load(mine, weights_only=True)
     torch.set_rng_state(drawn["cpu"])
@@ -306,7 +310,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of weights and of moments, which may not be there yet: torch makes them by a step, which must not count."""
+    """State of weights and moments. torch creates missing moments by an optimizer step, which must not be counted."""
     if not optimizer.state:
         get_state_dict(model, optimizer)
         for state in optimizer.state.values():
@@ -317,7 +321,7 @@ def _state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch warns where only one process trains, and makes an error of its own of Ctrl-C."""
+    """Silence torch's warning about a single process, and unwrap a Ctrl-C from its CheckpointException."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -330,5 +334,8 @@ def _quiet() -> Iterator[None]:
 
 
 def generators() -> dict[str, Any]:
-    """Their states, on the CPU and on this process's GPU; the next run may see another number of GPUs."""
+    """States of the random number generators of the CPU and of this process's GPU.
+
+    Only that GPU's, since the next run may see another number of GPUs.
+    """
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}

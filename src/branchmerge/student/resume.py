@@ -1,4 +1,4 @@
-"""Save a branch as it trains, stop it when the machine is taken away, and go on from where it was."""
+"""Callbacks that save a branch while it trains, resume it from a checkpoint, and end it on a signal."""
 
 import time
 from typing import Any
@@ -14,16 +14,20 @@ from branchmerge.student.module import Student
 
 
 class Resume(Callback):
-    """Writes checkpoints of whole optimizer steps, and starts a run at the step of one.
+    """Writes checkpoints between optimizer steps, and starts a run at the step of a checkpoint.
 
-    The Trainer is handed the rows that are left (`TrajectoryData`), so its own counters of batches begin anew; only
-    those of optimizer steps go on.
+    `TrajectoryData` gives the Trainer only the remaining rows, so its counters of batches start at zero; only those of
+    optimizer steps continue.
     """
 
     def __init__(
         self, folder: CheckpointFolder, config: CheckpointConfig, begin: Checkpoint | None, run: dict[str, Any]
     ) -> None:
-        """`run`: what the manifest tells of this run, one of those that made the branch."""
+        """
+        Args:
+            begin: checkpoint to resume from; None to start at step 0
+            run: what the manifest will say about this run, one of those that made the branch
+        """
         self.folder = folder
         self.config = config
         self.begin = begin
@@ -44,7 +48,7 @@ class Resume(Callback):
         scheduler.last_epoch = self.begin.step  # its learning rates came with the optimizer's state
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, index: int) -> None:
-        """Between steps: the one before has been logged."""
+        """Save before the first row of a step, when the step before it has been logged."""
         if index % trainer.accumulate_grad_batches:
             return
         self._generators = generators()
@@ -56,17 +60,21 @@ class Resume(Callback):
             self.save(trainer, module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """What only a further step needs goes, as the Trainer would move it to the CPU, 12 bytes a parameter."""
+        """Free moments and gradients, 12 bytes a parameter, which the Trainer would else move to the CPU."""
         _optimizer(trainer).state.clear()
         module.zero_grad()
 
     @property
     def seconds(self) -> float:
-        """Of training so far, those of earlier runs included."""
+        """Training time so far, earlier runs included."""
         return (self.begin.seconds if self.begin else 0.0) + time.monotonic() - self._started
 
     def _is_due(self, step: int, left: int) -> bool:
-        """Of several processes also before the last step, as publishing is then the work of one for all."""
+        """Whether to save now.
+
+        Several processes also save before the last step, since one process then publishes the result for all of them
+        and may fail.
+        """
         every, minutes = self.config.every_n_steps, self.config.every_n_minutes
         if left == 1 and ranks.world() > 1 and self.config.is_on:
             return True
@@ -74,7 +82,10 @@ class Resume(Callback):
         return by_step or (minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes)
 
     def save(self, trainer: Trainer, module: LightningModule) -> None:
-        """After the last whole step; where the next one has begun, it is begun anew with the same generators."""
+        """Save the state after the last complete step.
+
+        If some rows of the next step are done, the resumed run repeats them with the same random numbers.
+        """
         assert isinstance(module, Student)
         if trainer.global_step == self._saved:
             return
@@ -85,24 +96,27 @@ class Resume(Callback):
             skipped_in_a_row=module.skipped_in_a_row,
             runs=self.runs,
         )
-        module.zero_grad()  # of the rows of a step that is not done
+        module.zero_grad()  # gradients of a step that is not complete
         optimizer, drawn = _optimizer(trainer), self._generators
         self.folder.write(position, lambda folder: save_state(folder, module, optimizer, drawn))
         self._saved, self._saved_at = trainer.global_step, time.monotonic()
 
 
 class EndWhenTold(Callback):
-    """After the callbacks that look at the student: they leave off what they do, and not even a row is waited for."""
+    """Ends the training between two rows once a signal has come.
+
+    Stands after the callbacks that run the student (validation, samples), which stop early on a signal.
+    """
 
     def __init__(self, resume: Resume, ending: Ending) -> None:
         self.resume = resume
         self.ending = ending
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Listen where the Trainer would begin to, and so through all of its work, from the loading of a checkpoint on.
+        """Listen for signals in place of the Trainer, from the moment at which it would begin to.
 
-        Its own handler has processes meet in the middle of what they do together, where they may wait for ever, and
-        ends the run with status 0.
+        The Trainer's own handler makes processes communicate in the middle of other communication, where they may wait
+        for ever, and it ends the run with status 0.
         """
         trainer._signal_connector.register_signal_handlers = self.ending.listen  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""Which rows a step has: their number and padding in the curve; and what is told of an error: rank, step and rows."""
+"""Logs how many rows a step has and their padding, and names rank, step and rows if the training fails."""
 
 import sys
 from typing import Any
@@ -14,20 +14,22 @@ from branchmerge.student.module import Student
 
 
 class StepRows(Callback):
-    """Logs `rows`, `skipped_rows` and `padding_share` of every step, over all processes; tells in a line where the
-    training failed.
+    """Logs `rows`, `skipped_rows` and `padding_share` of every step over all processes; on an error prints where.
 
-    The last of the callbacks: what those before it do between two steps is not done on a row of the next.
+    It must be the last callback, so that an error in another callback between two steps is not blamed on the next row.
     """
 
     def __init__(self, capacity: int) -> None:
-        """`capacity`: tokens that a packed row could hold."""
+        """
+        Args:
+            capacity: tokens that a packed row can hold
+        """
         self.capacity = capacity
         self._in_work: list[str] = []
         self._begin_step()
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, index: int) -> None:
-        # A GPU's errors come late: of which row of the step is not known.
+        # A GPU reports errors late, so any row of the step may be the cause.
         self._in_work = batch.ids if module.device.type == "cpu" else [*self._in_work, *batch.ids]
         self._step_before = trainer.global_step
         assert isinstance(module, Student)
@@ -51,7 +53,7 @@ class StepRows(Callback):
         self._begin_step()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """A user's mistake has its own line, and whoever ends the training knows it."""
+        """Print rank, step and rows; not for a UserError, which has its own line, nor for an end on request."""
         if isinstance(exception, UserError | SystemExit | KeyboardInterrupt):
             return
         where = f"{self._when(trainer.global_step)} {self._how(exception)}"
@@ -74,5 +76,5 @@ class StepRows(Callback):
 
 
 def _lost_another(error: BaseException) -> bool:
-    """Whether it comes of another process's death; gloo tells that in a RuntimeError like any other."""
+    """Whether another process's death caused it; gloo reports that as a plain RuntimeError."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
