@@ -13,7 +13,7 @@ from lightning import Callback
 from test_resume import expert, steps_saved
 from torch.distributed.checkpoint import FileSystemWriter
 
-from branchmerge.student import samples, training, validation
+from branchmerge.student import fit, samples, training, validation
 from branchmerge.student.export import export
 from branchmerge.student.module import Student
 from branchmerge.student.resume import Resume
@@ -158,7 +158,7 @@ def test_ctrl_c_twice_after_the_last_step_ends_at_once(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(training, "export", export_told(signal.SIGINT))
-    monkeypatch.setattr(training, "watchers", lambda *_: [InLastStep()])
+    monkeypatch.setattr(fit, "watchers", lambda *_: [InLastStep()])
     with pytest.raises(KeyboardInterrupt):
         train(branch(tiny_student, tmp_path, "domain=math", "optim.max_steps=1", "optim.global_batch=1"))
     assert not (tmp_path / "tiny" / "experts" / "math").exists()

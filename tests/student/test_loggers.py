@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from branchmerge.data.template import Document
 from branchmerge.errors import UserError
-from branchmerge.student import loggers, training
+from branchmerge.student import fit, loggers
 from branchmerge.student.backbone import load_tokenizer
 from branchmerge.student.ending import Ending
 from branchmerge.student.loggers import KEPT, METRICS, RUN_ID, WORK, claim, loggers_of
@@ -129,11 +129,11 @@ def test_a_run_that_goes_on_takes_over_no_curve_of_another(
             if trainer.global_step == 2:
                 raise RuntimeError("as if killed")
 
-    usual = training.watchers
+    usual = fit.watchers
     every = ("domain=math", "trainer.checkpoint.every_n_steps=1")
     for rate in ("1e-4", "2e-3"):
         with monkeypatch.context() as killed, pytest.raises(RuntimeError, match="as if killed"):
-            killed.setattr(training, "watchers", lambda *given: [*usual(*given), InSecondStep()])
+            killed.setattr(fit, "watchers", lambda *given: [*usual(*given), InSecondStep()])
             train(branch(tiny_student, tmp_path, *every, f"optim.lr={rate}"))
     train(branch(tiny_student, tmp_path, *every, "optim.lr=1e-4"))
     curve = metrics(tmp_path, "math")

@@ -15,7 +15,7 @@ from lightning import Callback
 from branchmerge.data.batch import Batch
 from branchmerge.data.datamodule import PackedRows
 from branchmerge.errors import UserError
-from branchmerge.student import training
+from branchmerge.student import fit
 from branchmerge.student.module import Student
 from branchmerge.student.training import train
 from branchmerge.study import read_manifest
@@ -120,7 +120,7 @@ def test_waiting_for_rows_takes_time_and_looking_at_the_student_none(
             time.sleep(3)
 
     monkeypatch.setattr(PackedRows, "__getitem__", slow)
-    monkeypatch.setattr(training, "watchers", lambda *_: [Looking()])
+    monkeypatch.setattr(fit, "watchers", lambda *_: [Looking()])
     train(branch(tiny_student, tmp_path, "domain=math", "optim.global_batch=1"))
     rows = metrics(tmp_path, "math")[1:]  # workers are started for the first
     seconds = [float(row["tokens"]) / float(row["tokens_per_second"]) for row in rows]
@@ -132,6 +132,6 @@ def test_devices_that_will_have_no_row_are_told_beforehand(
     rows: int, most: int, empty: int, tiny_student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = branch(tiny_student, tmp_path, "domain=math", f"optim.global_batch={rows}")
-    assert training._rows_of_each(config, 4) == most
+    assert fit._rows_of_each(config, 4) == most
     said = capsys.readouterr().out
     assert (f"so {empty} of {most * 4} places stay empty" in said) if empty else not said
