@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import resource
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -59,6 +60,17 @@ def end_with_parent() -> None:
     set_death_signal = 1  # PR_SET_PDEATHSIG
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+def allow_open_files(many: int) -> None:
+    """Let this process have so many files and sockets open besides its usual ones, as far as the hard limit allows.
+
+    The soft limit is often 1024, and 256 on macOS, unless a process raises it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = many + 256 if hard == resource.RLIM_INFINITY else min(many + 256, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def cpu_flags() -> set[str]:

@@ -1,5 +1,6 @@
 """A sweep is merged in one pass over the experts, and every member comes out as if it were alone."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,20 @@ def test_one_folder_spelled_twice_is_one(experts: dict[str, Path], tmp_path: Pat
     for spelled in (tmp_path / "link" / "a", tmp_path / "b" / ".." / "a"):
         with pytest.raises(UserError, match="two members of this sweep would write it"):
             merge_all([recipe(experts, tmp_path / "a", lam=0.5), recipe(experts, spelled, lam=1.0)])
+
+
+def test_more_members_than_a_process_may_open_files_at_first(experts: dict[str, Path], tmp_path: Path) -> None:
+    """Each member holds its lock, and the file that it writes, to the end of the pass."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    names = ["math", "code"]
+    try:
+        folders = merge_all(
+            [recipe(experts, tmp_path / str(number), "linear", names, anatomy=False) for number in range(70)]
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(read_manifest(folder) for folder in folders)
 
 
 def made(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ import numpy as np
 from branchmerge import fingerprints
 from branchmerge.errors import UserError
 from branchmerge.files import write_rows
+from branchmerge.machine import allow_open_files
 from branchmerge.merge import anatomy, anatomy_report, card, compatibility, recipe_file, tokenizer_files
 from branchmerge.merge.anatomy import Anatomy
 from branchmerge.merge.arrays import Array, Weights, as_array, as_tensor, converted, is_floating, shares_memory
@@ -64,6 +65,7 @@ def merge_all(recipes: Sequence[Recipe]) -> list[Path]:
             some could not be made, such as those of a parent with NaN. It names these; the others are made.
     """
     keep_freed_memory()
+    allow_open_files(2 * len(recipes))  # each has its lock and the shard that is being written
     outs = [recipe.out for recipe in recipes]
     check_apart(outs)
     failed: dict[Path, UserError] = {}

@@ -9,7 +9,6 @@ import logging
 import os
 import queue
 import random
-import resource
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from branchmerge import machine
 from branchmerge.config import BackendConfig
 from branchmerge.errors import UserError
 from branchmerge.evaluation.encoding import Encoder
@@ -85,7 +85,7 @@ class Servers:
     def generate(self, requests: Sequence[Request]) -> Iterator[list[tuple[Request, Response]]]:
         """Yield responses as they come; failed requests are left out and listed in `failures`."""
         self.failures = []
-        _allow_connections(min(self.backend.concurrency, len(requests)))
+        machine.allow_open_files(min(self.backend.concurrency, len(requests)))  # one per connection
         done: queue.SimpleQueue[list[tuple[Request, Response]] | BaseException | None] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
         work = loop.create_task(self._all(requests, done))
@@ -268,11 +268,3 @@ def _retry_after(answer: httpx.Response) -> float:
     """Seconds that a server asks to wait; 0 if it does not, or sends a date."""
     told = answer.headers.get("Retry-After", "")
     return float(told) if told.isdecimal() else 0.0
-
-
-def _allow_connections(many: int) -> None:
-    """Raise the limit of open files, one per connection; it is often 1024 unless a process raises it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = many + 256 if hard == resource.RLIM_INFINITY else min(many + 256, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
