@@ -1,6 +1,7 @@
 """From graded samples to a score: means over questions, clustered standard errors, and further metrics."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from branchmerge.evaluation.metrics import avg_at_k
 from branchmerge.evaluation.requests import Request, Response
 from branchmerge.evaluation.stats import Estimate, estimate
 from branchmerge.evaluation.tasks.grading import metrics
+from branchmerge.machine import cores
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def summarise(graded: Sequence[Graded], grader: str) -> tuple[Estimate, dict[str
     questions: dict[str, list[Graded]] = {}
     for one in graded:
         questions.setdefault(one.request.question, []).append(one)
-    told = [_of_question(samples, grader) for samples in questions.values()]
+    # Votes compare a question's answers pair by pair, in processes of math-verify: one thread would keep one core busy.
+    with ThreadPoolExecutor(cores(), "votes") as pool:
+        told = list(pool.map(lambda samples: _of_question(samples, grader), questions.values()))
     scores = [[float(one.verdict.correct) for one in samples] for samples in questions.values()]
     names = [name for name in told[0] if name != "accuracy" and all(name in one for one in told)]
     return estimate(scores), {name: avg_at_k([one[name] for one in told]) for name in names}
