@@ -5,7 +5,7 @@ and programs run in processes of their own.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -63,8 +63,21 @@ def votes(verdicts: Sequence[Verdict], grader: str) -> list[str | bool | None]:
             continue
         # An answer that kept math-verify busy until its deadline is not compared again.
         known = [] if verdict.reason != WRONG_ANSWER else [one for one in spelt.values() if isinstance(one, str)]
-        spelt[vote] = next((one for one in dict.fromkeys(known) if math_equal(one, verdict.answer)), vote)
+        same = _equal_one(verdict.answer, dict.fromkeys(known))
+        spelt[vote] = vote if same is None else same
     return [spelt[vote] for vote in found]
+
+
+def _equal_one(answer: str, others: Iterable[str]) -> str | None:
+    """The one that equals the answer as mathematics; None for none, and after a comparison that met its deadline.
+
+    Each further one may take as long: 64 samples would have 2,016 comparisons, more than five hours of deadlines.
+    """
+    for other in others:
+        equal = math_equal(other, answer)
+        if equal or equal is None:
+            return other if equal else None
+    return None
 
 
 def grade(response: str, reference: Reference) -> Verdict:
