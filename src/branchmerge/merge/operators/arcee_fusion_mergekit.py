@@ -87,11 +87,17 @@ class ArceeFusionMergekit(Operator):
 
 
 def _sample(S: Tensor, draw: torch.Generator) -> Tensor:
-    """All of S, flat, or a million of it drawn with replacement."""
+    """All of S, flat, or a million of its elements, none twice."""
     flat = S.reshape(-1)
-    if flat.numel() <= SAMPLE:
+    n = flat.numel()
+    if n <= SAMPLE:
         return flat
-    return flat[torch.randint(flat.numel(), (SAMPLE,), generator=draw).to(flat.device)]
+    if n < 4 * SAMPLE:
+        places = torch.randperm(n, generator=draw)
+    else:  # a permutation of an embedding takes gigabytes; of this many draws, more than a million differ
+        drawn = torch.randint(n, (SAMPLE * 5 // 4,), generator=draw).unique()
+        places = drawn[torch.randperm(len(drawn), generator=draw)]
+    return flat[places[:SAMPLE].to(flat.device)]
 
 
 def _quantiles(values: Tensor, qs: Sequence[float]) -> list[Tensor]:
