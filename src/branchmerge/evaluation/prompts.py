@@ -94,7 +94,8 @@ def choice_question(question: str, choices: Sequence[str], style: str = "plain")
 def code_question(problem: str, starter: str, style: str = "plain") -> str:
     """User turn of a programming problem: complete the starter code or, without one, read stdin and write stdout.
 
-    The text is LiveCodeBench's, the same in both styles.
+    The text is the same in both styles: the authors', which is LiveCodeBench's of before 2024-12-26. Since then its own
+    asks of a program that reads stdin in one more sentence to read the inputs, run the algorithm and write to STDOUT.
     """
     check_style(style)
     form, code = (WITH_STARTER, starter) if starter else (WITH_STDIN, "# YOUR CODE HERE")

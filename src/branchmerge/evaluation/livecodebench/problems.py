@@ -90,7 +90,7 @@ def _document(row: dict[str, Any], where: str, style: str, grader: str) -> Docum
     name_of_grader = "livecodebench_official" if grader == OFFICIAL else "livecodebench"
     reference = {"grader": name_of_grader, "public": public, "private": private, "function": function}
     text(row, "question_content", where)
-    # Both verbatim, including spaces at their ends, so that the prompt is LiveCodeBench's to the letter.
+    # Both verbatim, including spaces at their ends, as LiveCodeBench puts them into its prompt.
     question = prompts.code_question(row["question_content"], row.get("starter_code") or "", style)
     return {"id": name, "question": question, "reference": reference}
 
