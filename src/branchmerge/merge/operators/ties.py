@@ -4,6 +4,9 @@
     s = sign(sum_i w_i d_i)
     W = W_0 + lam sum_{i: sign(w_i d_i) = s} w_i d_i / sum_{i: sign(w_i d_i) = s} w_i
 
+N is the size of a tensor, as in mergekit: each one keeps its own largest. The paper's authors rank the entries of all
+tensors together, so that a tensor that changed little keeps fewer.
+
 Source: Yadav et al., TIES-Merging: Resolving interference when merging models (arXiv 2306.01708).
 """
 
