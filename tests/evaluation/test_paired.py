@@ -89,6 +89,11 @@ def test_the_smallest_p_value_of_five_questions_is_that_of_two_in_32() -> None:
     assert compare([[1.0]] * 5, [[0.0]] * 5).p == 2 / 32
 
 
+def test_the_smallest_p_value_of_random_swaps_is_that_of_the_observed_one_alone() -> None:
+    """Of 2^30 swaps two are as far from zero, so none of 20,000 random ones; p is never 0 (Phipson, Smyth 2010)."""
+    assert compare([[1.0]] * 30, [[0.0]] * 30).p == 1 / 20_001
+
+
 @pytest.mark.parametrize(("a", "b"), [(2, 3), (1, 1), (0, 0)])
 def test_other_questions_are_refused(a: int, b: int) -> None:
     with pytest.raises(ValueError, match=f"{a} and {b} questions"):
