@@ -1,6 +1,7 @@
 """Two models on the same questions: against scipy, statsmodels, numbers by hand, and simulations of a known truth."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -89,6 +90,27 @@ def test_the_smallest_p_value_of_five_questions_is_that_of_two_in_32() -> None:
     assert compare([[1.0]] * 5, [[0.0]] * 5).p == 2 / 32
 
 
+@settings(max_examples=20)  # each draws a whole bootstrap, too
+@given(st.sampled_from([3, 6, 10]), st.data())
+def test_rounding_decides_no_p_value(k: int, data: st.DataObject) -> None:
+    """Shares of k samples have rounding errors; the numbers of right samples have none, so all swaps of these count."""
+    right = data.draw(st.lists(st.tuples(st.integers(0, k), st.integers(0, k)), min_size=2, max_size=7))
+    a, b = ([[1.0] * n[side] + [0.0] * (k - n[side]) for n in right] for side in (0, 1))
+    sums = [abs(sum(s * (x - y) for s, (x, y) in zip(signs, right, strict=True))) for signs in swaps(len(right))]
+    assert compare(a, b).p == pytest.approx(sum(total >= sums[0] for total in sums) / len(sums), abs=1e-12)
+
+
+def test_a_difference_of_nothing_but_rounding_is_none() -> None:
+    """1/10 + 2/10 - 3/10 is not zero in floating point; the three differences cancel, so every swap is as far."""
+    a, b = ([[1.0] * n + [0.0] * (10 - n) for n in right] for right in ([1, 2, 0, 6, 0], [0, 0, 3, 0, 6]))
+    assert compare(a, b).p == 1.0
+
+
+def swaps(questions: int) -> list[tuple[int, ...]]:
+    """All ways to swap two models' names question by question; the first swaps none."""
+    return list(product((1, -1), repeat=questions))
+
+
 def test_the_smallest_p_value_of_random_swaps_is_that_of_the_observed_one_alone() -> None:
     """Of 2^30 swaps two are as far from zero, so none of 20,000 random ones; p is never 0 (Phipson, Smyth 2010)."""
     assert compare([[1.0]] * 30, [[0.0]] * 30).p == 1 / 20_001
@@ -133,6 +155,15 @@ def test_the_spread_is_found_again() -> None:
     found = spread(a, b)
     assert found.omega == pytest.approx(0.4 / math.sqrt(12), rel=0.06)
     assert found.sigma_a == pytest.approx(math.sqrt(0.25 - 0.25 / 12), rel=0.02)  # E p(1-p), p uniform on [1/4, 3/4]
+
+
+def test_the_spread_by_hand() -> None:
+    """d = 1, 0, -1/2 has the variance 7/12; a's samples vary on one question, by 1/2."""
+    a, b = [[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    found = spread(a, b)
+    # The means of two samples vary by 1/4 on one of three questions, which is not due to the questions.
+    assert found.omega == pytest.approx(math.sqrt(7 / 12 - 1 / 12))
+    assert (found.sigma_a, found.sigma_b) == pytest.approx((math.sqrt(1 / 6), 0.0))
 
 
 def test_a_spread_needs_two_samples() -> None:

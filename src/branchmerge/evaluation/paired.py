@@ -69,7 +69,7 @@ def _sign_flip_p(d: NDArray[np.float64], draw: np.random.Generator) -> float:
     """Share of the 2^Q sums of +d_q or -d_q that are at least as far from zero as the sum of d; zeros change
     nothing."""
     d = d[d != 0]
-    n, reached = len(d), abs(d.sum()) * (1 - 1e-12)  # equal sums may differ in rounding
+    n, reached = len(d), abs(d.sum()) - 1e-12 * abs(d).sum()  # equal sums, zero among them, may differ in rounding
     if n <= EXACT:
         signs = np.array(list(product((1.0, -1.0), repeat=n)))
         return float((abs(signs @ d) >= reached).mean())
