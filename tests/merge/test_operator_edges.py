@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from branchmerge.merge.operators.arcee_fusion_mergekit import SAMPLE, ArceeFusionMergekit, _sample
+from branchmerge.merge.operators.karcher import Karcher
 from branchmerge.merge.operators.model_stock import ModelStock
 from branchmerge.merge.operators.slerp import Slerp
 
@@ -17,6 +18,14 @@ def test_model_stock_of_directions_that_cancel_is_the_backbone() -> None:
     models = [base + torch.tensor([math.cos(a), math.sin(a)], dtype=torch.float64) for a in angles]
     assert ModelStock().measure(models, base) == 0.0
     assert ModelStock()(models, base).tolist() == [5.0, 7.0]
+
+
+def test_karcher_leaves_tensors_of_zeros_out() -> None:
+    """They have no direction; nor do they shrink the mean norm, here that of 3 and 5."""
+    a, b, nothing = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 5.0]), torch.zeros(2)
+    diagonal = 4 / math.sqrt(2)
+    assert Karcher()([a, nothing, b, nothing]).tolist() == pytest.approx([diagonal, diagonal])
+    assert Karcher()([nothing, nothing]).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(("cosine", "on_the_arc"), [(0.9990, True), (0.9994, True), (0.9996, False), (-0.9, True)])
