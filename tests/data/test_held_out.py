@@ -53,3 +53,17 @@ def test_what_is_not_trained_on_is_not_held_out(tiny_student: Path, tmp_path: Pa
     asked = [question(number) + " <|im_start|>" * (number % 2) for number in range(9)]
     corpus = held_out_of(asked, 4, tiny_student, tmp_path)
     assert {document.id for document in corpus.held_out["data.path"]} < {f"rows-{line:05d}" for line in range(1, 10, 2)}
+
+
+def test_what_is_held_out_does_not_depend_on_the_order_or_the_names_of_the_rows(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    """Branches of a study read the same rows from files of their own; what one holds out, no other may train on."""
+    asked = [question(number) for number in range(12)]
+    found = []
+    for name, written in (("one", asked), ("other", asked[::-1])):
+        (tmp_path / name).mkdir()
+        corpus = held_out_of(written, 4, tiny_student, tmp_path / name)
+        lines = {f"rows-{line:05d}": text for line, text in enumerate(written, start=1)}
+        found.append({lines[document.id] for document in corpus.held_out["data.path"]})
+    assert found[0] == found[1] and len(found[0]) == 4

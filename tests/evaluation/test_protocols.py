@@ -3,7 +3,7 @@
 import pytest
 
 from branchmerge.evaluation.answers import integer, letter
-from branchmerge.evaluation.graders import grade
+from branchmerge.evaluation.graders import WRONG_ANSWER, Verdict, grade
 from branchmerge.evaluation.livecodebench.cases import Case
 from branchmerge.evaluation.livecodebench.grading import grade_program
 from branchmerge.evaluation.prompts import choice_question, system_prompt
@@ -41,3 +41,8 @@ def test_a_livecodebench_case_has_six_seconds() -> None:
     program = "import time\ntime.sleep(float(input()))\nprint(1)\n"
     found = grade_program(program, [Case("4.5", "1", "stdin"), Case("8", "1", "stdin")], workers=2)
     assert (found.reason, found.case) == ("timeout", 1)
+
+
+def test_spaces_do_not_split_a_vote() -> None:
+    spelt = [Verdict(False, WRONG_ANSWER, answer).vote for answer in ("x + 1", "x+1", " x +1\n", "x + 2")]
+    assert spelt[0] == spelt[1] == spelt[2] != spelt[3]

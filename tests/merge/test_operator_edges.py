@@ -50,6 +50,13 @@ def test_mergekits_sample_of_a_large_tensor_takes_no_element_twice(n: int) -> No
         assert abs(off) < 2 + 5 * n * math.sqrt(q * (1 - q) / SAMPLE * (1 - SAMPLE / n))
 
 
+def test_a_million_elements_are_not_sampled() -> None:
+    """mergekit's condition is "more than 1e6"; the goldens of tests/parity are smaller."""
+    draw = torch.Generator().manual_seed(1)
+    assert torch.equal(_sample(torch.arange(1_000_000), draw), torch.arange(1_000_000))
+    assert len(_sample(torch.arange(1_000_001), draw)) == 1_000_000
+
+
 def test_mergekits_median_and_quartiles_are_of_two_samples() -> None:
     """Of one sample, the three would all be shifted alike; the median's sample is drawn first, with the same seed."""
     left, right = torch.zeros(1100, 1000), torch.rand(1100, 1000, generator=torch.Generator().manual_seed(3))
