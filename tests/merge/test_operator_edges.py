@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from branchmerge.merge.operators.arcee_fusion import ArceeFusion
 from branchmerge.merge.operators.arcee_fusion_mergekit import SAMPLE, ArceeFusionMergekit, _sample
 from branchmerge.merge.operators.karcher import Karcher
 from branchmerge.merge.operators.model_stock import ModelStock
@@ -66,3 +67,10 @@ def test_mergekits_median_and_quartiles_are_of_two_samples() -> None:
     assert float(median) == float(first[(SAMPLE - 1) // 2])
     assert [float(q1), float(q3)] == [float(second[int(q * (SAMPLE - 1))]) for q in (0.25, 0.75)]
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("gate", "lam", "taken"), [("gt", 1 - 2**-30, True), ("ge", 1 + 2**-30, False)])
+def test_a_threshold_that_float32_does_not_hold_decides_as_it_is(gate: str, lam: float, taken: bool) -> None:
+    """S is 0, 1, 2, 3, 4, so T = 2 + 2 lam is 2^-29 beside the last one, and in float32 it would be that one."""
+    left, right = torch.zeros(5), torch.arange(5.0)
+    assert ArceeFusion(lam=lam, gate=gate)([left, right]).tolist() == [0.0, 0.0, 0.0, 0.0, 4.0 if taken else 0.0]
