@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from branchmerge.evaluation.comparison import comparisons, samples
-from branchmerge.evaluation.paired import compare, detectable, holm, samples_needed, spread
+from branchmerge.evaluation.paired import compare, detectable, holm, questions_needed, samples_needed, spread
 from branchmerge.evaluation.store import Score, write
+from branchmerge.report.tables import comparison_cells
 
 KEY: dict[str, Any] = {"task_version": "1.0", "docs_sha256": "ab", "sampling": {"temperature": 0.6}, "seed": 42,
                        "weights_sha256": "x"}  # fmt: skip
@@ -19,10 +20,12 @@ RIGHT = {
     ("backbone", "gpqa"): [[1, 1], [0, 0], [1, 0], [0, 1], [1, 1], [0, 0]],
     ("merged", "gpqa"): [[1, 1], [0, 1], [1, 0], [0, 1], [1, 0], [0, 0]],
 }
+APART = {("one", "math"): [[1, 1], [1, 1], [0, 0], [0, 1]], ("other", "math"): [[0, 0], [1, 1], [1, 1], [1, 0]]}
+"""Always right where the other is always wrong: such questions differ however often they are asked."""
 
 
 def stored(root: Path, model: str, task: str, **key: Any) -> Score:
-    found = RIGHT[model, task]
+    found = (RIGHT | APART)[model, task]
     rows = [{"id": f"q{n}", "sample": k, "accuracy": float(x)} for n, q in enumerate(found) for k, x in enumerate(q)]
     score = Score(model, task, 0.5, 0.1, len(found), 0.0, 10.0, {**KEY, **key}, 1.0, "a CPU", "now", samples=2)
     write(root / model, score, rows)
@@ -52,8 +55,18 @@ def test_power_tells_the_samples_that_a_difference_takes(scores: list[Score], tm
     for one in found:
         known = spread(RIGHT["merged", one.task], RIGHT["backbone", one.task])
         assert one.samples_needed == samples_needed(known, 6, 0.8) is not None
+        assert one.questions_needed == questions_needed(known, 2, 0.8)
     found, _ = comparisons(scores, "backbone", tmp_path)
-    assert [one.samples_needed for one in found] == [None, None]
+    assert [(one.samples_needed, one.questions_needed) for one in found] == [(None, None), (None, None)]
+    assert all(comparison_cells(one)[-2:] == ["", ""] for one in found)
+
+
+def test_where_no_number_of_samples_is_enough_the_questions_are_told(tmp_path: Path) -> None:
+    (one,), _ = comparisons([stored(tmp_path, *key) for key in APART], "other", tmp_path, power=0.1)
+    known = spread(*APART.values())
+    assert detectable(known, 4, samples=10**9) > 0.1
+    assert one.questions_needed is not None and detectable(known, one.questions_needed, 2) <= 0.1 * (1 + 1e-9)
+    assert comparison_cells(one)[-2:] == ["none suffice", str(one.questions_needed)]
 
 
 def test_questions_are_paired_by_their_ids_not_by_their_places(scores: list[Score], tmp_path: Path) -> None:

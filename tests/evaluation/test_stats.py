@@ -1,36 +1,11 @@
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import sem
 
-from branchmerge.evaluation.stats import macro_mean, mean_and_stderr
+from branchmerge.evaluation.stats import macro_mean
 
 SHARES = st.floats(0, 1)
-
-
-@given(st.lists(SHARES, min_size=2, max_size=60))
-def test_mean_and_standard_error_agree_with_scipy(values: list[float]) -> None:
-    mean, stderr = mean_and_stderr(values)
-    assert mean == pytest.approx(np.mean(values), abs=1e-12)
-    assert stderr == pytest.approx(sem(values), abs=1e-12)
-
-
-def test_right_and_wrong_answers() -> None:
-    """Three of four right: sample variance 1/4 over four values."""
-    assert mean_and_stderr([1, 1, 1, 0]) == (0.75, pytest.approx(0.25))
-
-
-def test_one_value_has_no_standard_error() -> None:
-    mean, stderr = mean_and_stderr([0.5])
-    assert mean == 0.5
-    assert math.isnan(stderr)
-
-
-def test_equal_values_have_no_error() -> None:
-    assert mean_and_stderr([1.0, 1.0, 1.0]) == (1.0, 0.0)
 
 
 @given(st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=10))

@@ -3,6 +3,7 @@
 import json
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from branchmerge.config import EvaluateConfig
 from branchmerge.config_checks import typed
 from branchmerge.errors import UserError
 from branchmerge.evaluation.benchmark import TASKS, load_benchmark
-from branchmerge.evaluation.stats import mean_and_stderr
 from branchmerge.student.backbone import load_tokenizer
 from branchmerge.trajectories import sources
 from branchmerge.trajectories.demo_teacher import problems
@@ -110,7 +110,7 @@ def ask(task: Any, lm: Any, limit: int = QUESTIONS) -> list[dict[str, Any]]:
     samples = [{**raw, "response": raw["resps"][0][0]} for raw in results["samples"][task.config.task]]
     means = results["results"][task.config.task]
     for metric in ("accuracy", "no_answer"):
-        assert means[f"{metric},none"] == pytest.approx(mean_and_stderr([sample[metric] for sample in samples])[0])
+        assert means[f"{metric},none"] == pytest.approx(fmean(sample[metric] for sample in samples))
     return samples
 
 

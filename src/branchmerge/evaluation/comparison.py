@@ -1,10 +1,18 @@
 """Compare the stored scores of two models question by question, benchmark by benchmark; see paired.py for the tests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from branchmerge.evaluation.paired import Difference, compare, detectable, holm, samples_needed, spread
+from branchmerge.evaluation.paired import (
+    Difference,
+    compare,
+    detectable,
+    holm,
+    questions_needed,
+    samples_needed,
+    spread,
+)
 from branchmerge.evaluation.store import Score, samples_of
 
 SAME = ("task_version", "docs_sha256", "sampling", "seed")
@@ -21,12 +29,14 @@ class Comparison:
     difference: Difference
     p_holm: float
     """p, adjusted for the tasks that the two models are compared on"""
-    detectable: float | None
+    detectable: float | None = None
     """Smallest true difference that is detected with a power of 80% at these numbers of questions and samples; None for
     one sample a question, which does not show it"""
-    samples_needed: int | None
+    samples_needed: int | None = None
     """Samples of each model per question that make the difference `power=` detectable; None if no number does, or if it
     was not asked for"""
+    questions_needed: int | None = None
+    """Questions of this kind, with as many samples each as now, that make it detectable; None if not asked for"""
 
 
 def comparisons(
@@ -37,7 +47,7 @@ def comparisons(
     Args:
         scores: of several models, and of `against` too
         root: the folder of the scores, with one folder per model
-        power: a difference; reports how many samples it takes to detect it
+        power: a difference; reports how many samples or questions it takes to detect it
 
     Returns:
         The comparisons, and the reasons why others could not be made.
@@ -46,20 +56,19 @@ def comparisons(
     found: list[Comparison] = []
     refused: list[str] = []
     for model in dict.fromkeys(score.model for score in scores if score.model != against):
-        differences: dict[str, tuple[Difference, float | None, int | None]] = {}
+        made: list[Comparison] = []
         for task in dict.fromkeys(score.task for score in scores):
             try:
-                differences[task] = _compare(known[model, task], known[against, task], root, power)
+                made.append(_compare(known[model, task], known[against, task], root, power))
             except (ValueError, KeyError) as error:
                 refused.append(f"{model} and {against} on {task}: {error}")
-        adjusted = holm({task: difference.p for task, (difference, *_) in differences.items()})
-        for task, (difference, least, needed) in differences.items():
-            found.append(Comparison(model, against, task, difference, adjusted[task], least, needed))
+        adjusted = holm({one.task: one.p_holm for one in made})
+        found += [replace(one, p_holm=adjusted[one.task]) for one in made]
     return found, refused
 
 
-def _compare(a: Score, b: Score, root: Path, power: float | None) -> tuple[Difference, float | None, int | None]:
-    """Raises ValueError where the two are not comparable."""
+def _compare(a: Score, b: Score, root: Path, power: float | None) -> Comparison:
+    """One comparison, with p_holm as yet unadjusted; raises ValueError where the two are not comparable."""
     for name in SAME:
         if a.key.get(name) != b.key.get(name):
             raise ValueError(f"not comparable, their {name} differ: {a.key.get(name)} and {b.key.get(name)}")
@@ -70,11 +79,18 @@ def _compare(a: Score, b: Score, root: Path, power: float | None) -> tuple[Diffe
         raise ValueError("not comparable, they answer other questions")
     pairs = list(first.values()), [second[question] for question in first]
     difference, questions, k = compare(*pairs), len(first), len(pairs[0][0])
+    found = Comparison(a.model, b.model, a.task, difference, difference.p)
     if min(len(s) for s in (*pairs[0], *pairs[1])) < 2:
-        return difference, None, None
+        return found
     known = spread(*pairs)
-    needed = samples_needed(known, questions, power) if power is not None else None
-    return difference, detectable(known, questions, k), needed
+    found = replace(found, detectable=detectable(known, questions, k))
+    if power is None:
+        return found
+    return replace(
+        found,
+        samples_needed=samples_needed(known, questions, power),
+        questions_needed=questions_needed(known, k, power),
+    )
 
 
 def samples(folder: Path, score: Score) -> dict[str, list[float]]:

@@ -79,16 +79,6 @@ def _sampling_error(scores: Samples) -> float:
     return math.sqrt(math.fsum(np.var(samples, ddof=1) / len(samples) for samples in scores)) / len(scores)
 
 
-def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of independent values and its standard error (sample standard deviation / sqrt(n)); NaN for one value."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, math.nan
-    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-    return mean, math.sqrt(variance / n)
-
-
 def macro_mean(values: Sequence[float], stderrs: Sequence[float]) -> tuple[float, float]:
     """Unweighted mean over benchmarks and its standard error, the benchmarks being independent."""
     k = len(values)

@@ -66,7 +66,8 @@ def as_csv(table: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-COMPARISON = ("model", "task", "difference", "95% interval", "p", "p (Holm)", "detectable", "samples needed")
+COMPARISON = ("model", "task", "difference", "95% interval", "p", "p (Holm)", "detectable", "samples needed",
+              "questions needed")  # fmt: skip
 
 
 def comparison_cells(one: Comparison) -> list[str]:
@@ -74,9 +75,11 @@ def comparison_cells(one: Comparison) -> list[str]:
     d = one.difference
     least = "" if one.detectable is None else f"{one.detectable:.3f}"
     interval = f"{d.low:+.3f} to {d.high:+.3f}"
-    needed = "" if one.samples_needed is None else str(one.samples_needed)
+    questions = "" if one.questions_needed is None else str(one.questions_needed)
+    none = "none suffice" if questions else ""  # no number of samples is enough; or it was not asked
+    samples = none if one.samples_needed is None else str(one.samples_needed)
     said = f"{d.mean:+.3f} ± {d.stderr:.3f}"
-    return [one.model, one.task, said, interval, f"{d.p:.3g}", f"{one.p_holm:.3g}", least, needed]
+    return [one.model, one.task, said, interval, f"{d.p:.3g}", f"{one.p_holm:.3g}", least, samples, questions]
 
 
 def comparisons_as_markdown(compared: Sequence[Comparison]) -> str:
@@ -94,13 +97,13 @@ def comparisons_as_csv(compared: Sequence[Comparison]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(
         ["model", "against", "task", "difference", "stderr", "low", "high", "p", "p_holm", "questions", "detectable",
-         "samples_needed"]
+         "samples_needed", "questions_needed"]
     )  # fmt: skip
     for one in compared:
         d = one.difference
         writer.writerow(
             [one.model, one.against, one.task, d.mean, d.stderr, d.low, d.high, d.p, one.p_holm, d.questions,
-             one.detectable, one.samples_needed]
+             one.detectable, one.samples_needed, one.questions_needed]
         )  # fmt: skip
     return out.getvalue()
 
