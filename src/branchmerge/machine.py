@@ -73,6 +73,12 @@ def allow_open_files(many: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def give_back_memory() -> None:
+    """Return freed memory to the system: the C library keeps that of many small objects, such as a corpus's texts."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def cpu_flags() -> set[str]:
     """Instruction set extensions of the CPU; empty if the system does not list them."""
     path = Path("/proc/cpuinfo")

@@ -13,6 +13,7 @@ from branchmerge.data.datamodule import Corpus, data_account, prepare
 from branchmerge.data.prepared import CORPUS, TOKENS, prepared, read, write
 from branchmerge.errors import UserError
 from branchmerge.evaluation.graders import grade
+from branchmerge.machine import give_back_memory
 from branchmerge.student.backbone import load_tokenizer
 from branchmerge.trajectories.schema import Reference
 from branchmerge.trajectories.sources import read_branch
@@ -154,3 +155,20 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_nothing(corpus: Corpus, tmp_pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.glob("*corpus*"))
+
+
+def test_what_was_prepared_does_not_stay_in_memory(tiny_student: Path, tmp_path: Path) -> None:
+    """Texts and tokens of a study have gigabytes, and the process that read them trains for days."""
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w") as file:
+        for number in range(4000):  # all but one without a response, which are dropped before they take time
+            asked, said = ("6 x 7?", "42") if number == 0 else (str(number) * 2500, " ")
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    config = branch(tiny_student, tmp_path, "domain=math", f"data.path={rows}", "optim.global_batch=1")
+    account = data_account(config)
+    give_back_memory()
+    before = psutil.Process().memory_info().rss
+    found = prepared(config, tiny_student, tmp_path / "corpus", begun=False, account=account)
+    assert len(found.documents) == 1 and found.account["sources"]["data.path"]["dropped"] == {"empty": 3999}
+    assert psutil.Process().memory_info().rss - before < rows.stat().st_size / 4

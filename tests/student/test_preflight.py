@@ -1,12 +1,15 @@
 """What is found wrong with a branch before its backbone is there."""
 
+import json
 from pathlib import Path
 
+import psutil
 import pytest
 from branches import branch
 from conftest import make_student
 
 from branchmerge.errors import UserError
+from branchmerge.machine import give_back_memory
 from branchmerge.student.preflight import check_branch
 
 SPREAD = ("domain=math", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=4")
@@ -33,3 +36,17 @@ def test_another_models_shape_says_nothing_of_a_path(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long_is_a_line(tiny_student: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="File name too long"):
         check_branch(branch(tiny_student, tmp_path, "domain=math", f"out={tmp_path / ('x' * 300)}"))
+
+
+def test_the_rows_do_not_stay_in_memory(tiny_student: Path, tmp_path: Path) -> None:
+    """The process that reads them waits for a whole training, beside the one that trains on them."""
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w") as file:
+        for number in range(4000):
+            turns = [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": str(number) * 2500}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    config = branch(tiny_student, tmp_path, "domain=math", f"data.path={rows}")
+    give_back_memory()
+    before = psutil.Process().memory_info().rss
+    check_branch(config)
+    assert psutil.Process().memory_info().rss - before < rows.stat().st_size / 4

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from branchmerge import machine
 from branchmerge.config import TrainConfig
 from branchmerge.data.datamodule import Corpus, data_account, plan_of, prepare
 from branchmerge.data.template import Document
@@ -45,6 +46,7 @@ def prepared(config: TrainConfig, start: Path, folder: Path, begun: bool, accoun
         account: `data_account` as planned, which identifies the result
     """
     ranks.by_first(lambda: _prepare(config, start, folder, begun, account))
+    machine.give_back_memory()  # of texts and tokens, gigabytes that nothing in the training would use again
     ranks.check_seen(folder / CORPUS, "give an outputs= (or out=) on a disk that all nodes share")
     return read(config, folder)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from branchmerge import machine
 from branchmerge.config import TrainConfig
 from branchmerge.config_checks import check_packages
 from branchmerge.data import held_out
@@ -21,6 +22,7 @@ def check_branch(config: TrainConfig) -> None:
     if shape:
         check_shape(config, shape)
     held_out.check_count(config, read_branch(config))
+    machine.give_back_memory()  # the rows', as this process may wait for a whole training
 
 
 def check_shape(config: TrainConfig, shape: dict[str, Any]) -> None:
