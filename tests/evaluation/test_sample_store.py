@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,19 @@ def test_a_damaged_line_is_named_and_not_skipped(tmp_path: Path) -> None:
     path.write_text('{"key": "x", "text": "a", "tokens": 1, "finish": "stop"}\n{"key": \n')
     with pytest.raises(UserError, match=r"a\.jsonl: line 2 is damaged"):
         SampleStore(path, FACTS)
+
+
+def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
+    """64 samples of long responses have gigabytes; of those of another model nothing is kept, either."""
+    path = tmp_path / "a.jsonl"
+    with SampleStore(path, FACTS, "another's files") as store:
+        for request in requests_for("aime24", [(f"q{n}", ()) for n in range(16)], 4, SAMPLING, seed=42):
+            store.add([(request, Response("x" * 200_000, 9, "length"))])
+    tracemalloc.start()
+    with SampleStore(path, FACTS, "its files"):
+        _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < path.stat().st_size / 4
 
 
 WRITER = """

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,28 @@ def test_a_score_without_its_own_samples_is_not_taken(tmp_path: Path, damage: Ca
     assert read(tmp_path, "demo_math", KEY) is not None and samples_of(tmp_path, score) == SAMPLES
     damage(tmp_path / "samples" / "demo_math.jsonl")
     assert read(tmp_path, "demo_math", KEY) is None and samples_of(tmp_path, score) is None
+
+
+def test_whether_a_score_is_there_is_told_without_its_samples_in_memory(tmp_path: Path) -> None:
+    samples = [{"id": f"q{n}", "response": "x" * 100_000} for n in range(100)]
+    score = signed(SCORE, samples)
+    write(tmp_path, score, samples)
+    tracemalloc.start()
+    found = read(tmp_path, "demo_math", KEY)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found is not None and most < 1_000_000
+
+
+def test_samples_are_read_without_a_copy_of_their_file(tmp_path: Path) -> None:
+    samples = [{"id": f"q{n}", "response": "x" * 100_000} for n in range(100)]
+    score = signed(SCORE, samples)
+    write(tmp_path, score, samples)
+    tracemalloc.start()
+    assert samples_of(tmp_path, score) is not None
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1.2 * 10_000_000  # the rows themselves
 
 
 def test_scores_from_before_are_what_they_are(tmp_path: Path) -> None:

@@ -73,20 +73,23 @@ class SampleStore:
         self._responses |= {key: response for key, _, response in keyed}
 
     def _load(self, read_only: bool) -> dict[str, Response]:
-        raw = self.path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        if whole < len(raw) and not read_only:
-            os.ftruncate(self._descriptor, whole)
         found = {}
-        for number, line in enumerate(raw[:whole].splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                if row.get("model_files", self.model_files) == self.model_files:
-                    found[row["key"]] = Response(row["text"], row["tokens"], row["finish"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{self.path}: line {number} is damaged ({error}); remove that line, its sample is drawn again"
-                ) from error
+        whole = 0
+        with self.path.open("rb") as lines:  # one by one, as the file may have gigabytes
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                try:
+                    row = json.loads(line)
+                    if row.get("model_files", self.model_files) == self.model_files:
+                        found[row["key"]] = Response(row["text"], row["tokens"], row["finish"])
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise UserError(
+                        f"{self.path}: line {number} is damaged ({error}); remove that line, its sample is drawn again"
+                    ) from error
+        if not read_only and whole < os.fstat(self._descriptor).st_size:
+            os.ftruncate(self._descriptor, whole)
         return found
 
     def _line(self, key: str, request: Request, response: Response) -> bytes:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from branchmerge.files import write_json, write_text, writing
+from branchmerge.files import file_sha256, write_json, write_text, writing
 
 RECORDED_LATER = ("model_files",)
 """Keys that older scores lack, and that are ignored for those."""
@@ -66,20 +66,33 @@ def read(folder: Path, task: str, key: Mapping[str, Any]) -> Score | None:
     except (FileNotFoundError, ValueError, TypeError):  # a new score takes its place
         return None
     known = {name: value for name, value in key.items() if name in score.key or name not in RECORDED_LATER}
-    if score.key != json.loads(json.dumps(known)) or samples_of(folder, score) is None:
+    if score.key != json.loads(json.dumps(known)) or not _has_samples(folder, score):
         return None
     return score
 
 
+def _has_samples(folder: Path, score: Score) -> bool:
+    """Whether its own samples are stored; told by their fingerprint where it has one, as reading them takes longer."""
+    if not score.samples_sha256:
+        return samples_of(folder, score) is not None
+    try:
+        return file_sha256(_samples(folder, score.task)) == score.samples_sha256
+    except OSError:
+        return False
+
+
 def samples_of(folder: Path, score: Score) -> list[dict[str, Any]] | None:
     """The stored samples of a score; None if they are missing, damaged, or belong to another score."""
+    digest, rows = hashlib.sha256(), []
     try:
-        raw = (folder / "samples" / f"{score.task}.jsonl").read_bytes()
-        if score.samples_sha256 not in ("", hashlib.sha256(raw).hexdigest()):
-            return None
-        return [json.loads(line) for line in raw.split(b"\n") if line]
+        with _samples(folder, score.task).open("rb") as lines:  # one by one, as 64 samples a question have gigabytes
+            for line in lines:
+                digest.update(line)
+                if line != b"\n":
+                    rows.append(json.loads(line))
     except (OSError, ValueError):
         return None
+    return rows if score.samples_sha256 in ("", digest.hexdigest()) else None
 
 
 def signed(score: Score, samples: Iterable[Mapping[str, Any]]) -> Score:
@@ -90,8 +103,12 @@ def signed(score: Score, samples: Iterable[Mapping[str, Any]]) -> Score:
 def write(folder: Path, score: Score, samples: Iterable[Mapping[str, Any]]) -> None:
     """Store samples and score, each whole or not at all; raises UserError if the disk is full or not writable."""
     with writing(folder):
-        write_text(folder / "samples" / f"{score.task}.jsonl", _lines(samples))
+        write_text(_samples(folder, score.task), _lines(samples))
         write_json(folder / f"{score.task}.json", asdict(score))
+
+
+def _samples(folder: Path, task: str) -> Path:
+    return folder / "samples" / f"{task}.jsonl"
 
 
 def _lines(samples: Iterable[Mapping[str, Any]]) -> str:
