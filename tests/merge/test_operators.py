@@ -322,3 +322,12 @@ def test_della_keeps_large_entries_more_often() -> None:
     model = torch.arange(1.0, 101).repeat(400, 1)
     kept = (Della(density=0.5, epsilon=0.4)([model], torch.zeros_like(model)) != 0).float().mean(0)
     assert kept[-10:].mean() > 0.8 > 0.2 > kept[:10].mean()
+
+
+def test_della_sorts_each_row_once() -> None:
+    sizes = torch.randn(8, 500, generator=torch.Generator().manual_seed(0)).bfloat16().float().abs()
+    with torch.profiler.profile() as profile:
+        p = probabilities(sizes, 0.5, 0.1)
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::sort") == 1
+    ranks = sizes.argsort(dim=1, stable=True).argsort(dim=1)  # equal ones by their position
+    assert torch.equal(p, 0.5 - 0.1 + 2 * 0.1 * ranks.float() / 499)
