@@ -331,3 +331,12 @@ def test_della_sorts_each_row_once() -> None:
     assert sum(event.count for event in profile.key_averages() if event.key == "aten::sort") == 1
     ranks = sizes.argsort(dim=1, stable=True).argsort(dim=1)  # equal ones by their position
     assert torch.equal(p, 0.5 - 0.1 + 2 * 0.1 * ranks.float() / 499)
+
+
+@pytest.mark.parametrize(("share", "variances"), [(1.0, False), (0.5, True)])
+def test_sce_takes_variances_only_to_select_by_them(share: float, variances: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    base, *models = (torch.randn(8, 50, generator=draw) for _ in range(3))
+    with torch.profiler.profile() as profile:
+        make_operator("sce", {"select_topk": share})(models, base)
+    assert any(event.key == "aten::var" for event in profile.key_averages()) == variances
