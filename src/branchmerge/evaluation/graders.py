@@ -58,26 +58,32 @@ def votes(verdicts: Sequence[Verdict], grader: str) -> list[str | bool | None]:
     if grader != "math":
         return found
     spelt: dict[str | bool | None, str | bool | None] = {}
+    known: list[str] = []
     for verdict, vote in zip(verdicts, found, strict=True):
         if vote in spelt:
             continue
-        # An answer that kept math-verify busy until its deadline is not compared again.
-        known = [] if verdict.reason != WRONG_ANSWER else [one for one in spelt.values() if isinstance(one, str)]
-        same = _equal_one(verdict.answer, dict.fromkeys(known))
-        spelt[vote] = vote if same is None else same
+        spelt[vote] = vote
+        # One that kept math-verify busy until its deadline is compared with no other, as each would wait for it again.
+        if not isinstance(vote, str) or verdict.reason != WRONG_ANSWER:
+            continue
+        common = _common(vote, verdict.answer, known)
+        if common == vote:
+            known.append(vote)
+        elif common is not None:
+            spelt[vote] = common
     return [spelt[vote] for vote in found]
 
 
-def _equal_one(answer: str, others: Iterable[str]) -> str | None:
-    """The one that equals the answer as mathematics; None for none, and after a comparison that met its deadline.
+def _common(vote: str, answer: str, known: Iterable[str]) -> str | None:
+    """The known vote that equals the answer as mathematics, else its own; None if a comparison met its deadline.
 
     Each further one may take as long: 64 samples would have 2,016 comparisons, more than five hours of deadlines.
     """
-    for other in others:
-        equal = math_equal(other, answer)
+    for one in known:
+        equal = math_equal(one, answer)
         if equal or equal is None:
-            return other if equal else None
-    return None
+            return one if equal else None
+    return vote
 
 
 def grade(response: str, reference: Reference) -> Verdict:
