@@ -138,8 +138,9 @@ def samples_needed(
 
 
 def questions_needed(known: Spread, samples: int, difference: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Number of questions of this kind that makes a difference detectable, with this many samples each."""
-    return math.ceil((_reach(power, alpha) * known.stderr(1, samples) / difference) ** 2 - 1e-9)
+    """Number of questions of this kind that makes a difference detectable, with this many samples each; two or more, as
+    in `compare`."""
+    return max(2, math.ceil((_reach(power, alpha) * known.stderr(1, samples) / difference) ** 2 - 1e-9))
 
 
 def _reach(power: float, alpha: float) -> float:
