@@ -64,3 +64,8 @@ def test_nor_are_the_others_compared_with_it(pool: Counting) -> None:
     late = Verdict(False, GRADER_TIMEOUT, TOWER)  # it met the deadline when it was graded
     assert votes([late, *wrong("1/2", "0.5")], "math") == [TOWER, "1/2", "1/2"]
     assert [pair for pair in pool.compared if TOWER in pair] == [("3", TOWER)]
+
+
+def test_no_sample_is_no_score() -> None:
+    with pytest.raises(ValueError, match="no question"):
+        summarise([], "math")

@@ -61,12 +61,13 @@ def summarise(graded: Sequence[Graded], grader: str) -> tuple[Estimate, dict[str
     questions: dict[str, list[Graded]] = {}
     for one in graded:
         questions.setdefault(one.request.question, []).append(one)
+    scores = [[float(one.verdict.correct) for one in samples] for samples in questions.values()]
+    accuracy = estimate(scores)
     # Votes compare a question's answers pair by pair, in processes of math-verify: one thread would keep one core busy.
     with ThreadPoolExecutor(cores(), "votes") as pool:
         told = list(pool.map(lambda samples: _of_question(samples, grader), questions.values()))
-    scores = [[float(one.verdict.correct) for one in samples] for samples in questions.values()]
     names = [name for name in told[0] if name != "accuracy" and all(name in one for one in told)]
-    return estimate(scores), {name: avg_at_k([one[name] for one in told]) for name in names}
+    return accuracy, {name: avg_at_k([one[name] for one in told]) for name in names}
 
 
 def _of_question(samples: Sequence[Graded], grader: str) -> dict[str, float]:
