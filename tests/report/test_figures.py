@@ -62,6 +62,17 @@ def test_figure_is_a_png_with_a_bar_for_every_model(tmp_path: Path) -> None:
     assert pixels(path, MERGED[1]) == 0
 
 
+def test_standard_errors_are_drawn_as_long_as_they_are(tmp_path: Path) -> None:
+    dark = []
+    for stderr in (0.0, 0.1, 0.2):
+        path = tmp_path / f"{stderr}.png"
+        accuracy([row("backbone", 0.5, 0.5, stderr=stderr)], path)
+        with Image.open(path) as image:
+            dark.append(sum(image.convert("L").histogram()[:0x70]))  # the bars are lighter
+    assert dark[2] - dark[0] == pytest.approx(2 * (dark[1] - dark[0]), rel=0.1)
+    assert dark[1] - dark[0] > 100
+
+
 def test_unknown_standard_error_still_draws(tmp_path: Path) -> None:
     path = tmp_path / "accuracy.png"
     accuracy([row("backbone", 0.5, stderr=math.nan)], path)

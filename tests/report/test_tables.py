@@ -1,11 +1,15 @@
 import csv
 import io
+import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from branchmerge.evaluation.comparison import Comparison
+from branchmerge.evaluation.paired import Difference
 from branchmerge.evaluation.store import Score
 from branchmerge.report import tables
 
@@ -67,6 +71,39 @@ def test_csv_parses_back_to_the_numbers() -> None:
         assert (float(line["accuracy"]), float(line["stderr"]), int(line["questions"])) == (s.value, s.stderr, 100)
         measured = (float(line["no_answer"]), float(line["output_tokens"]), float(line["seconds"]))
         assert measured == (0.0625, 57.25, 12.5)
+
+
+def test_every_number_stands_under_its_own_head() -> None:
+    """Each is another one, so that none can stand for its neighbour."""
+    one = replace(
+        score("m", "t", 0.5, 0.01), low=0.02, high=0.03, stderr_question=0.04, stderr_sampling=0.05, questions=6,
+        samples=7, missing=8, no_answer=0.09, output_tokens=10.0, seconds=11.0,
+        metrics={"truncated": 0.12, "pass@2": 0.13},
+    )  # fmt: skip
+    (line,) = csv.DictReader(io.StringIO(tables.as_csv(tables.rows([one]))))
+    told = {head: value for head, value in line.items() if head not in ("model", "task", "weights_sha256", "metrics")}
+    assert {head: float(value) for head, value in told.items()} == {
+        "accuracy": 0.5, "stderr": 0.01, "low": 0.02, "high": 0.03, "stderr_question": 0.04, "stderr_sampling": 0.05,
+        "questions": 6, "samples": 7, "missing": 8, "no_answer": 0.09, "truncated": 0.12, "output_tokens": 10,
+        "seconds": 11,
+    }  # fmt: skip
+    assert json.loads(line["metrics"]) == {"pass@2": 0.13}
+
+
+def test_every_number_of_a_comparison_stands_under_its_own_head() -> None:
+    one = Comparison("m", "b", "t", Difference(0.01, 0.02, -0.03, 0.04, 0.05, 6), 0.07, 0.08, 9, 10)
+    (line,) = csv.DictReader(io.StringIO(tables.comparisons_as_csv([one])))
+    assert (line.pop("model"), line.pop("against"), line.pop("task")) == ("m", "b", "t")
+    assert {head: float(value) for head, value in line.items()} == {
+        "difference": 0.01, "stderr": 0.02, "low": -0.03, "high": 0.04, "p": 0.05, "p_holm": 0.07, "questions": 6,
+        "detectable": 0.08, "samples_needed": 9, "questions_needed": 10,
+    }  # fmt: skip
+    cells = dict(zip(tables.COMPARISON, tables.comparison_cells(one), strict=True))
+    assert cells == {
+        "model": "m", "task": "t", "difference": "+0.010 ± 0.020", "95% interval": "-0.030 to +0.040", "p": "0.05",
+        "p (Holm)": "0.07", "detectable": "0.080", "samples needed": "9", "questions needed": "10",
+    }  # fmt: skip
+    assert "| m | t | +0.010 ± 0.020 | -0.030 to +0.040 | 0.05 | 0.07 |" in tables.comparisons_as_markdown([one])
 
 
 def test_csv_keeps_all_digits() -> None:

@@ -131,5 +131,7 @@ def _or_nan(value: float | None) -> float:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150, metadata={"Software": None})  # no version of matplotlib: the same bytes
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=150, metadata={"Software": None})  # no version of matplotlib: the same bytes
+    finally:  # also on a full disk
+        plt.close(figure)

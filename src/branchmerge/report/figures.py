@@ -31,8 +31,10 @@ def accuracy(table: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("accuracy (± standard error)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=150)
+    finally:  # also on a full disk
+        plt.close(figure)
 
 
 def colours(models: Sequence[str]) -> list[str]:
