@@ -34,6 +34,17 @@ def test_each_tensor_is_merged_with_its_own_parameters(experts: dict[str, Path],
     assert seen == {0.0, 1.5, 5.0}
 
 
+def test_of_several_rules_for_a_parameter_the_last_one_counts(experts: dict[str, Path], tmp_path: Path) -> None:
+    rules = [{"tensors": "mlp", "lam": 0.0, "gate": "gt"}, {"layers": 0, "lam": 5.0}, {"layers": 0, "lam": 0.5}]
+    folders = {leaf: experts[leaf] for leaf in PAIR}
+    merged = load(merge(recipe(folders, tmp_path / "merged", tree=PAIR, rules=rules)))
+    math, code = load(experts["math"]), load(experts["code"])
+    for name, tensor in merged.items():
+        lam = 0.5 if layer_of(name) == 0 else 0.0 if "mlp" in name else 1.5
+        operator = make_operator("arcee_fusion", {"lam": lam, "gate": "gt" if "mlp" in name else "ge"})
+        assert torch.equal(tensor, operator([math[name], code[name]])), name
+
+
 def test_weights_differ_by_layer(experts: dict[str, Path], tmp_path: Path) -> None:
     rules = [{"layers": [0, 0], "weights": [1, 0]}, {"tensors": "embeddings", "weights": [0, 1]}]
     folders = {leaf: experts[leaf] for leaf in PAIR}
@@ -77,8 +88,12 @@ def test_groups_hold_for_what_they_are_named_after(tensor: str, groups: set[str]
 
 @pytest.mark.parametrize(
     ("tensor", "layer"),
-    [("model.layers.12.mlp.up_proj.weight", 12), ("h.0.attn.c_attn.weight", 0), ("model.norm.weight", None)],
-)
+    [
+        ("model.layers.12.mlp.up_proj.weight", 12), ("h.0.attn.c_attn.weight", 0), ("model.norm.weight", None),
+        ("transformer.blocks.3.norm_1.weight", 3), ("model.mylayers.3.weight", None),
+        ("model.layers.3.mlp.experts.7.up_proj.weight", 3),
+    ],
+)  # fmt: skip
 def test_layers_are_told_by_the_name(tensor: str, layer: int | None) -> None:
     assert layer_of(tensor) == layer
 

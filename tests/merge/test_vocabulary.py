@@ -104,6 +104,45 @@ def test_ids_with_two_meanings_are_found_between_any_two(tmp_path: Path) -> None
             merged(tmp_path / "out", vocab, **folders)
 
 
+def test_a_token_with_two_ids_is_refused(tmp_path: Path) -> None:
+    """No id has two meanings here: the token has moved to one that the other model does not know."""
+    a, b = model(tmp_path / "a", 0, 8), model(tmp_path / "b", 10, 8)
+    moved = {"model": {"type": "BPE", "vocab": {"b": 1, "c": 2, "d": 3, "a": 4}, "merges": []}}
+    (b / "tokenizer.json").write_text(json.dumps(moved))
+    assert "token 'a' has id 0 in a and 4 in b" in said(a=a, b=b)
+    for vocab in ("pad", "intersect"):
+        with pytest.raises(UserError, match="token 'a' has id 0 in a and 4 in b"):
+            merged(tmp_path / vocab, vocab, a=a, b=b)
+
+
+def test_ids_that_are_left_out_are_no_end(tmp_path: Path) -> None:
+    """Added tokens may begin beyond the last one of the model's own; what lies between is padding."""
+    a, b = model(tmp_path / "a", 0, 8), model(tmp_path / "b", 10, 8)
+    tokenizer = json.loads((a / "tokenizer.json").read_text())
+    (a / "tokenizer.json").write_text(json.dumps({**tokenizer, "added_tokens": [{"id": 6, "content": "<new>"}]}))
+    out = merged(tmp_path / "out", "pad", b=b, a=a)
+    assert rows_of(out)[6] == 6.0  # of a alone, which knows it
+    assert (out / "tokenizer.json").read_bytes() == (a / "tokenizer.json").read_bytes()
+
+
+def test_the_ids_of_special_tokens_are_those_of_the_tokenizer(tmp_path: Path) -> None:
+    special = {"bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 2}
+    a = model(tmp_path / "a", 0, 4, bos_token_id=0, pad_token_id=3)
+    b = model(tmp_path / "b", 10, 5, [*ABC, "e"], **special)
+    out = config_of(merged(tmp_path / "out", "pad", a=a, b=b))
+    assert {key: out[key] for key in special} == special
+
+
+def test_a_language_model_inside_another_config_is_padded_too(tmp_path: Path) -> None:
+    a, b = model(tmp_path / "a", 0, 4), model(tmp_path / "b", 10, 6)
+    for folder in (a, b):
+        inner = config_of(folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": inner["model_type"], "text_config": inner}))
+    out = merged(tmp_path / "out", "pad", a=a, b=b)
+    assert rows_of(out) == [5, 6, 7, 8, 14, 15]
+    assert (config_of(out)["text_config"]["vocab_size"], config_of(out).keys()) == (6, config_of(a).keys())
+
+
 def test_padding_takes_rows_from_the_first_model_that_has_them(tmp_path: Path) -> None:
     a, b, c = (model(tmp_path / name, value, rows) for name, value, rows in (("a", 0, 4), ("b", 10, 6), ("c", 40, 8)))
     out = merged(tmp_path / "out", "pad", a=a, b=b, c=c)
