@@ -8,7 +8,7 @@ from serving import Server, serving
 from test_run import QUESTIONS, composed, right, settings, short_waits, told
 
 from branchmerge.errors import UserError
-from branchmerge.evaluation.run import evaluate
+from branchmerge.evaluation.run import PACKAGES, evaluate
 from branchmerge.report import write_report
 from branchmerge.study import locked
 
@@ -28,6 +28,33 @@ def test_score_only_grades_what_is_there_and_asks_nothing(tmp_path: Path) -> Non
         asked = len(server.bodies)
         (score,) = evaluate(composed(*arguments, "score_only=true"))
         assert (score.questions, score.missing, len(server.bodies)) == (4, 2, asked)
+
+
+def test_score_only_throws_no_responses_away(tmp_path: Path) -> None:
+    """Also with overwrite: nothing would generate them again."""
+    with serving(Server(told("math", right))) as server:
+        arguments = settings(server, tmp_path, "benchmark.tasks=[demo_math]")
+        (first,) = evaluate(composed(*arguments))
+        stored = tmp_path / "demo" / "scores" / "served" / "student" / "responses" / "demo_math.jsonl"
+        before = stored.read_bytes()
+        (again,) = evaluate(composed(*arguments, "score_only=true", "overwrite=true"))
+        assert (again.value, again.questions, len(server.bodies)) == (first.value, QUESTIONS, QUESTIONS)
+        assert stored.read_bytes() == before
+
+
+def test_other_packages_grade_again_and_another_task_asks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(Server(told("math", right))) as server:
+        run = composed(*settings(server, tmp_path, "benchmark.tasks=[demo_math]"))
+        (first,) = evaluate(run)
+        monkeypatch.setattr("branchmerge.evaluation.run.package_versions", lambda: {name: "99" for name in PACKAGES})
+        (other,) = evaluate(run)
+        assert other.key["packages"] == {name: "99" for name in PACKAGES} != first.key["packages"]
+        assert (other.created, other.seconds) != (first.created, first.seconds) and len(server.bodies) == QUESTIONS
+        monkeypatch.setattr("branchmerge.evaluation.benchmark.Benchmark.version", "99")
+        (last,) = evaluate(run)
+        assert last.key["task_version"] == "99" and len(server.bodies) == 2 * QUESTIONS
 
 
 def test_score_only_neither_waits_for_a_run_that_goes_on_nor_disturbs_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import resource
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,44 @@ def test_a_server_that_asks_to_wait_is_not_asked_before() -> None:
     assert 2.0 <= times[1] - times[0] < 10.0
 
 
+def test_a_time_to_wait_that_is_a_date_is_no_error() -> None:
+    def second_time(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
+        until = {"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}
+        return web.Response(status=503, headers=until) if tries == 1 else echo(body, tries)
+
+    with serving(Server(second_time)) as server:
+        assert len(responses(backend(server), asked(1))) == 1
+
+
+def test_each_try_is_waited_for_twice_as_long_as_the_one_before() -> None:
+    times: list[float] = []
+
+    def never(body: dict[str, Any], tries: int) -> web.Response:
+        times.append(time.monotonic())
+        return web.Response(status=500)
+
+    with serving(Server(never)) as server:
+        assert responses(backend(server, retries=6), asked(1)) == {}
+    # 0.02 s times 1, 2, 4, ... 32, each times 0.5 to 1.5
+    pauses = [after - before for before, after in pairwise(times)]
+    assert all(pause >= 0.01 * 2**number for number, pause in enumerate(pauses)) and len(pauses) == 6
+
+
+def test_servers_that_answered_in_between_are_waited_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day of requests sees a server busy more than once."""
+    monkeypatch.setattr(Servers, "patience", 1.0)
+    monkeypatch.setattr(openai, "LONGEST_WAIT", 0.02)
+
+    def often_busy(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
+        return web.Response(status=429) if tries < 4 else echo(body, tries)
+
+    with serving(Server(often_busy)) as server:
+        servers = backend(server, retries=0)
+        assert len(responses(servers, asked(1))) == 1
+        time.sleep(1.2)
+        assert len(responses(servers, asked(2))) == 2 and servers.failures == []
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_busy_server_is_given_time_and_not_a_number_of_tries(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     monkeypatch.setattr(openai, "LONGEST_WAIT", 0.02)
@@ -233,7 +272,7 @@ def test_servers_that_stay_busy_or_away_are_failures_at_last(monkeypatch: pytest
     assert responses(servers, asked(1)) == {} and "ConnectError" in servers.failures[0]
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
 def test_what_may_pass_is_tried_again(status: int) -> None:
     def second_time(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
         return web.Response(status=status, text="busy") if tries == 1 else echo(body, tries)

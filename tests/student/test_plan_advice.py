@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,12 @@ from test_plan import TINY, planned
 
 from branchmerge import machine
 from branchmerge.errors import UserError
+from branchmerge.student import forecast
+from branchmerge.student.flops import Shapes
 from branchmerge.student.forecast import Memory, Setting
+from branchmerge.student.plan import GIB, hours
 from branchmerge.student.plan_text import told
+from branchmerge.student.workload import Workload
 
 
 def by_hand(settings: Sequence[Setting], folder: Path) -> list[Memory]:
@@ -94,3 +99,45 @@ def test_a_folder_that_is_no_model_is_told_what_it_lacks(tmp_path: Path) -> None
 def test_steps_are_told_of_a_model_whose_flops_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = told(planned(tmp_path))
     assert "2,441 steps" in text and "time      not known: the model is more than matrices and attention" in text
+
+
+def test_devices_that_share_a_row_take_as_long_as_those_that_do_not(tmp_path: Path) -> None:
+    """They have twice the rows of each, and half of each row."""
+    settings = planned(tmp_path, "trainer.devices=4").config
+    work = Workload(10, 960, 960 * 512, 960 * 512, [(512, 960)], "")
+    shapes = asdict(Shapes(matrices=1000, head=100, attended=10))
+    memory = Memory(0, 0, 0, 0, 0, 0, work=shapes)
+    flops = 960 * (6 * 1100 * 512 + 12 * 10 * 512 * 513 / 2)
+    for context in (1, 2, 4):
+        setting = Setting(TINY, world=4, seq_len=512, context=context, rows=96 // (4 // context))
+        # 40% of 989 TFLOP/s on each of four
+        assert hours(setting, memory, settings, work) == pytest.approx(flops / 4 / (0.4 * 989e12) / 3600)
+
+
+def test_the_cpus_memory_is_told_for_a_node_of_several(tmp_path: Path) -> None:
+    given = ["trainer.devices=4", "trainer.num_nodes=2", "trainer.cpu_offload=true"]
+    plan = planned(tmp_path, *given)
+    shares = {"weights": 3 * GIB, "gradients": 3 * GIB, "optimizer": 6 * GIB}
+    held = replace(plan, asked=replace(plan.asked, memory=replace(plan.asked.memory, shares=shares)))
+    assert "; 12.0 GiB of the CPU's memory a GPU, 48 a node" in told(held)
+
+
+def test_simulations_of_other_code_or_packages_are_not_those_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(TINY, world=2, seq_len=64)
+    keys = [forecast._key(setting), forecast._key(replace(setting, rows=2))]
+    with monkeypatch.context() as patched:
+        patched.setattr(forecast, "version", lambda name: "99" if name == "torch" else "1")
+        keys.append(forecast._key(setting))
+        patched.setattr(forecast, "version", lambda name: "99" if name == "transformers" else "1")
+        keys.append(forecast._key(setting))
+    monkeypatch.setattr(forecast, "DECIDING", forecast.DECIDING[1:])
+    keys.append(forecast._key(setting))
+    assert len(set(keys)) == 5
+
+
+def test_moments_in_8_bits_are_a_byte_and_a_scale_for_256() -> None:
+    """AdamW has two of them for each number, in float32 of four bytes."""
+    shares = {"weights": 4096, "gradients": 4096, "optimizer": 8192}
+    found = forecast._in_8_bits(Memory(4096, 4096, 8192, 0, 0, 0, shares=shares))
+    assert found.optimizer == found.shares["optimizer"] == 2 * (1024 + 4 * 1024 // 256)
+    assert found.total == 4096 + 4096 + 2080

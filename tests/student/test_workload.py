@@ -44,6 +44,13 @@ def test_no_more_is_expected_than_is_read() -> None:
     assert (few.rows, few.steps, few.tokens) == (6, 3, 6 * 16384)
 
 
+def test_a_trajectory_takes_a_packed_row_at_most() -> None:
+    """What is longer is left out or cut before it is packed."""
+    found = expected("study.expected.math.tokens=100000")
+    assert (found.rows, found.tokens) == (2 * 93_733, 2 * 93_733 * 16384)
+    assert found.documents == [(16384, pytest.approx(2 * 93_733))]
+
+
 def test_other_versions_count_anew(tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = counted(tiny_student, tmp_path)
     assert counted(tiny_student, tmp_path) == first and len(list(tmp_path.iterdir())) == 1
