@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -127,6 +128,31 @@ def test_processes_of_the_sandbox_belong_to_root_for_all_who_would_look_into_the
     ]
     thread.join()
     assert len(owners) >= 3 and set(owners) == {0}
+
+
+@pytest.mark.parametrize("level", ISOLATING)
+def test_packages_that_everybody_may_write_are_only_read(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        module = Path(folder) / "open_to_all.py"
+        module.write_text("x = 7\n")
+        for path, mode in ((Path(folder), 0o777), (module, 0o666)):
+            path.chmod(mode)
+        monkeypatch.setattr("sysconfig.get_paths", lambda: {"purelib": folder, "platlib": folder})
+        code = """
+import os, open_to_all
+print(open_to_all.x)
+path = open_to_all.__file__
+for change in (lambda: open(path, 'a'), lambda: open(path, 'w'), lambda: open(path + 'new', 'w'),
+               lambda: os.remove(path), lambda: os.rename(path, path + 'new'), lambda: os.mkdir(path + 'new')):
+    try:
+        change()
+        print('done')
+    except OSError:
+        pass
+"""
+        with sandbox_or_skip(level) as made:
+            assert made.run(Job(code, seconds=PATIENCE)).stdout == b"7\n"
+        assert module.read_text() == "x = 7\n" and os.listdir(folder) == [module.name]  # noqa: PTH208
 
 
 ARGUMENTS = """
