@@ -15,7 +15,7 @@ from disks import small_disk
 from safetensors.torch import save_file
 
 from branchmerge.errors import UserError
-from branchmerge.merge import Recipe, merge
+from branchmerge.merge import Recipe, merge, merge_all
 from branchmerge.merge.operators.linear import Linear
 from branchmerge.merge.tree import parse
 from branchmerge.study import read_manifest, weights_sha256
@@ -106,6 +106,17 @@ def test_a_disk_that_is_too_small_is_seen_at_once(tmp_path: Path, disk: Path) ->
     with pytest.raises(UserError, match=r"the merged model takes .* GB, the disk has .* GB left"):
         merge(recipe(parents(tmp_path / "parents"), disk / "out", MIB))
     assert contents(disk) == ["hog"]
+
+
+def test_a_disk_that_is_too_small_for_all_of_a_sweep_is_seen_at_once(tmp_path: Path, disk: Path) -> None:
+    """One fits, so that the second would fill it up at the end of the pass."""
+    folders = parents(tmp_path / "parents")
+    weights = [(1.0, 1.0), (1.0, 2.0)]
+    recipes = [recipe(folders, disk / f"out{n}", 1 << 30, Linear(pair)) for n, pair in enumerate(weights)]
+    with pytest.raises(UserError, match=r"2 merged models take .* GB, the disk has .* GB left"):
+        merge_all(recipes)
+    assert contents(disk) == []
+    assert contents(merge(recipes[0]))
 
 
 def test_a_place_that_may_not_be_written_to_is_named(tmp_path: Path, disk: Path) -> None:

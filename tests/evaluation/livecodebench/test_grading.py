@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from branchmerge.evaluation.livecodebench import grading
 from branchmerge.evaluation.livecodebench.cases import Case
 from branchmerge.evaluation.livecodebench.grading import (
     MEMORY_BYTES,
@@ -21,6 +22,7 @@ from branchmerge.evaluation.livecodebench.grading import (
 )
 from branchmerge.evaluation.livecodebench.harness import PREAMBLE, encode
 from branchmerge.evaluation.livecodebench.preamble import preamble
+from branchmerge.evaluation.sandbox import Job, Outcome, shared
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)\n"
 MODES = pytest.mark.parametrize("mode", ["strict", "official"])
@@ -87,6 +89,25 @@ def test_numpy_can_be_imported(mode: str) -> None:
     assert grade_program(program, stdin(("1 2", "4")), mode=mode).reason == "wrong_answer"
     program = "import os, numpy\nprint(os.getcwd is None)"
     assert grade_program(program, stdin(("", str(mode == "official"))), mode=mode) == CodeVerdict(True)
+
+
+def test_official_mode_gives_every_case_its_time_and_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All run in one job, whose limits are for all of them together."""
+    jobs: list[Job] = []
+
+    class Watched:
+        def run(self, job: Job) -> Outcome:
+            jobs.append(job)
+            return shared().run(job)
+
+    monkeypatch.setattr(grading, "shared", Watched)
+    long = "x" * (10 << 20)
+    for number in (1, 3):
+        cases = stdin(*[("", long)] * number)
+        assert grade_program(f"print('x' * {len(long)})", cases, mode="official") == CodeVerdict(True)
+    one, three = jobs
+    assert one.seconds > 6 and three.seconds - one.seconds >= 2 * 6
+    assert (one.output_bytes, three.output_bytes) == (OUTPUT_BYTES, 3 * OUTPUT_BYTES)
 
 
 @MODES
