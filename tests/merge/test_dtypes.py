@@ -1,11 +1,13 @@
 """Models of other dtypes than float32, and of two at once."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from merging import FLAT, in_another_dtype, load, perturbed, recipe
+from safetensors.torch import save_file
 from test_stream import Folders, assert_equal, experts
 
 from branchmerge.errors import UserError
@@ -54,3 +56,15 @@ def test_what_rounding_to_lefts_dtype_undoes_is_no_change(experts: Folders, tmp_
     assert manifest is not None and manifest.merge["share_differing_from_left"] == 0
     assert {row["changed"] for row in table} == {row["update_norm"] for row in table} == {0}
     assert max(node["changed"] for row in table for node in row["nodes"].values()) > 0.1
+
+
+def test_integers_are_copied_where_all_have_the_same_and_refused_where_not(experts: Folders, tmp_path: Path) -> None:
+    folders = {}
+    for name, third in (("a", 2), ("b", 2), ("c", 3)):
+        folders[name] = Path(shutil.copytree(experts["math"], tmp_path / name))
+        weights = {**load(folders[name]), "position": torch.tensor([0, 1, third]), "mask": torch.tensor([True, False])}
+        save_file(weights, folders[name] / "model.safetensors", metadata={"format": "pt"})
+    merged = load(merge(recipe(folders, tmp_path / "merged", "linear", ["a", "b"])))
+    assert merged["position"].tolist() == [0, 1, 2] and merged["mask"].tolist() == [True, False]
+    with pytest.raises(UserError, match="a and c cannot be merged: the integers of position differ"):
+        merge(recipe(folders, tmp_path / "out" / "merged", "linear", ["a", "c"]))
