@@ -167,8 +167,8 @@ def test_modules_by_name(tensor: str, module: str) -> None:
 
 
 def test_densities_are_weighed_by_elements() -> None:
-    def entry(name: str, shape: list[int], changed: float, update: float) -> dict[str, Any]:
-        facts = {"changed": changed, "update_norm": update, "left_norm": 5.0}
+    def entry(name: str, shape: list[int], changed: float, update: float, left: float = 5.0) -> dict[str, Any]:
+        facts = {"changed": changed, "update_norm": update, "left_norm": left}
         return {"tensor": name, "shape": shape, "nodes": {"a+b": facts}}
 
     table = [
@@ -181,6 +181,8 @@ def test_densities_are_weighed_by_elements() -> None:
     assert (places[0, "up_proj"].density, places[0, "up_proj"].elements) == (0.6, 10)
     assert places[0, "up_proj"].relative_update == pytest.approx(5 / 50**0.5)
     assert by_node(table)["a+b"].density == 0.3
+    assert by_node([entry("x", [4], 0.5, 0.003, left=0.01)])["a+b"].relative_update == pytest.approx(0.3)
+    assert by_node([entry("x", [4], 0.5, 0.003, left=0.0)])["a+b"].relative_update == 0.0
     assert modules_in_order(["x", "up_proj", "a", "norms", "x"]) == ["norms", "up_proj", "a", "x"]
 
 
