@@ -254,6 +254,7 @@ from branchmerge.evaluation.sandbox import kernel
 readable, path, port, pid, writable = sys.argv[1:]
 kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
 reading = kernel.ACCESS_FS_READ_FILE | kernel.ACCESS_FS_READ_DIR
+client = socket.socket()
 everything = reading | kernel.ACCESS_FS_WRITE_FILE | kernel.ACCESS_FS_TRUNCATE | kernel.ACCESS_FS_MAKE_REG
 kernel.landlock(kernel.landlock_ruleset([(readable, reading), (writable, everything), ('/no/such/path', reading)]))
 def tried(call):
@@ -264,7 +265,7 @@ def tried(call):
         return 'refused'
 print(kernel.landlock_abi(), tried(lambda: open(path).close()), tried(lambda: open(path, 'a').close()),
       tried(lambda: open(writable + '/new', 'w').close()), tried(lambda: os.listdir('/')),
-      tried(lambda: os.truncate(path, 0)), tried(lambda: socket.create_connection(('127.0.0.1', int(port)))),
+      tried(lambda: os.truncate(path, 0)), tried(lambda: client.connect(('127.0.0.1', int(port)))),
       tried(lambda: os.kill(int(pid), 0)))
 """
 

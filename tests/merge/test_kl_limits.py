@@ -28,6 +28,8 @@ def of_the_operator(right: torch.Tensor, left: torch.Tensor, precision: str = "e
         *[(10 * difference, difference, 0.0) for difference in (1e-13, 2e-15, 5e-16, 1e-17, 1e-19, 1e-21, 1e-23)],
         # The mean of the differences, which is taken off by a series where it is small.
         *[(0.1, 0.012, shift) for shift in (0.0, 0.003, 0.009, -0.009, 0.011, -0.011, 0.03)],
+        # So large a mean beside the rest that what it is taken off from cancels.
+        *[(0.1, difference, 0.3) for difference in (1e-3, 3e-3, 0.01, 0.03, 0.1)],
     ],
 )
 def test_row_kl_on_both_sides_of_each_limit(precision: str, weight: float, difference: float, shift: float) -> None:
