@@ -272,6 +272,18 @@ def test_servers_that_stay_busy_or_away_are_failures_at_last(monkeypatch: pytest
     assert responses(servers, asked(1)) == {} and "ConnectError" in servers.failures[0]
 
 
+def test_without_patience_a_busy_server_is_still_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may have used it up; the retries are each request's own."""
+    monkeypatch.setattr(Servers, "patience", 0.0)
+
+    def third_time(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
+        return web.Response(status=429) if tries < 3 else echo(body, tries)
+
+    with serving(Server(third_time)) as server:
+        assert len(responses(backend(server, retries=2), asked(2))) == 2
+        assert responses(backend(server, retries=1), asked(3)[2:]) == {}
+
+
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
 def test_what_may_pass_is_tried_again(status: int) -> None:
     def second_time(body: dict[str, Any], tries: int) -> web.Response | dict[str, Any]:
