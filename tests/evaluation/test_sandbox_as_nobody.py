@@ -11,7 +11,7 @@ from branchmerge.evaluation.sandbox.isolation import NOBODY
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTACKS = ("sandbox_attacks", "sandbox_files", "sandbox_reuse", "sandbox_deaths")
-ALL = ("sandbox", *ATTACKS)
+ALL = ("sandbox", "sandbox_limits", *ATTACKS)
 
 AS_NOBODY = """
 import os, sys

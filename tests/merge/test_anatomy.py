@@ -117,6 +117,14 @@ def test_shares_and_overlaps_by_hand() -> None:
     assert [counts.same_sign(k) for k in range(3)] == [1.0, 0.75, 1.0]
 
 
+def test_what_no_leaf_says_is_contested_only_where_they_differ() -> None:
+    """As of an average that is rounded, or of twice a task vector."""
+    leaves = [torch.tensor([1.0, 1, 1]), torch.tensor([1.0, 1, 2])]
+    counts = compare(torch.tensor([1.0, 5, 1.5]), leaves, None)
+    assert counts.taken[2, 2] == 1
+    assert [counts.taken_share(0), counts.taken_share(1), counts.overlap(0, 1)] == [0.0, 0.0, None]
+
+
 def test_equal_models_have_no_shares_and_zero_vectors_no_cosine() -> None:
     one = torch.ones(4)
     counts = compare(one, [one, one], one)
