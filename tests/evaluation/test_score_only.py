@@ -1,13 +1,15 @@
 """Responses that are there, graded beside a run that goes on or after one that died; and those that failed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving import Server, serving
-from test_run import QUESTIONS, composed, right, settings, short_waits, told
+from test_run import QUESTIONS, composed, right, samples_of, settings, short_waits, told
 
 from branchmerge.errors import UserError
+from branchmerge.evaluation.benchmark import load_benchmark
 from branchmerge.evaluation.run import PACKAGES, evaluate
 from branchmerge.report import write_report
 from branchmerge.study import locked
@@ -40,6 +42,20 @@ def test_score_only_throws_no_responses_away(tmp_path: Path) -> None:
         (again,) = evaluate(composed(*arguments, "score_only=true", "overwrite=true"))
         assert (again.value, again.questions, len(server.bodies)) == (first.value, QUESTIONS, QUESTIONS)
         assert stored.read_bytes() == before
+
+
+def test_samples_lie_in_the_order_of_their_questions_however_they_came(tmp_path: Path) -> None:
+    def first_comes_last(number: int, before: int, problem: Any) -> str | None:
+        return None if number == 0 and before == 0 else right(number, before, problem)
+
+    with serving(Server(told("math", first_comes_last))) as server:
+        run = composed(*settings(server, tmp_path, "benchmark.tasks=[demo_math]"))
+        evaluate(run)
+    (task,) = load_benchmark(run)
+    folder = tmp_path / "demo" / "scores" / "served" / "student" / "responses"
+    came = [json.loads(line)["question"] for line in (folder / "demo_math.jsonl").read_text().splitlines()]
+    asked = [request.question for request in task.requests(42)]
+    assert came != asked == [row["id"] for row in samples_of(tmp_path, "demo_math")]
 
 
 def test_other_packages_grade_again_and_another_task_asks_again(
