@@ -152,6 +152,7 @@ def test_the_lines_say_whether_the_papers_assumption_holds() -> None:
     assert "takes a 0.50, b -; has the sign of a 1.00, b 0.25" in good[1]
     bad = in_words(summary({"a b": -0.42, "a c": 0.2, "b c": 0.0}), selects=False)
     assert "not orthogonal (a-b -0.42), though the paper assumes so" in bad[0] and "takes" not in bad[1]
+    assert "not orthogonal (a-b 0.10)" in in_words(summary({"a b": 0.1}), selects=True)[0]
     assert "have no cosines" in in_words(summary({"a b": None}), selects=True)[0]
 
 
@@ -343,6 +344,20 @@ def test_a_backbone_that_does_not_fit_is_left_out(
     out = merge(recipe(experts, tmp_path / "merged", origin=other))
     assert capsys.readouterr().out.count(f"{other} is no backbone of these models") == 1
     assert "cosines" not in anatomy(out)
+
+
+def test_a_backbone_with_fewer_rows_is_left_out(
+    experts: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All names are there: the loops that compare would read beyond its end."""
+    cut = Path(shutil.copytree(experts["base"], tmp_path / "cut"))
+    weights = load_file(cut / "model.safetensors")
+    rows, columns = weights["model.embed_tokens.weight"].shape
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:-32].clone()
+    save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
+    out = merge(recipe(experts, tmp_path / "merged", origin=cut))
+    said = f"(model.embed_tokens.weight: [{rows}, {columns}] and [{rows - 32}, {columns}]); it is left out"
+    assert capsys.readouterr().out.count(said) == 1 and "cosines" not in anatomy(out)
 
 
 def test_a_broken_backbone_is_left_out(experts: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
