@@ -1,5 +1,6 @@
 """From merge.py's configuration to a recipe: which experts, which tree, what the result is called."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -72,6 +73,14 @@ def test_the_default_is_arcee_fusion_over_the_studys_tree(outputs: Path) -> None
 )
 def test_the_name_says_what_differs_from_the_default(outputs: Path, overrides: list[str], name: str) -> None:
     assert made(outputs, *overrides).out == outputs / "demo" / "merged" / name
+
+
+def test_rules_have_a_name_of_their_own_each(outputs: Path) -> None:
+    """Else a merge with rules would lie where the one without is expected."""
+    told = ["rules=[{tensors: mlp, lam: 0.5}]", "rules=[{tensors: mlp, lam: 0.25}]", "rules=[{layers: 1, lam: 0.5}]"]
+    names = [made(outputs, rules).name for rules in told]
+    assert len(set(names)) == 3 and all(re.fullmatch(r"arcee_fusion-rules[0-9a-f]{6}", name) for name in names)
+    assert made(outputs, told[0], "vocab=pad").name == f"{names[0]}-vocab_pad"
 
 
 def test_a_parameter_that_the_study_chose_is_not_in_the_name(outputs: Path) -> None:
@@ -259,7 +268,7 @@ def test_a_model_with_two_names_is_refused(outputs: Path, tiny_student: Path) ->
             made(outputs, f"tree=[code,{again}]", "out=/my/merged")
 
 
-@pytest.mark.parametrize("place", ["experts/code", "backbone", "link", "experts/math/../code"])
+@pytest.mark.parametrize("place", ["experts/code", "backbone", "link", "experts/math/../code", "experts", "."])
 def test_a_result_cannot_replace_what_it_is_made_from(outputs: Path, tiny_student: Path, place: str) -> None:
     backbone(outputs, tiny_student)
     (outputs / "demo" / "link").symlink_to(outputs / "demo" / "experts" / "code")
