@@ -54,7 +54,9 @@ LEAN = Setting(TINY, world=8, seq_len=2048, checkpointing=True)
 SHARED = Setting(TINY, world=8, seq_len=2048, context=2)
 OFFLOADED = Setting(TINY, world=8, seq_len=2048, cpu_offload=True)
 ON_CPU = Setting(SMALL, world=1, seq_len=512, sharded=False, bf16=False, gpu=False)
-SIMULATED = [ONE, *SPREAD, SHORT, LONG, LEAN, SHARED, OFFLOADED, ON_CPU]
+WORDY = {gpu: Setting({**TINY, "vocab_size": 1 << 17}, world=8, seq_len=2048, gpu=gpu) for gpu in (True, False)}
+"""More logits than are computed at a time"""
+SIMULATED = [ONE, *SPREAD, SHORT, LONG, LEAN, SHARED, OFFLOADED, ON_CPU, *WORDY.values()]
 config.register()
 
 
@@ -101,6 +103,12 @@ def test_activations_grow_with_the_row_and_shrink_when_computed_again(plans: Pat
     assert long.activations == pytest.approx(4 * short.activations, rel=0.05)
     assert lean.total < 0.8 * long.total
     assert lean.shares == long.shares
+
+
+@pytest.mark.parametrize(("gpu", "logits"), [(True, 1 << 27), (False, 1 << 26)])
+def test_logits_take_no_more_than_a_chunk_of_them(plans: Path, gpu: bool, logits: int) -> None:
+    """In bfloat16, in float32, and their gradient in bfloat16; beside them, the head's gradient in float32."""
+    assert memory(WORDY[gpu], plans).logits == pytest.approx(8 * logits + 4 * 64 * (1 << 17), rel=0.01)
 
 
 def test_two_devices_that_share_a_row_have_half_its_activations_each(plans: Path) -> None:
