@@ -49,6 +49,17 @@ def test_null_controls_take_as_much(by: str, dtype: torch.dtype) -> None:
     assert int(from_right.sum()) == pytest.approx(taken * shows, rel=0.02)
 
 
+def test_null_controls_that_do_not_draw_take_exactly_as_much() -> None:
+    """By rows, a part of one more row makes up the number."""
+    left, right = experts()
+    right = torch.where(left == right, left + 1.0, right)  # so that what is taken shows
+    operator = ArceeFusion(lam=0.5)
+    _, taken, _ = operator.fuse(operator.measure([left, right]), (left, right))
+    assert taken % 500
+    for by in ("delta", "kl"):
+        assert int((ArceeFusionNull(lam=0.5, by=by)([left, right]) != left).sum()) == taken
+
+
 def test_each_null_control_chooses_by_its_own_measure() -> None:
     left, right = experts()
     d = (left - right).abs()
