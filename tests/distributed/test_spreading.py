@@ -31,20 +31,31 @@ Told = dict[str, Any]
 def folder(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes trained, in all ways, and what they printed."""
     folder = tmp_path_factory.mktemp("told")
-    wanted = json.dumps({name: [*SETTINGS, *way] for name, way in WAYS.items()})
-    logs = ("--log-dir", folder / "logs", "--redirects=1")
-    command = [*TORCHRUN, *logs, "tests/distributed/spread_student.py", tiny_student, folder / "outputs", wanted]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    trained(tiny_student, folder, {name: [*SETTINGS, *way] for name, way in WAYS.items()})
     return folder
+
+
+def trained(student: Path, folder: Path, branches: dict[str, list[str]]) -> list[dict[str, Told]]:
+    """Have two processes train; what each tells of each branch. Each prints to a file of its own: lines would mix."""
+    logs = ("--log-dir", folder / "logs", "--redirects=1")
+    wanted = json.dumps(branches)
+    command = [*TORCHRUN, *logs, "tests/distributed/spread_student.py", student, folder / "outputs", wanted]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return told_by_both(folder)
+
+
+def told_by_both(folder: Path) -> list[dict[str, Told]]:
+    both = [json.loads(log.read_text().splitlines()[-1]) for log in sorted((folder / "logs").rglob("stdout.log"))]
+    assert len(both) == 2
+    return both
 
 
 @pytest.fixture(scope="module")
 def told(folder: Path) -> dict[str, list[Told]]:
     """What each of the two tells, by the way of spreading."""
-    both = [json.loads(log.read_text().splitlines()[-1]) for log in sorted((folder / "logs").rglob("stdout.log"))]
-    assert len(both) == 2
+    both = told_by_both(folder)
     return {name: [each[name] for each in both] for name in WAYS}
 
 
@@ -99,9 +110,5 @@ def test_a_step_that_breaks_on_one_of_them_is_left_out_by_all(folder: Path, tiny
 
 @pytest.mark.slow
 def test_every_layer_is_compiled_where_it_is_asked_for(tiny_student: Path, tmp_path: Path) -> None:
-    wanted = json.dumps({"compiled": [*SETTINGS, "trainer.compile=true"]})
-    command = [*TORCHRUN, "tests/distributed/spread_student.py", tiny_student, tmp_path, wanted]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = [json.loads(line)["compiled"] for line in done.stdout.splitlines() if line.startswith("{")]
-    assert told and all(each["compiled"] == 1.0 for each in told)
+    both = trained(tiny_student, tmp_path, {"compiled": [*SETTINGS, "trainer.compile=true"]})
+    assert [each["compiled"]["compiled"] for each in both] == [1.0, 1.0]
