@@ -62,7 +62,7 @@ def comparisons(
                 made.append(_compare(known[model, task], known[against, task], root, power))
             except (ValueError, KeyError) as error:
                 refused.append(f"{model} and {against} on {task}: {error}")
-        adjusted = holm({one.task: one.p_holm for one in made})
+        adjusted = holm({one.task: one.difference.p for one in made})
         found += [replace(one, p_holm=adjusted[one.task]) for one in made]
     return found, refused
 
